@@ -1,0 +1,420 @@
+"""Every setting of both papers, as data, and the profiles that scale them down.
+
+A figure is a tuple of settings at the paper's own scale; a profile turns each into what is run.
+`table` shows both side by side, and `plan` lists the runs.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from paperlib.config import Config, FilterPruning, Noise, WeightPruning, schedule
+
+TRADEOFF = "tradeoff-2020"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One curve or one colour of a figure: a method on a network, at the paper's scale."""
+
+    network: str
+    method: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure or table of a paper: what it shows, its settings, and how many seeds it has.
+
+    notebook: path under notebooks/, without the extension; one notebook may hold several.
+    """
+
+    name: str
+    title: str
+    seeds: int
+    settings: tuple[Setting, ...]
+    notebook: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A scale to run the settings at: less data, narrower networks, fewer epochs and seeds.
+
+    None keeps what the paper has. widths: by network. warmup: epochs trained before the first
+    event at least, where the paper trains as many.
+    """
+
+    name: str
+    data: str | None = None
+    train_per_class: int | None = None
+    test_per_class: int | None = None
+    epochs: int | None = None
+    widths: dict[str, float] = field(default_factory=dict)
+    seeds: int | None = None
+    warmup: int = 0
+
+    def scale(self, config: Config, data: str | None = None) -> Config:
+        """The configuration at this scale; `data` replaces the profile's own data set."""
+        data = data or self.data or config.data
+        epochs = self.epochs or config.epochs
+        small = config.with_(
+            data=data,
+            train_per_class=self.train_per_class,
+            test_per_class=self.test_per_class,
+            width=self.widths.get(config.model, config.width),
+            epochs=epochs,
+            milestones=tuple(round(m * epochs / config.epochs) for m in config.milestones),
+            pruning=self._scaled_pruning(config, epochs),
+            noise=None,
+        )
+        if config.noise is not None:
+            small = small.with_(noise=_scaled_noise(config, self))
+        return small
+
+    def _scaled_pruning(self, config: Config, epochs: int):
+        pruning = config.pruning
+        if isinstance(pruning, FilterPruning) and not pruning.scratch:
+            return replace(pruning, epochs=self._scaled_events(pruning.epochs, config, epochs))
+        if isinstance(pruning, WeightPruning):
+            return replace(
+                pruning, epochs=self._scaled_events((pruning.epochs,), config, epochs)[0]
+            )
+        return pruning
+
+    def _scaled_events(
+        self, layers: tuple[tuple[int, ...], ...], config: Config, epochs: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Event epochs in proportion; layers that start one after the other still do.
+
+        The earliest layer's first event scales, but for the warm-up; the others keep their
+        distance to it. From there to the end of training all epochs shrink by one factor. Events
+        that fall on the same epoch become one.
+        """
+        starts = [events[0] for events in layers]
+        lead = min(starts)
+        scaled_lead = max(round(lead * epochs / config.epochs), min(lead, self.warmup))
+        late = max(starts)
+        scaled_late = scaled_lead + late - lead
+        factor = (epochs - 1 - scaled_late) / (config.epochs - 1 - late)
+        if factor <= 0:
+            raise ValueError(f"{epochs} epochs are too few for the schedule of {config.title}")
+        return tuple(
+            tuple(sorted({scaled_lead + e[0] - lead + round((i - e[0]) * factor) for i in e}))
+            for e in layers
+        )
+
+
+CIFAR_IMAGES = (50_000, 10_000)
+
+
+def _scaled_noise(config: Config, profile: Profile) -> Noise:
+    """Noise for as many training batches as make the same part of an epoch (at least one)."""
+    noise = config.noise
+    batches = training_batches(noise, config.batch, *CIFAR_IMAGES)
+    images = (
+        profile.train_per_class * 10 if profile.train_per_class else CIFAR_IMAGES[0],
+        profile.test_per_class * 10 if profile.test_per_class else CIFAR_IMAGES[1],
+    )
+    share = math.ceil(images[0] / config.batch) / math.ceil(CIFAR_IMAGES[0] / config.batch)
+    scaled = max(1, round(batches * share)) if batches else 0
+    return noise_for(noise.kind, scaled, config.batch, *images, noise.evaluation_batch)
+
+
+def noise_for(
+    kind: str,
+    batches: int,
+    batch: int = 128,
+    train_images: int = CIFAR_IMAGES[0],
+    test_images: int = CIFAR_IMAGES[1],
+    evaluation_batch: int = 128,
+) -> Noise:
+    """Noise that lasts for `batches` training batches from the event on.
+
+    Passes are counted as in the paper: the evaluation after the event, then each epoch's training
+    batches and its two evaluations. With no training batch, zeroing and Gaussian noise act on
+    the first pass only.
+    """
+    if batches == 0:
+        return Noise(kind, 0, evaluation_batch)
+    an_epoch = math.ceil(train_images / batch)
+    evaluation = math.ceil(test_images / evaluation_batch)
+    whole = (batches - 1) // an_epoch
+    passes = evaluation + batches + whole * 2 * evaluation
+    # Zeroing and Gaussian noise act on N + 1 passes, restored zeroing on N.
+    return Noise(kind, passes - (kind != "restored"), evaluation_batch)
+
+
+def training_batches(noise: Noise, batch: int, train_images: int, test_images: int) -> int:
+    """How many training batches noise lasts for: the inverse of `noise_for`."""
+    if noise.passes == 0:
+        return 0
+    an_epoch = math.ceil(train_images / batch)
+    evaluation = math.ceil(test_images / noise.evaluation_batch)
+    left = noise.passes + (noise.kind != "restored") - evaluation
+    whole, rest = divmod(left, an_epoch + 2 * evaluation)
+    return whole * an_epoch + min(rest, an_epoch)
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "smoke",
+            data="digits",
+            train_per_class=20,
+            test_per_class=10,
+            epochs=12,
+            widths={
+                "vgg11_bn": 1 / 16,
+                "resnet18": 1 / 16,
+                "resnet20": 0.5,
+                "resnet56": 0.5,
+                "conv4": 1 / 8,
+            },
+            seeds=2,
+            warmup=1,
+        ),
+        Profile(
+            "demo",
+            data="digits",
+            train_per_class=30,
+            test_per_class=30,
+            epochs=24,
+            widths={
+                "vgg11_bn": 1 / 8,
+                "resnet18": 1 / 16,
+                "resnet20": 0.5,
+                "resnet56": 0.5,
+                "conv4": 1 / 4,
+            },
+            seeds=3,
+            warmup=3,
+        ),
+        Profile(
+            "small",
+            data="cifar10",
+            train_per_class=1000,
+            epochs=40,
+            widths={
+                "vgg11_bn": 1 / 4,
+                "resnet18": 1 / 4,
+                "resnet20": 0.5,
+                "resnet56": 0.5,
+                "conv4": 1.0,
+            },
+            seeds=3,
+            warmup=3,
+        ),
+        Profile("paper"),
+    )
+}
+
+ADAM = Config(optimizer="adam", learning_rate=0.001, milestones=(150, 300), epochs=325)
+SGD = Config(
+    optimizer="sgd",
+    learning_rate=0.1,
+    momentum=0.9,
+    weight_decay=0.0001,
+    milestones=(83, 125),
+    epochs=165,
+    augment=True,
+)
+VGG11 = ADAM.with_(model="vgg11_bn")
+RESNET18 = ADAM.with_(model="resnet18")
+
+VGG_FRACTIONS = (0.3, 0.3, 0.3, 0.9)
+VGG_FIRST, VGG_LAST = (3, 4, 5, 6), (150, 150, 150, 275)
+RESNET_FRACTIONS = (0.25, 0.4, 0.25, 0.95)
+RESNET_FIRST, RESNET_LAST = (7, 8, 9, 10), (150, 150, 170, 275)
+
+NO_PRUNING, SCRATCH = "No Pruning", "Scratch"
+METHODS = {"smallest": "Prune_S", "random": "Prune_R", "largest": "Prune_L"}
+
+
+def _filters(
+    fractions: Iterable[float],
+    first: Iterable[int],
+    last: Iterable[int],
+    period: int,
+    target: str,
+    score: str,
+    norm: bool = True,
+) -> FilterPruning:
+    epochs = tuple(schedule(a, b, period) for a, b in zip(first, last, strict=True))
+    return FilterPruning(tuple(fractions), epochs, score, target, norm=norm)
+
+
+def _vgg(target: str, period: int, score: str = "l2", norm: bool = True) -> Setting:
+    pruning = _filters(VGG_FRACTIONS, VGG_FIRST, VGG_LAST, period, target, score, norm)
+    return Setting("VGG11", METHODS[target], VGG11.with_(pruning=pruning))
+
+
+def _resnet18(
+    target: str,
+    period: int,
+    score: str = "activation",
+    fractions: tuple[float, ...] = RESNET_FRACTIONS,
+    first: tuple[int, ...] = RESNET_FIRST,
+) -> Setting:
+    pruning = _filters(fractions, first, RESNET_LAST, period, target, score)
+    return Setting("ResNet18", METHODS[target], RESNET18.with_(pruning=pruning))
+
+
+VGG_NO_PRUNING = Setting("VGG11", NO_PRUNING, VGG11)
+RESNET_NO_PRUNING = Setting("ResNet18", NO_PRUNING, RESNET18)
+VGG_SCRATCH = Setting(
+    "VGG11", SCRATCH, VGG11.with_(pruning=FilterPruning(VGG_FRACTIONS, scratch=True))
+)
+
+FIGURE_2_VGG = (
+    VGG_NO_PRUNING,
+    _vgg("smallest", 4),
+    _vgg("smallest", 40),
+    _vgg("random", 40),
+    _vgg("largest", 40),
+    VGG_SCRATCH,
+)
+FIGURE_2_RESNET = (
+    RESNET_NO_PRUNING,
+    _resnet18("smallest", 4),
+    _resnet18("smallest", 40),
+    _resnet18("largest", 40),
+)
+
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        Figure(
+            "figure-1",
+            "What instability is: test accuracy before and after each pruning event",
+            seeds=1,
+            settings=(_vgg("largest", 40),),
+            notebook=f"{TRADEOFF}/figure-1",
+        ),
+        Figure(
+            "figure-2",
+            "Less stable pruning, better generalization",
+            seeds=10,
+            settings=FIGURE_2_VGG + FIGURE_2_RESNET,
+            notebook=f"{TRADEOFF}/figure-2",
+        ),
+    )
+}
+
+
+def figure(name: str) -> Figure:
+    """The figure of that name; ValueError with the valid names where there is none."""
+    if name not in FIGURES:
+        raise ValueError(f"unknown figure {name!r}: one of {', '.join(FIGURES)}")
+    return FIGURES[name]
+
+
+def profile(name: str) -> Profile:
+    """The profile of that name; ValueError with the valid names where there is none."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def plan(
+    name: str, profile_name: str, data: str | None = None, seeds: int | None = None
+) -> pd.DataFrame:
+    """The runs of a figure, one row each.
+
+    data: a data set in place of the profile's. seeds: how many, in place of the profile's.
+    Columns: network, method, label (method and its iterative rate), rate (percent an event, NaN
+    where nothing is pruned in training), seed, run (the identity) and config.
+    """
+    shown, scale = figure(name), profile(profile_name)
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    count = seeds or min(scale.seeds or shown.seeds, shown.seeds)
+    rows = []
+    for setting in shown.settings:
+        config = scale.scale(setting.config, data)
+        rate = pruning_rate(config)
+        for seed in range(count):
+            seeded = config.with_(seed=seed)
+            rows.append(
+                {
+                    "network": setting.network,
+                    "method": setting.method,
+                    "label": label(setting.method, rate),
+                    "rate": rate,
+                    "seed": seed,
+                    "run": seeded.identity,
+                    "config": seeded,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def pruning_rate(config: Config) -> float:
+    """Iterative pruning rate in percent, NaN where nothing is pruned in training."""
+    pruning = config.pruning
+    if pruning is None or (isinstance(pruning, FilterPruning) and pruning.scratch):
+        return math.nan
+    return pruning.rate
+
+
+def label(method: str, rate: float) -> str:
+    """A setting's name in a legend: "Prune_S 13%"."""
+    return method if math.isnan(rate) else f"{method} {rate:.0f}%"
+
+
+def table(name: str, profile_name: str, data: str | None = None) -> pd.DataFrame:
+    """Every setting of a figure, at the paper's scale and at the profile's, side by side.
+
+    One row a setting; the columns have two levels, "paper" and the profile's name.
+    """
+    shown, scale = figure(name), profile(profile_name)
+    count = min(scale.seeds or shown.seeds, shown.seeds)
+    columns = {
+        "paper": [_described(s.config, shown.seeds) for s in shown.settings],
+        profile_name: [_described(scale.scale(s.config, data), count) for s in shown.settings],
+    }
+    index = pd.MultiIndex.from_tuples(
+        [(s.network, label(s.method, pruning_rate(s.config))) for s in shown.settings],
+        names=["network", "setting"],
+    )
+    frames = {side: pd.DataFrame(rows, index=index) for side, rows in columns.items()}
+    return (
+        pd.concat(frames, axis=1)
+        .swaplevel(axis=1)
+        .sort_index(axis=1, level=0, sort_remaining=False)
+    )
+
+
+def _described(config: Config, seeds: int) -> dict[str, object]:
+    """A configuration in the words of the papers."""
+    pruning = config.pruning
+    described = {
+        "data": config.data,
+        "training images": (config.train_per_class or 0) * 10 or "all",
+        "network": config.model,
+        "width": config.width,
+        "optimizer": config.optimizer,
+        "learning rate": config.learning_rate,
+        "epochs": config.epochs,
+        "milestones": ", ".join(map(str, config.milestones)),
+        "seeds": seeds,
+    }
+    if pruning is None:
+        return described
+    events = pruning.epochs if isinstance(pruning, FilterPruning) else (pruning.epochs,)
+    described["target"] = pruning.target
+    described["fractions"] = ", ".join(f"{f:g}" for f in pruning.fractions)
+    if isinstance(pruning, FilterPruning):
+        described["score"] = pruning.score
+        described["event epochs"] = "before training" if pruning.scratch else _spans(events)
+    else:
+        described["event epochs"] = _spans(events)
+    described["rate (% an event)"] = round(pruning.rate, 2)
+    return described
+
+
+def _spans(layers: tuple[tuple[int, ...], ...]) -> str:
+    """Event epochs by layer, briefly: first to last (events)."""
+    return "; ".join(f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in layers)

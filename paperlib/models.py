@@ -1,0 +1,262 @@
+"""The networks of both papers, each with a `width`: a factor on the number of filters.
+
+At `width=1` architecture, initialisation and order of parameters are those of the papers (arXiv
+1906.03728 and, for `conv4`, arXiv 1805.01930). Images are (N, C, 32, 32), logits (N, num_classes).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POOL = "M"
+VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
+VGG19 = (64, 64, POOL, 128, 128, POOL, *[256] * 4, POOL, *[512] * 4, POOL, *[512] * 4, POOL)
+
+
+def scaled(filters: int, width: float) -> int:
+    """`filters` times `width`, rounded, at least 1."""
+    return max(1, round(filters * width))
+
+
+class ResidualSum(nn.Module):
+    """`branch + shortcut`; where a filter of the branch is pruned the shortcut adds nothing to it.
+
+    A residual block that adds with this module can be pruned, and its sum observed, from outside
+    (arXiv 1906.03728). `keep` is None, or (filters, 1, 1) with 1 where the filter is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keep", None)
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        if self.keep is None:
+            return branch + shortcut
+        return torch.addcmul(branch, shortcut, self.keep)
+
+
+class Subsample(nn.Module):
+    """Every `stride`-th pixel."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
+
+
+class PadChannels(nn.Module):
+    """Zero channels on both sides."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        before = (outputs - inputs) // 2
+        self.padding = (0, 0, 0, 0, before, outputs - inputs - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.padding)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm, and a shortcut around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, projection: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        if stride == 1 and inputs == outputs:
+            self.shortcut = nn.Identity()
+        elif projection:
+            # A 1x1 convolution of stride 2, written so because oneDNN crashes in the backward pass
+            # of one with 4 channels, channels last.
+            self.shortcut = nn.Sequential(
+                Subsample(stride),
+                nn.Conv2d(inputs, outputs, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
+        else:
+            self.shortcut = nn.Sequential(Subsample(stride), PadChannels(inputs, outputs))
+        self.sum = ResidualSum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(self.sum(out, self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet: 3x3 stem without pooling, stages of `BasicBlock`, average pool, dense."""
+
+    def __init__(
+        self,
+        blocks: int,
+        filters: tuple[int, ...],
+        projection: bool,
+        num_classes: int,
+        in_channels: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, filters[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(filters[0])
+        stages, inputs = [], filters[0]
+        for stage, outputs in enumerate(filters):
+            strides = [1 if stage == 0 else 2] + [1] * (blocks - 1)
+            for stride in strides:
+                stages.append(BasicBlock(inputs, outputs, stride, projection))
+                inputs = outputs
+        self.blocks = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.dropout(out.mean(dim=(2, 3))))
+
+
+class VGG(nn.Module):
+    """VGG with batch norm: 3x3 convolutions with bias, max pools between them, then `head`."""
+
+    def __init__(self, layout: tuple, in_channels: int, head: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        layers, inputs = [], in_channels
+        for item in layout:
+            if item == POOL:
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(inputs, item, 3, padding=1), nn.BatchNorm2d(item), nn.ReLU()]
+                inputs = item
+        self.features = nn.Sequential(*layers)
+        self.classifier = head(inputs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
+class Conv4(nn.Module):
+    """Four 3x3 convolutions and a dense layer of 512, without batch norm (arXiv 1805.01930)."""
+
+    def __init__(
+        self,
+        filters: int,
+        dense: int,
+        num_classes: int,
+        in_channels: int,
+        dropout: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        after_pool, after_dense = dropout
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, filters, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(filters, filters, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout(after_pool),
+            nn.Conv2d(filters, 2 * filters, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * filters, 2 * filters, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout(after_pool),
+            nn.Flatten(),
+        )
+        self.dense = nn.Linear(2 * filters * 6 * 6, dense)
+        self.dropout = nn.Dropout(after_dense)
+        self.fc = nn.Linear(dense, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(F.relu(self.dense(self.features(x)))))
+
+
+def conv4(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    return Conv4(scaled(32, width), scaled(512, width), num_classes, in_channels, dropout)
+
+
+def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    def head(inputs: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(dropout[1]), nn.Linear(inputs, num_classes))
+
+    return VGG(_widened(VGG11, width), in_channels, head)
+
+
+def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    """torchvision's layout, names and initialisation, so that its pretrained weights load."""
+    model = VGG(_widened(VGG19, width), in_channels, lambda inputs: nn.Identity())
+    dense = scaled(4096, width)
+    model.features.append(nn.AdaptiveAvgPool2d(7)).append(nn.Flatten())
+    model.classifier = nn.Sequential(
+        nn.Linear(scaled(512, width) * 49, dense),
+        nn.ReLU(),
+        nn.Dropout(dropout[1]),
+        nn.Linear(dense, dense),
+        nn.ReLU(),
+        nn.Dropout(dropout[1]),
+        nn.Linear(dense, num_classes),
+    )
+    for module in model.classifier:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def resnet18(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    filters = tuple(scaled(n, width) for n in (64, 128, 256, 512))
+    return ResNet(2, filters, True, num_classes, in_channels, dropout[1])
+
+
+def resnet20(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    return _thin_resnet(3, num_classes, in_channels, width, dropout)
+
+
+def resnet56(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    return _thin_resnet(9, num_classes, in_channels, width, dropout)
+
+
+def _thin_resnet(blocks: int, num_classes: int, in_channels: int, width: float, dropout: tuple):
+    filters = tuple(scaled(n, width) for n in (16, 32, 64))
+    model = ResNet(blocks, filters, False, num_classes, in_channels, dropout[1])
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
+def _widened(layout: tuple, width: float) -> tuple:
+    return tuple(item if item == POOL else scaled(item, width) for item in layout)
+
+
+MODELS = {f.__name__: f for f in (conv4, vgg11_bn, vgg19_bn, resnet18, resnet20, resnet56)}
+
+
+def build(
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    dropout: float | tuple[float, float] = 0.0,
+) -> nn.Module:
+    """A freshly initialised network; its weights are drawn from torch's global generator.
+
+    name: one of `MODELS`. width: factor on every layer's filters (and on dense layers between).
+    dropout: the rate, or for `conv4` a pair (after each pool, after the dense layer); in the other
+    networks it acts before the dense layers only. Raises ValueError on a value outside its range.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
+    if not width > 0:
+        raise ValueError(f"width must be positive, got {width}")
+    rates = (dropout, dropout) if isinstance(dropout, int | float) else tuple(dropout)
+    if len(rates) != 2 or not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"dropout must be a rate in [0, 1), or a pair of them, got {dropout!r}")
+    return MODELS[name](num_classes, in_channels, width, rates)

@@ -1,0 +1,303 @@
+"""One run, from a configuration to its record: the one training loop.
+
+Everything random comes from a named stream of the seed, one a purpose and epoch: settings that
+share a seed share their initial weights, order of images and augmentation, and can be compared in
+pairs. All streams are drawn on the CPU, so every device sees the same.
+"""
+
+import hashlib
+import importlib
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paperlib import data, models
+from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.pruning import FilterPruner, WeightPruner
+from paperlib.runs import RunRecord, Store
+
+EVALUATION_BATCH = 500
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message names it and the epoch."""
+
+
+def stream(seed: int, name: str, epoch: int = 0) -> int:
+    """The seed of one named stream of randomness."""
+    digest = hashlib.sha256(f"{seed}/{name}/{epoch}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def generator(seed: int, name: str, epoch: int = 0) -> torch.Generator:
+    """A CPU generator at the start of one named stream."""
+    return torch.Generator().manual_seed(stream(seed, name, epoch))
+
+
+@contextmanager
+def seeded(seed: int, name: str, epoch: int = 0):
+    """torch's global generators at the start of a named stream, and afterwards as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(stream(seed, name, epoch))
+        yield
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto" is the first there is of cuda, mps, cpu. Raises ValueError where it is not there."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(there[0])
+    if name not in there:
+        raise ValueError(f"no device {name!r} here: one of auto, {', '.join(there)}")
+    return torch.device(name)
+
+
+def build(config: Config, dataset: data.Dataset) -> nn.Module:
+    """The run's network, with the initial weights of its seed."""
+    classes, channels = len(dataset.classes), dataset.train_images.shape[1]
+    with seeded(config.seed, "weights"):
+        if ":" in config.model:
+            return resolve(config.model)(num_classes=classes, in_channels=channels)
+        return models.build(config.model, classes, channels, config.width, config.dropout)
+
+
+def resolve(spec: str) -> Callable:
+    """The object that "package.module:name" names."""
+    module, _, name = spec.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot find {spec!r}: {error}") from error
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """Adam or SGD over all parameters, fused."""
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
+    return torch.optim.Adam(model.parameters(), **common)
+
+
+def make_pruner(config: Config, model: nn.Module) -> FilterPruner | WeightPruner | None:
+    """The run's pruner, or None where nothing is pruned."""
+    p = config.pruning
+    chance = torch.Generator()
+    if isinstance(p, FilterPruning):
+        score = resolve(p.score) if ":" in p.score else p.score
+        return FilterPruner(model, p.fractions, score, p.target, p.layers, chance, p.norm)
+    if isinstance(p, WeightPruning):
+        return WeightPruner(model, p.layers, p.fractions, p.target, p.schedule, p.mu, chance)
+    return None
+
+
+def evaluate(model: nn.Module, batches: data.Batches, autocast, size: int) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (percent) in evaluation mode, batches of `size`."""
+    model.eval()
+    loss, correct, images = 0.0, 0, 0
+    with torch.inference_mode(), autocast():
+        for x, y in batches.evaluation(size):
+            logits = model(x).float()
+            loss += F.cross_entropy(logits, y, reduction="sum")
+            correct += (logits.argmax(1) == y).sum()
+            images += len(y)
+    model.train()
+    return float(loss) / images, 100 * float(correct) / images
+
+
+def train_epoch(
+    model: nn.Module, batches: data.Batches, optimizer, hold, autocast, order, augment
+) -> tuple[float, float]:
+    """One pass over the training images; returns mean loss and accuracy (percent) along it.
+
+    hold: called after each step. order, augment: CPU generators. Nothing in the loop waits for
+    the device.
+    """
+    model.train()
+    loss_sum, correct, images = 0.0, 0, 0
+    for x, y in batches.epoch(order, augment):
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        hold()
+        loss_sum += loss.detach() * len(y)
+        correct += (logits.detach().argmax(1) == y).sum()
+        images += len(y)
+    return float(loss_sum) / images, 100 * float(correct) / images
+
+
+@dataclass
+class Moment:
+    """The end of an epoch, as `run` shows it to a callback: the row so far and the network."""
+
+    epoch: int
+    row: dict[str, float]
+    model: nn.Module
+    pruner: FilterPruner | WeightPruner | None
+    test: data.Batches
+    config: Config
+
+
+def run(
+    config: Config,
+    store: Store | None = None,
+    device: str = "auto",
+    callback: Callable[[Moment], dict[str, np.ndarray] | None] | None = None,
+) -> RunRecord:
+    """Train, prune and measure one network as `config` says; or return the store's record of it.
+
+    store: where the record is looked up and written; None keeps nothing. callback: called at the
+    end of each epoch with a `Moment`; arrays it returns are kept in the record. It must leave the
+    network and torch's generators as they are.
+
+    Raises ConfigError, PruningError, DataError or ValueError on what cannot be run, before any
+    training, and TrainingError where the loss stops being finite (the store then notes the
+    failure).
+    """
+    if store is not None and config.identity in store:
+        return store.read(config.identity)
+    where = choose_device(device)
+    if store is not None:
+        store.check_writable()
+    dataset = data.load(config.data, root=None if store is None else store.path / "data")
+    # One subset for all seeds: what differs between seeds is the network, not the task.
+    dataset = dataset.subset(config.train_per_class, config.test_per_class)
+    try:
+        record = _run(config, dataset, where, callback)
+    except (TrainingError, torch.OutOfMemoryError) as error:
+        if store is not None:
+            store.fail(config, error)
+        raise
+    if store is not None:
+        store.write(record)
+    return record
+
+
+def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) -> RunRecord:
+    channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
+    model = build(config, dataset).to(device, memory_format=channels_last)
+    pruner = make_pruner(config, model)
+    hold = pruner.hold if pruner is not None else lambda: None
+    optimizer = make_optimizer(config, model)
+    train = data.Batches(
+        dataset.train_images,
+        dataset.train_labels,
+        dataset.mean,
+        dataset.std,
+        device,
+        config.batch,
+        config.augment,
+    )
+    test = data.Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
+    evaluation_batch = EVALUATION_BATCH
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+    events = Events(config.pruning)
+    rows, arrays = [], {}
+    trained = 0
+    for epoch in range(config.epochs):
+        start = time.perf_counter()
+        learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        takes_event_only = epoch == 0 and events.scratch
+        train_loss = train_accuracy = math.nan
+        if not takes_event_only:
+            order = generator(config.seed, "order", epoch)
+            augment = generator(config.seed, "augmentation", epoch)
+            with seeded(config.seed, "dropout", epoch):
+                train_loss, train_accuracy = train_epoch(
+                    model, train, optimizer, hold, autocast, order, augment
+                )
+            trained += 1
+            if not math.isfinite(train_loss):
+                raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
+        test_loss, pre = evaluate(model, test, autocast, evaluation_batch)
+        removed, post = 0, pre
+        if events.at(epoch):
+            pruner.generator.manual_seed(stream(config.seed, "filters", epoch))
+            removed = pruner.prune(*events.at(epoch))
+            if removed:
+                test_loss, post = evaluate(model, test, autocast, evaluation_batch)
+        row = {
+            "epoch": epoch,
+            "trained": not takes_event_only,
+            "learning_rate": learning_rate,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "pre": pre,
+            "post": post,
+            "removed": removed,
+        }
+        if callback is not None:
+            arrays |= callback(Moment(epoch, row, model, pruner, test, config)) or {}
+        rows.append(row | {"seconds": time.perf_counter() - start})
+    return RunRecord(config, pd.DataFrame(rows), arrays, provenance(device))
+
+
+class Events:
+    """A run's events by epoch, in the form the pruners take."""
+
+    def __init__(self, pruning: FilterPruning | WeightPruning | None) -> None:
+        self.scratch = isinstance(pruning, FilterPruning) and pruning.scratch
+        self._at: dict[int, tuple] = {}
+        if self.scratch:
+            self._at[0] = (1, 1)
+        elif isinstance(pruning, FilterPruning):
+            counts = [len(epochs) for epochs in pruning.epochs]
+            for epoch in sorted({e for epochs in pruning.epochs for e in epochs}):
+                event = [es.index(epoch) + 1 if epoch in es else None for es in pruning.epochs]
+                self._at[epoch] = (event, counts)
+        elif pruning is not None:
+            for i, epoch in enumerate(pruning.epochs):
+                self._at[epoch] = (i + 1, len(pruning.epochs))
+
+    def at(self, epoch: int) -> tuple | None:
+        """(event, events) at the end of this epoch, or None."""
+        return self._at.get(epoch)
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Where a record comes from."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "device": device.type,
+        "processor": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "paperlib": version("paperlib"),
+        "commit": commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

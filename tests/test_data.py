@@ -1,0 +1,526 @@
+"""Data sets, batches and augmentation, against the plainest way to do the same."""
+
+import hashlib
+import io
+import shutil
+import tarfile
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from paperlib import data
+from paperlib.data import Batches, DataError, Dataset
+
+ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
+HALVES = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(count: int, size: int = 32) -> torch.Tensor:
+    return torch.randint(256, (count, 3, size, size), generator=generator(0)).byte()
+
+
+def same(a: Dataset, b: Dataset) -> bool:
+    tensors = all(torch.equal(getattr(a, half), getattr(b, half)) for half in HALVES)
+    return tensors and (a.classes, a.mean, a.std) == (b.classes, b.mean, b.std)
+
+
+def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
+    pixels = np.random.default_rng(value).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def few_files() -> dict[str, bytes]:
+    """Two classes, 3 training images and 2 test images of each."""
+    names = [
+        f"{split}/{label}/{i}.png"
+        for split, count in (("test", 2), ("train", 3))
+        for label in ("dog", "cat")
+        for i in range(count)
+    ]
+    return {name: png(i) for i, name in enumerate(names)}
+
+
+def write(path: Path, files: dict[str, bytes]) -> Path:
+    """`files` as a folder, a .zip or a .tar, whatever the name says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    elif ".tar" in path.name or path.suffix == ".tgz":
+        compression = {".tar": "", ".xz": "xz"}.get(path.suffix, "gz")
+        with tarfile.open(path, f"w:{compression}") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    return path
+
+
+def load(path: Path, root: Path) -> Dataset:
+    return data.load(f"images:{path}", root)
+
+
+# Data sets
+
+
+def test_digits(tmp_path):
+    digits = data.load("digits", tmp_path)
+    assert digits.train_images.shape == (1000, 3, 32, 32)
+    assert digits.test_images.shape == (797, 3, 32, 32)
+    assert digits.train_labels.bincount().tolist() == [100] * 10
+    assert len(digits.classes) == 10
+    assert digits.test_labels.bincount().min() >= 74
+    images = digits.train_images.double() / 255
+    assert torch.allclose(images.mean((0, 2, 3)), torch.tensor(digits.mean).double())
+    expected = images.std((0, 2, 3), correction=0)
+    assert torch.allclose(expected, torch.tensor(digits.std).double())
+    assert same(digits, data.load("digits", tmp_path))
+    everything = torch.cat([digits.train_images, digits.test_images])[:, 0].flatten(1)
+    assert len(everything.unique(dim=0)) == 1797  # no test image is a training image
+    assert not list(tmp_path.iterdir())
+
+
+def test_subset_is_balanced_nested_and_seeded(tmp_path):
+    digits = data.load("digits", tmp_path)
+    numbered = Dataset(  # so that an image can be told by its first pixels
+        "numbered",
+        *(torch.arange(1000).view(-1, 1, 1, 1).view(torch.uint8), digits.train_labels),
+        *(torch.arange(797).view(-1, 1, 1, 1).view(torch.uint8), digits.test_labels),
+        *(digits.classes, (0.0,), (1.0,)),
+    )
+
+    def members(dataset: Dataset) -> list[int]:
+        return dataset.train_images.view(torch.int64).flatten().tolist()
+
+    small, large = (numbered.subset(n, 5, seed=3) for n in (10, 40))
+    assert small.train_labels.bincount().tolist() == [10] * 10
+    assert small.test_labels.bincount().tolist() == [5] * 10
+    assert set(members(small)) < set(members(large))
+    assert torch.equal(small.train_labels, digits.train_labels[members(small)])
+    assert members(numbered.subset(10, seed=3)) == members(small)
+    assert members(numbered.subset(10, seed=4)) != members(small)
+    assert torch.equal(numbered.subset(10).test_images, numbered.test_images)
+    with pytest.raises(DataError, match=r"101 training images per class: class '0' has 100"):
+        numbered.subset(101)
+    with pytest.raises(DataError, match=r"75 test images per class: class '8' has 74"):
+        numbered.subset(test_per_class=75)
+    with pytest.raises(DataError, match="0 training"):
+        numbered.subset(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_images": torch.zeros(2, 3, 4, 4)}, "train images are torch.float32"),
+        ({"test_labels": torch.zeros(2, dtype=torch.int32)}, "test labels are torch.int32"),
+        ({"test_labels": torch.zeros(3, dtype=torch.int64)}, r"test labels are .* \(3,\)"),
+        ({"train_labels": torch.tensor([0, 1])}, r"not in 0\.\.0"),
+        ({"test_images": torch.zeros(2, 3, 4, 5).byte()}, "differ in shape"),
+        ({"mean": (0.5,)}, "each channel"),
+    ],
+)
+def test_dataset_of_wrong_tensors(change, message):
+    images, labels = torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).long()
+    right = dict(zip(HALVES, 2 * (images, labels), strict=True))
+    right |= {"name": "mine", "classes": ("a",), "mean": 3 * (0.0,), "std": 3 * (1.0,)}
+    Dataset(**right)
+    with pytest.raises(DataError, match=message):
+        Dataset(**right | change)
+
+
+@pytest.mark.parametrize("spec", ["cifar", "images", "images:", "digits:8", ""])
+def test_unknown_data_set(spec, tmp_path):
+    with pytest.raises(
+        DataError, match=rf"{spec!r}; there are: digits, cifar10, cifar100, images:"
+    ):
+        data.load(spec, tmp_path)
+
+
+# CIFAR
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A folder, and the address at which it is served."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    monkeypatch.setenv("no_proxy", "*")
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def fake_cifar(name: str, web: tuple[Path, str], monkeypatch) -> tuple[Path, np.ndarray]:
+    """An archive laid out like the real one, with 2 records a file; their pixels."""
+    cifar = data.CIFARS[name]
+    records = np.random.default_rng(0).integers(
+        256, size=(len(cifar.train) + 1, 2, cifar.label_bytes + 3072), dtype=np.uint8
+    )
+    records[..., : cifar.label_bytes] = 7  # the coarse label
+    records[..., cifar.label_bytes - 1] = (0, 1)
+    files = zip((*cifar.train, *cifar.test), records, strict=True)
+    content = {f"top/{file}": part.tobytes() for file, part in files}
+    content[f"top/{cifar.names}"] = b"apple\nbear\n\n"
+    archive = write(web[0] / cifar.url.rsplit("/", 1)[-1], content)
+    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+    fake = data.replace(cifar, url=f"{web[1]}/{archive.name}", md5=md5)
+    monkeypatch.setitem(data.CIFARS, name, fake)
+    return archive, records[..., cifar.label_bytes :].reshape(-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_downloaded_once_and_read(name, web, tmp_path, monkeypatch):
+    archive, pixels = fake_cifar(name, web, monkeypatch)
+    root = tmp_path / "root"
+    first = data.load(name, root)
+    archive.unlink()
+    assert same(first, data.load(name, root))
+    count = len(pixels) - 2
+    assert first.classes == ("apple", "bear")
+    assert np.array_equal(first.train_images.numpy(), pixels[:count])
+    assert np.array_equal(first.test_images.numpy(), pixels[count:])
+    assert first.train_labels.tolist() == [0, 1] * (count // 2)
+    assert first.mean == data.CIFARS[name].mean
+
+
+def test_cifar_without_a_network_or_damaged(web, tmp_path, monkeypatch):
+    archive, _ = fake_cifar("cifar10", web, monkeypatch)
+    archive.write_bytes(archive.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cifar10 could not be downloaded") as damaged:
+        data.load("cifar10", tmp_path / "root")
+    archive.unlink()
+    with pytest.raises(DataError, match="cifar10 could not be downloaded") as missing:
+        data.load("cifar10", tmp_path / "elsewhere")
+    for error in (damaged, missing):
+        assert "digits, or images:PATH" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# Images from folders and archives
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.xz"])
+@pytest.mark.parametrize("top", ["", "images/", "./"])
+def test_folder_and_archives_are_the_same(name, top, tmp_path):
+    files = few_files()
+    expected = load(write(tmp_path / "folder", files), tmp_path / "root")
+    noise = {"README.md": b"", "__MACOSX/train/cat/9.png": b"", "train/cat/._0.png": b""}
+    noise |= {"train/.DS_Store": b"", "train/cat/list.txt": b"", ".git/x.png": b""}
+    content = {top + file: content for file, content in (files | noise).items()}
+    found = load(write(tmp_path / name, content), tmp_path / "root")
+    assert same(found, expected)
+    assert found.classes == ("cat", "dog")
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.test_labels.tolist() == [0, 0, 1, 1]
+    for image, path in zip(found.train_images[3:], ("0", "1", "2"), strict=True):
+        with Image.open(io.BytesIO(files[f"train/dog/{path}.png"])) as file:
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(file))
+    assert found.mean == pytest.approx((found.train_images / 255).mean((0, 2, 3)).tolist())
+
+
+def test_classes_of_cifar10_get_its_constants(tmp_path):
+    classes = (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    )
+    files = {f"{split}/{name}/0.png": png() for split in ("train", "test") for name in classes}
+    found = load(write(tmp_path / "a.zip", files), tmp_path)
+    assert found.mean == (0.4914, 0.4822, 0.4465)
+    assert found.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
+    decode, calls = data.decode_image, []
+    monkeypatch.setattr(data, "decode_image", lambda *a: calls.append(a[1]) or decode(*a))
+    files, root = few_files(), tmp_path / "root"
+    for path in (tmp_path / "a.zip", tmp_path / "folder"):
+        first = load(write(path, files), root)
+        assert len(calls) == 10
+        assert same(first, load(path, root))
+        assert len(calls) == 10
+        changed = files | {"train/cat/0.png": png(99, (4, 4))}
+        assert not same(first, load(write(path, changed), root))
+        assert len(calls) == 20
+        calls.clear()
+    assert not list(root.glob("*.part"))
+
+
+def test_cache_never_half_written(tmp_path, monkeypatch):
+    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
+
+    def disk_full(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_file", disk_full)
+        with pytest.raises(OSError, match="no space left"):
+            load(path, root)
+    assert [file.suffix for file in root.iterdir()] in ([], [".lock"])
+    load(path, root)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "other", "empty"])
+def test_damaged_cache_is_decoded_afresh(damage, tmp_path, recwarn):
+    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
+    first = load(path, root)
+    (cache,) = root.glob("*.safetensors")
+    whole = cache.read_bytes()
+    damaged = {
+        "cut": whole[:-1],
+        "flip": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "other": b"something else altogether",
+        "empty": b"",
+    }
+    cache.unlink()  # the tensors of `first` may still be mapped from it
+    cache.write_bytes(damaged[damage])
+    with pytest.warns(UserWarning, match="is damaged .* decoded afresh") as warned:
+        assert same(first, load(path, root))
+    assert len(warned) == 1
+    assert same(first, load(path, root))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: {}, "holds no images"),
+        (lambda f: {"notes.txt": b""}, "holds no images"),
+        (lambda f: {k: v for k, v in f.items() if "test/" not in k}, "no images in test/"),
+        (lambda f: {k: v for k, v in f.items() if "train/" not in k}, "no images in train/"),
+        (
+            lambda f: {f"{i}/{k}": v for i in "ab" for k, v in f.items()},
+            "more than one folder: a, b",
+        ),
+        (lambda f: f | {"train/0.png": png()}, "train/0.png is not at train/CLASS/FILE"),
+        (lambda f: f | {"test/cow/0.png": png()}, "'cow' is in test/ but not in train/: cat, dog"),
+        (
+            lambda f: f | {"train/cat/wide.png": png(size=(5, 4))},
+            "mixed size: test/dog/0.png is 4x4, train/cat/wide.png is 5x4",
+        ),
+        (
+            lambda f: f | {"train/cat/bad.png": b"not an image"},
+            "train/cat/bad.png cannot be decoded",
+        ),
+        (lambda f: f | {"train/cat/bad.png": png()[:-30]}, "train/cat/bad.png cannot be decoded"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
+def test_bad_contents(change, message, name, tmp_path):
+    path = write(tmp_path / name, change(few_files()))
+    with pytest.raises(DataError, match=message) as error:
+        load(path, tmp_path / "root")
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "root").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.xz"])
+@pytest.mark.parametrize(
+    "outside", ["../evil.png", "train/../../evil.txt", "/tmp/evil.png", "C:\\evil", "a\\..\\b"]
+)
+def test_member_outside_is_refused_before_decoding(name, outside, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "decode_image", lambda *_: pytest.fail("decoded"))
+    path = write(tmp_path / name, few_files() | {outside: png()})
+    with pytest.raises(DataError, match="lies outside") as error:
+        load(path, tmp_path / "root")
+    assert repr(outside) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar"])
+def test_link_is_refused(name, tmp_path):
+    path = write(tmp_path / name, few_files())
+    if name == "folder":
+        (path / "train" / "cow").symlink_to(tmp_path, target_is_directory=True)
+    elif name == "a.zip":
+        link = zipfile.ZipInfo("train/cow")
+        link.external_attr = 0o120777 << 16
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(link, "/etc")
+    else:
+        link = tarfile.TarInfo("train/cow")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+        with tarfile.open(path, "a") as archive:
+            archive.addfile(link)
+    with pytest.raises(DataError, match="'train/cow' is a link"):
+        load(path, tmp_path / "root")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
+def test_truncated_archive(name, tmp_path):
+    whole = write(tmp_path / name, few_files()).read_bytes()
+    for share in (0, 0.1, 0.3, 0.45):
+        cut = tmp_path / f"cut-{share}{name[1:]}"
+        cut.write_bytes(whole[: int(share * len(whole)) // 512 * 512])  # between blocks of a .tar
+        with pytest.raises(DataError, match="truncated or damaged"):
+            load(cut, tmp_path / "root")
+
+
+def test_tar_cut_between_members_is_not_taken_for_whole(tmp_path):
+    whole = write(tmp_path / "a.tar", few_files())
+    with tarfile.open(whole) as archive:
+        end = archive.getmembers()[-1].offset
+    whole.write_bytes(whole.read_bytes()[:end])
+    with pytest.raises(DataError, match="breaks off after 9 members"):
+        load(whole, tmp_path / "root")
+
+
+def test_missing_and_foreign_paths(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.zip: no such file"):
+        load(tmp_path / "nowhere.zip", tmp_path)
+    (tmp_path / "a.rar").write_bytes(b"Rar!")
+    with pytest.raises(DataError, match=r"a\.rar: not a folder, \.zip, \.tar, "):
+        load(tmp_path / "a.rar", tmp_path)
+    (tmp_path / "a.zip").write_bytes(b"no zip at all")
+    with pytest.raises(DataError, match=r"a\.zip: cannot be read"):
+        load(tmp_path / "a.zip", tmp_path)
+
+
+@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE.name} is not beside the repository")
+def test_cifar10_as_jpeg(tmp_path):
+    found = load(ARCHIVE, tmp_path)
+    assert found.train_images.shape == (50_000, 3, 32, 32)
+    assert found.test_images.shape == (10_000, 3, 32, 32)
+    assert found.train_labels.bincount().tolist() == [5000] * 10
+    assert found.test_labels.bincount().tolist() == [1000] * 10
+    assert found.mean == data.CIFARS["cifar10"].mean
+    mean, std = data.measure(found.train_images)
+    assert mean == pytest.approx(found.mean, abs=1e-3)
+    # The paper's std is the mean of the images' own, below that of all pixels.
+    assert std == pytest.approx((0.247, 0.243, 0.262), abs=3e-3)
+    shutil.rmtree(tmp_path)  # 180 MB
+
+
+# Batches
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_normalisation_is_torchvisions(augment):
+    images, labels = random_images(10), torch.arange(10)
+    batches = Batches(images, labels, MEAN, STD, "cpu", size=4, augment=augment)
+    x, y = (torch.cat(parts) for parts in zip(*batches.evaluation(3), strict=True))
+    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    assert torch.allclose(x, usual(images), atol=1e-5)
+    assert torch.equal(y, labels)
+
+
+def test_epoch_is_every_image_once_in_the_order_drawn():
+    images, labels = random_images(10), torch.arange(10)
+    batches = Batches(images, labels, MEAN, STD, "cpu", size=4)
+    (expected,) = batches.evaluation(10)
+    found = list(batches.epoch(generator(5)))
+    assert len(found) == len(batches) == 3
+    assert [len(y) for _, y in found] == [4, 4, 2]
+    assert (
+        torch.cat([y for _, y in found]).tolist()
+        == torch.randperm(10, generator=generator(5)).tolist()
+    )
+    for x, y in found:
+        assert torch.equal(x, expected[0][y])
+
+
+@pytest.mark.parametrize("size", [32, 12])
+def test_augmentation_is_crop_then_flip_of_each_image(size):
+    images, labels = random_images(50, size), torch.arange(50)
+    batches = Batches(images, labels, MEAN, STD, "cpu", size=16, augment=True)
+    found = list(batches.epoch(generator(1), generator(2)))
+    drawn = generator(2)
+    corners = torch.randint(9, (50, 2), generator=drawn).tolist()
+    flips = torch.randint(2, (50,), generator=drawn).tolist()
+    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    order = torch.cat([y for _, y in found]).tolist()
+    for x, index, (top, left), flip in zip(
+        torch.cat([x for x, _ in found]), order, corners, flips, strict=True
+    ):
+        image = torch.zeros(3, size + 8, size + 8, dtype=torch.uint8)
+        image[:, 4:-4, 4:-4] = images[index]
+        image = image[:, top : top + size, left : left + size]
+        image = image.flip(2) if flip else image
+        assert torch.allclose(x, usual(image), atol=1e-5)
+    assert {0, 8} <= {corner for pair in corners for corner in pair}
+    assert 10 < sum(flips) < 40
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches_are_channels_last_and_typed(augment):
+    batches = Batches(random_images(8), torch.arange(8).int(), MEAN, STD, "cpu", 3, augment)
+    for x, y in [*batches.epoch(generator(0), generator(1)), *batches.evaluation(3)]:
+        assert x.dtype == torch.float32
+        assert x.shape[1:] == (3, 32, 32)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert y.dtype == torch.int64
+
+
+def test_same_generators_same_batches_whatever_else_is_drawn():
+    batches = Batches(random_images(20), torch.arange(20), MEAN, STD, "cpu", 8, augment=True)
+    order, augmentation = generator(1), generator(2)
+    first = batches.epoch(order, augmentation)
+    second = batches.epoch(order, augmentation)  # drawn now, though the first is yet to be used
+    torch.manual_seed(99)
+    order, augmentation = generator(1), generator(2)
+    epochs = [list(batches.epoch(order, augmentation)) for _ in range(2)]
+    for epoch, again in zip((first, second), epochs, strict=True):
+        for (x, y), (x2, y2) in zip(epoch, again, strict=True):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+    assert not torch.equal(epochs[0][0][1], epochs[1][0][1])
+    # The order does not depend on whether there is augmentation: settings compare in pairs.
+    plain = Batches(random_images(20), torch.arange(20), MEAN, STD, "cpu", 8)
+    assert torch.equal(next(plain.epoch(generator(1)))[1], epochs[0][0][1])
+
+
+def test_evaluation_is_repeatable_and_the_same_unkept(monkeypatch):
+    batches = Batches(random_images(9), torch.arange(9), MEAN, STD, "cpu", augment=True)
+    kept = [list(batches.evaluation(4)) for _ in range(2)]
+    batches._normalised = None
+    monkeypatch.setattr(data, "KEPT_BYTES", 0)
+    for first, second, third in zip(*kept, batches.evaluation(4), strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[0], third[0])
+    assert batches._normalised is None
+
+
+def test_batches_refuse_what_they_cannot_do():
+    images, labels = random_images(4), torch.arange(4)
+    with pytest.raises(ValueError, match="0 images"):
+        Batches(images, labels, MEAN, STD, "cpu", size=0)
+    with pytest.raises(ValueError, match="generator"):
+        Batches(images, labels, MEAN, STD, "cpu", augment=True).epoch(generator(0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_the_cpus_without_synchronising():
+    images, labels = random_images(50), torch.arange(50)
+    cpu, gpu = (Batches(images, labels, MEAN, STD, d, 16, augment=True) for d in ("cpu", "cuda"))
+    expected = list(cpu.epoch(generator(1), generator(2)))
+    epoch = gpu.epoch(generator(1), generator(2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(epoch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (x, y), (x2, y2) in zip(expected, found, strict=True):
+        assert torch.allclose(x, x2.cpu(), atol=1e-5)
+        assert torch.equal(y, y2.cpu())

@@ -153,8 +153,9 @@ class Config:
 
     data: what `data.load` takes. train_per_class, test_per_class: subsets, None for all. model:
     a name of `models.MODELS`, or "package.module:function". learning_rate is multiplied by 0.1 at
-    each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. precision:
-    "float32", or "bfloat16" for autocast.
+    each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. histograms:
+    whether batch norm's outputs are measured before and after training. precision: "float32", or
+    "bfloat16" for autocast.
     """
 
     data: str = "cifar10"
@@ -174,6 +175,7 @@ class Config:
     pruning: FilterPruning | WeightPruning | None = None
     noise: Noise | None = None
     flatness: Flatness | None = None
+    histograms: bool = False
     precision: str = "float32"
     seed: int = 0
 
@@ -226,18 +228,18 @@ class Config:
         return replace(self, **changes)
 
 
-_KINDS = {kind.__name__: kind for kind in (FilterPruning, WeightPruning, Noise, Flatness)}
+_TYPES = {kind.__name__: kind for kind in (FilterPruning, WeightPruning, Noise, Flatness)}
 
 
 def to_dict(config: Any) -> dict:
-    """Plain JSON types; fields at their default are left out, nested kinds named."""
+    """Plain JSON types; fields at their default are left out, nested types named."""
     out = {}
     for field in fields(config):
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        if type(value) in _KINDS.values():
-            value = {"kind": type(value).__name__, **to_dict(value)}
+        if type(value) in _TYPES.values():
+            value = {"type": type(value).__name__, **to_dict(value)}
         out[field.name] = value
     return out
 
@@ -253,7 +255,7 @@ def from_dict(content: Mapping) -> Config:
 def _nested(value: Any) -> Any:
     if isinstance(value, Mapping):
         content = dict(value)
-        return _KINDS[content.pop("kind")](**content)
+        return _TYPES[content.pop("type")](**content)
     return value
 
 

@@ -7,6 +7,7 @@ A figure is a tuple of settings at the paper's own scale; a profile turns each i
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pandas as pd
 
@@ -42,14 +43,16 @@ class Figure:
 class Profile:
     """A scale to run the settings at: less data, narrower networks, fewer epochs and seeds.
 
-    None keeps what the paper has. widths: by network. warmup: epochs trained before the first
-    event at least, where the paper trains as many.
+    None keeps what the paper has. batch: smaller with the data, so that an epoch still has some
+    steps. widths: by network. warmup: epochs trained before the first event at least, where the
+    paper trains as many.
     """
 
     name: str
     data: str | None = None
     train_per_class: int | None = None
     test_per_class: int | None = None
+    batch: int | None = None
     epochs: int | None = None
     widths: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
@@ -65,12 +68,13 @@ class Profile:
             test_per_class=self.test_per_class,
             width=self.widths.get(config.model, config.width),
             epochs=epochs,
+            batch=self.batch or config.batch,
             milestones=tuple(round(m * epochs / config.epochs) for m in config.milestones),
             pruning=self._scaled_pruning(config, epochs),
             noise=None,
         )
         if config.noise is not None:
-            small = small.with_(noise=_scaled_noise(config, self))
+            small = small.with_(noise=_scaled_noise(config, small))
         return small
 
     def _scaled_pruning(self, config: Config, epochs: int):
@@ -109,17 +113,35 @@ class Profile:
 CIFAR_IMAGES = (50_000, 10_000)
 
 
-def _scaled_noise(config: Config, profile: Profile) -> Noise:
-    """Noise for as many training batches as make the same part of an epoch (at least one)."""
+def images_of(config: Config) -> tuple[int, int]:
+    """How many training and test images a run sees, of ten classes: CIFAR's where not said."""
+    return (
+        10 * config.train_per_class if config.train_per_class else CIFAR_IMAGES[0],
+        10 * config.test_per_class if config.test_per_class else CIFAR_IMAGES[1],
+    )
+
+
+# The longest span of each kind of noise in the paper, in training batches.
+LONGEST_NOISE = {"zeroing": 1106, "gaussian": 1106, "restored": 2480}
+
+
+def _scaled_noise(config: Config, small: Config) -> Noise:
+    """Noise that lasts for the same part of an epoch, but no longer than from event to event.
+
+    All spans of one kind shrink by one factor, which leaves the longest to end before its layer's
+    next event, as in the paper; a span keeps one training batch at least.
+    """
     noise = config.noise
     batches = training_batches(noise, config.batch, *CIFAR_IMAGES)
-    images = (
-        profile.train_per_class * 10 if profile.train_per_class else CIFAR_IMAGES[0],
-        profile.test_per_class * 10 if profile.test_per_class else CIFAR_IMAGES[1],
+    images = images_of(small)
+    an_epoch = math.ceil(images[0] / small.batch)
+    gap = min(b - a for epochs in small.pruning.epochs for a, b in pairwise(epochs))
+    factor = min(
+        an_epoch / math.ceil(CIFAR_IMAGES[0] / config.batch),
+        gap * an_epoch / LONGEST_NOISE[noise.kind],
     )
-    share = math.ceil(images[0] / config.batch) / math.ceil(CIFAR_IMAGES[0] / config.batch)
-    scaled = max(1, round(batches * share)) if batches else 0
-    return noise_for(noise.kind, scaled, config.batch, *images, noise.evaluation_batch)
+    scaled = max(1, round(batches * factor)) if batches else 0
+    return noise_for(noise.kind, scaled, small.batch, *images, noise.evaluation_batch)
 
 
 def noise_for(
@@ -163,8 +185,9 @@ PROFILES = {
         Profile(
             "smoke",
             data="digits",
-            train_per_class=20,
+            train_per_class=10,
             test_per_class=10,
+            batch=32,
             epochs=12,
             widths={
                 "vgg11_bn": 1 / 16,
@@ -179,12 +202,13 @@ PROFILES = {
         Profile(
             "demo",
             data="digits",
-            train_per_class=30,
-            test_per_class=30,
+            train_per_class=15,
+            test_per_class=20,
+            batch=16,
             epochs=24,
             widths={
-                "vgg11_bn": 1 / 8,
-                "resnet18": 1 / 16,
+                "vgg11_bn": 1 / 4,
+                "resnet18": 1 / 8,
                 "resnet20": 0.5,
                 "resnet56": 0.5,
                 "conv4": 1 / 4,
@@ -196,6 +220,7 @@ PROFILES = {
             "small",
             data="cifar10",
             train_per_class=1000,
+            test_per_class=500,
             epochs=40,
             widths={
                 "vgg11_bn": 1 / 4,
@@ -262,11 +287,32 @@ def _resnet18(
     return Setting("ResNet18", METHODS[target], RESNET18.with_(pruning=pruning))
 
 
-VGG_NO_PRUNING = Setting("VGG11", NO_PRUNING, VGG11)
+def _noise(kind: str, batches: int, method: str, evaluation_batch: int = 128) -> Setting:
+    noise = noise_for(kind, batches, evaluation_batch=evaluation_batch)
+    return Setting("VGG11", method, VGG_PRUNE_WEIGHTS.config.with_(noise=noise))
+
+
+def _all_convolutions(
+    model: str, network: str, layers: int, fraction: float, first: int, last: int, period: int
+) -> Setting:
+    pruning = _filters(
+        [fraction] * layers, [first] * layers, [last] * layers, period, "smallest", "l1"
+    )
+    return Setting(network, METHODS["smallest"], SGD.with_(model=model, pruning=pruning))
+
+
+def _table_f1(target: str) -> Setting:
+    pruning = _filters((0.7,), (2500,), (3500,), 750, target, "l1")
+    return Setting("ResNet18", METHODS[target], TABLE_F1.with_(pruning=pruning))
+
+
+VGG_NO_PRUNING = Setting("VGG11", NO_PRUNING, VGG11.with_(histograms=True))
 RESNET_NO_PRUNING = Setting("ResNet18", NO_PRUNING, RESNET18)
 VGG_SCRATCH = Setting(
     "VGG11", SCRATCH, VGG11.with_(pruning=FilterPruning(VGG_FRACTIONS, scratch=True))
 )
+# Figures 5 and D2 mask the weights only: batch norm stays.
+VGG_PRUNE_WEIGHTS = _vgg("largest", 40, norm=False)
 
 FIGURE_2_VGG = (
     VGG_NO_PRUNING,
@@ -281,6 +327,27 @@ FIGURE_2_RESNET = (
     _resnet18("smallest", 4),
     _resnet18("smallest", 40),
     _resnet18("largest", 40),
+)
+PERIODS = (4, 20, 40, 60, 100, 200, 300)
+FIGURE_3 = tuple(_vgg(target, period) for target in METHODS for period in PERIODS)
+FIGURE_4 = tuple(
+    _all_convolutions(model, network, layers, 0.1, 40, 100, period)
+    for model, network, layers in (
+        ("resnet18", "ResNet18", 16),
+        ("resnet20", "ResNet20", 18),
+        ("resnet56", "ResNet56", 54),
+    )
+    for period in (30, 60)
+)
+TABLE_C1_FRACTIONS = (0.25, 0.8, 0.25, 0.95)
+TABLE_F1 = Config(
+    data="cifar100",
+    model="resnet18",
+    optimizer="adam",
+    learning_rate=0.0001,
+    milestones=(2000,),
+    epochs=4000,
+    augment=True,
 )
 
 FIGURES = {
@@ -299,6 +366,121 @@ FIGURES = {
             seeds=10,
             settings=FIGURE_2_VGG + FIGURE_2_RESNET,
             notebook=f"{TRADEOFF}/figure-2",
+        ),
+        Figure(
+            "figure-3",
+            "Accuracy and stability by iterative pruning rate",
+            seeds=5,
+            settings=FIGURE_3,
+            notebook=f"{TRADEOFF}/figure-3",
+        ),
+        Figure(
+            "figure-4",
+            "Stability, accuracy and generalization gap of three ResNets",
+            seeds=10,
+            settings=FIGURE_4,
+            notebook=f"{TRADEOFF}/figure-4",
+        ),
+        Figure(
+            "figure-5",
+            "Noise instead of pruning: zeroing and Gaussian",
+            seeds=10,
+            settings=(
+                VGG_NO_PRUNING,
+                VGG_PRUNE_WEIGHTS,
+                *(_noise("zeroing", batches, "Zeroing") for batches in (0, 51, 1106)),
+                *(_noise("gaussian", batches, "Gaussian") for batches in (0, 51, 1106)),
+            ),
+            notebook=f"{TRADEOFF}/figure-5",
+        ),
+        Figure(
+            "figure-B1",
+            "Normalised batch-norm outputs, untrained and trained",
+            seeds=1,
+            settings=(VGG_NO_PRUNING,),
+            notebook=f"{TRADEOFF}/figure-B1",
+        ),
+        Figure(
+            "figure-B2",
+            "Figure 2 with filters scored by their expected activation",
+            seeds=10,
+            settings=(
+                VGG_NO_PRUNING,
+                _vgg("smallest", 4, "ebn"),
+                _vgg("smallest", 40, "ebn"),
+                _vgg("largest", 40, "ebn"),
+                RESNET_NO_PRUNING,
+                *(
+                    _resnet18(target, period, "ebn_signed", first=VGG_FIRST)
+                    for target, period in (("smallest", 4), ("smallest", 40), ("largest", 40))
+                ),
+            ),
+            notebook=f"{TRADEOFF}/figure-B2",
+        ),
+        Figure(
+            "figure-C1",
+            "Stability against accuracy at each iterative pruning rate",
+            seeds=5,
+            settings=FIGURE_3,
+            notebook=f"{TRADEOFF}/figure-3",
+        ),
+        Figure(
+            "figure-C2",
+            "Figure 3 with Kendall's tau",
+            seeds=5,
+            settings=FIGURE_3,
+            notebook=f"{TRADEOFF}/figure-3",
+        ),
+        Figure(
+            "figure-C3",
+            "All of ResNet18's filters, pruned a little every epoch",
+            seeds=10,
+            settings=(
+                Setting("ResNet18", NO_PRUNING, SGD.with_(model="resnet18")),
+                _all_convolutions("resnet18", "ResNet18", 16, 0.06, 24, 100, 1),
+                _all_convolutions("resnet18", "ResNet18", 16, 0.10, 24, 100, 1),
+            ),
+            notebook=f"{TRADEOFF}/figure-C3",
+        ),
+        Figure(
+            "figure-D2",
+            "Zeroing for a while, then restoring",
+            seeds=10,
+            settings=(
+                VGG_NO_PRUNING,
+                VGG_PRUNE_WEIGHTS,
+                *(
+                    _noise("restored", batches, "Zeroing", evaluation_batch=256)
+                    for batches in (89, 630, 1220, 2480)
+                ),
+            ),
+            notebook=f"{TRADEOFF}/figure-D2",
+        ),
+        Figure(
+            "table-C1",
+            "More of ResNet18 pruned",
+            seeds=10,
+            settings=tuple(
+                _resnet18(target, period, fractions=TABLE_C1_FRACTIONS)
+                for target, period in (("smallest", 4), ("smallest", 40), ("largest", 40))
+            ),
+            notebook=f"{TRADEOFF}/table-C1",
+        ),
+        Figure(
+            "table-F1",
+            "Pruning late in a very long training",
+            seeds=10,
+            settings=(
+                Setting("ResNet18", NO_PRUNING, TABLE_F1),
+                Setting(
+                    "ResNet18",
+                    SCRATCH,
+                    TABLE_F1.with_(pruning=FilterPruning((0.7,), target="largest", scratch=True)),
+                ),
+                _table_f1("smallest"),
+                _table_f1("largest"),
+            ),
+            notebook=f"{TRADEOFF}/table-F1",
         ),
     )
 }
@@ -341,7 +523,7 @@ def plan(
                 {
                     "network": setting.network,
                     "method": setting.method,
-                    "label": label(setting.method, rate),
+                    "label": label(setting.method, config),
                     "rate": rate,
                     "seed": seed,
                     "run": seeded.identity,
@@ -349,6 +531,16 @@ def plan(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """A frame keyed by `run` (a store's epochs or runs) with what `runs`, a `plan`, says of each.
+
+    A run that serves several settings appears once for each.
+    """
+    about = runs.drop(columns="config")
+    new = [column for column in frame if column == "run" or column not in about]
+    return about.merge(frame[new], on="run")
 
 
 def pruning_rate(config: Config) -> float:
@@ -359,9 +551,13 @@ def pruning_rate(config: Config) -> float:
     return pruning.rate
 
 
-def label(method: str, rate: float) -> str:
-    """A setting's name in a legend: "Prune_S 13%"."""
-    return method if math.isnan(rate) else f"{method} {rate:.0f}%"
+def label(method: str, config: Config) -> str:
+    """A setting's name in a legend: "Prune_S 13%", or "Zeroing 51" training batches."""
+    if config.noise is not None:
+        images = images_of(config)
+        return f"{method} {training_batches(config.noise, config.batch, *images) or '1 pass'}"
+    rate = pruning_rate(config)
+    return method if math.isnan(rate) else f"{method} {rate:.2g}%"
 
 
 def table(name: str, profile_name: str, data: str | None = None) -> pd.DataFrame:
@@ -376,7 +572,7 @@ def table(name: str, profile_name: str, data: str | None = None) -> pd.DataFrame
         profile_name: [_described(scale.scale(s.config, data), count) for s in shown.settings],
     }
     index = pd.MultiIndex.from_tuples(
-        [(s.network, label(s.method, pruning_rate(s.config))) for s in shown.settings],
+        [(s.network, label(s.method, s.config)) for s in shown.settings],
         names=["network", "setting"],
     )
     frames = {side: pd.DataFrame(rows, index=index) for side, rows in columns.items()}
@@ -397,6 +593,7 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
         "width": config.width,
         "optimizer": config.optimizer,
         "learning rate": config.learning_rate,
+        "batch": config.batch,
         "epochs": config.epochs,
         "milestones": ", ".join(map(str, config.milestones)),
         "seeds": seeds,

@@ -260,3 +260,20 @@ def build(
     if len(rates) != 2 or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(f"dropout must be a rate in [0, 1), or a pair of them, got {dropout!r}")
     return MODELS[name](num_classes, in_channels, width, rates)
+
+
+def pretrained_vgg19_bn() -> nn.Module:
+    """`vgg19_bn` with torchvision's ImageNet weights, which are downloaded.
+
+    Raises RuntimeError, naming the address, where they cannot be had.
+    """
+    from torchvision.models import VGG19_BN_Weights
+
+    weights = VGG19_BN_Weights.IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise RuntimeError(f"cannot download {weights.url}: {error}") from error
+    model = build("vgg19_bn", num_classes=1000)
+    model.load_state_dict(state)
+    return model

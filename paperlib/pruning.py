@@ -443,7 +443,7 @@ class FilterPruner:
 
     def _silence(self, name: str) -> Callable:
         def hook(block: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            if name not in self._gone:
+            if name not in self._gone or isinstance(output, fx.Proxy):
                 return output
             return output * self.masks[name].to(output.dtype)[:, None, None]
 
@@ -558,7 +558,7 @@ class WeightPruner:
     def hold(self) -> None:
         """Set every pruned weight to zero: to be called after each optimizer step."""
         for name, mask in self.masks.items():
-            self.layers[name].weight.mul_(mask)
+            self.layers[name].weight.masked_fill_(~mask, 0)
 
     def held(self) -> dict[str, Tensor]:
         """Parameter name -> bool tensor of its shape, True where pruning holds it at zero."""

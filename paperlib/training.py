@@ -8,14 +8,10 @@ pairs. All streams are drawn on the CPU, so every device sees the same.
 import hashlib
 import importlib
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperlib import data, models
+from paperlib import data, models, provenance
 from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, WeightPruner
 from paperlib.runs import RunRecord, Store
 
 EVALUATION_BATCH = 500
+HISTOGRAM_IMAGES = 128
 
 
 class TrainingError(RuntimeError):
@@ -94,13 +92,18 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), **common)
 
 
-def make_pruner(config: Config, model: nn.Module) -> FilterPruner | WeightPruner | None:
-    """The run's pruner, or None where nothing is pruned."""
+def make_pruner(
+    config: Config, model: nn.Module
+) -> FilterPruner | FilterNoise | WeightPruner | None:
+    """The run's pruner, or noise that stands in for it, or None where nothing is pruned."""
     p = config.pruning
     chance = torch.Generator()
     if isinstance(p, FilterPruning):
         score = resolve(p.score) if ":" in p.score else p.score
-        return FilterPruner(model, p.fractions, score, p.target, p.layers, chance, p.norm)
+        pruner = FilterPruner(model, p.fractions, score, p.target, p.layers, chance, p.norm)
+        if config.noise is None:
+            return pruner
+        return FilterNoise(model, pruner, config.noise.kind, config.noise.passes, torch.Generator())
     if isinstance(p, WeightPruning):
         return WeightPruner(model, p.layers, p.fractions, p.target, p.schedule, p.mu, chance)
     return None
@@ -144,6 +147,56 @@ def train_epoch(
     return float(loss_sum) / images, 100 * float(correct) / images
 
 
+@torch.no_grad()
+def normalised_outputs(
+    model: nn.Module, images: torch.Tensor, layers: int = 8, bins: int = 200, reach: float = 5.0
+) -> np.ndarray:
+    """Histograms of what the last batch norms make of images, before their scale and shift.
+
+    In training mode, by the statistics of this batch (arXiv 1906.03728, figure B1); the network,
+    its running statistics too, stays as it is. Returns (layers, bins) densities over all channels
+    and pixels in [-reach, reach], the deepest layer last.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-layers:]
+    densities = {}
+
+    def observe(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+        outputs = F.batch_norm(inputs[0].float(), None, None, training=True, eps=norm.eps).cpu()
+        counts = torch.histc(outputs, bins, -reach, reach)
+        densities[norm] = (counts / counts.sum() * bins / (2 * reach)).numpy()
+
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    hooks = [norm.register_forward_pre_hook(observe) for norm in norms]
+    mode = model.training
+    try:
+        model.train()(images)
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+    return np.stack([densities[norm] for norm in norms])
+
+
+def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
+    """`normalised_outputs` of torchvision's VGG19 on the run's first training images.
+
+    Untrained, and trained on ImageNet: the pair figure B1 shows. Raises RuntimeError where its
+    weights cannot be downloaded.
+    """
+    trained = models.pretrained_vgg19_bn()
+    dataset = data.load(config.data)
+    images = data.Batches(
+        dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, torch.device("cpu")
+    )
+    first = next(images.evaluation(HISTOGRAM_IMAGES))[0]
+    with seeded(config.seed, "weights"):
+        untrained = models.build("vgg19_bn", num_classes=1000)
+    networks = {"untrained": untrained, "trained": trained}
+    return {name: normalised_outputs(network, first) for name, network in networks.items()}
+
+
 @dataclass
 class Moment:
     """The end of an epoch, as `run` shows it to a callback: the row so far and the network."""
@@ -151,7 +204,7 @@ class Moment:
     epoch: int
     row: dict[str, float]
     model: nn.Module
-    pruner: FilterPruner | WeightPruner | None
+    pruner: FilterPruner | FilterNoise | WeightPruner | None
     test: data.Batches
     config: Config
 
@@ -207,19 +260,26 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
         config.augment,
     )
     test = data.Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
-    evaluation_batch = EVALUATION_BATCH
+    noise = pruner if isinstance(pruner, FilterNoise) else None
+    chooser = pruner if noise is None else noise.pruner
+    evaluation_batch = EVALUATION_BATCH if noise is None else config.noise.evaluation_batch
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
     events = Events(config.pruning)
     rows, arrays = [], {}
+    if config.histograms:
+        first = next(train.evaluation(HISTOGRAM_IMAGES))[0]
+        arrays["untrained"] = normalised_outputs(model, first)
     trained = 0
     for epoch in range(config.epochs):
         start = time.perf_counter()
         learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        if noise is not None:
+            noise.generator.manual_seed(stream(config.seed, "noise", epoch))
         takes_event_only = epoch == 0 and events.scratch
         train_loss = train_accuracy = math.nan
         if not takes_event_only:
@@ -235,10 +295,13 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
         test_loss, pre = evaluate(model, test, autocast, evaluation_batch)
         removed, post = 0, pre
         if events.at(epoch):
-            pruner.generator.manual_seed(stream(config.seed, "filters", epoch))
+            chooser.generator.manual_seed(stream(config.seed, "filters", epoch))
             removed = pruner.prune(*events.at(epoch))
-            if removed:
-                test_loss, post = evaluate(model, test, autocast, evaluation_batch)
+        if noise is not None and epoch == config.epochs - 1:
+            noise.remove()
+        if removed or noise is not None:
+            # With noise every epoch has both evaluations: each of their batches is a pass.
+            test_loss, post = evaluate(model, test, autocast, evaluation_batch)
         row = {
             "epoch": epoch,
             "trained": not takes_event_only,
@@ -251,9 +314,12 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
             "removed": removed,
         }
         if callback is not None:
-            arrays |= callback(Moment(epoch, row, model, pruner, test, config)) or {}
+            with noise.paused() if noise is not None else nullcontext():
+                arrays |= callback(Moment(epoch, row, model, pruner, test, config)) or {}
         rows.append(row | {"seconds": time.perf_counter() - start})
-    return RunRecord(config, pd.DataFrame(rows), arrays, provenance(device))
+    if config.histograms:
+        arrays["trained"] = normalised_outputs(model, first)
+    return RunRecord(config, pd.DataFrame(rows), arrays, _provenance(device))
 
 
 class Events:
@@ -278,26 +344,6 @@ class Events:
         return self._at.get(epoch)
 
 
-def provenance(device: torch.device) -> dict[str, object]:
-    """Where a record comes from."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "device": device.type,
-        "processor": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "paperlib": version("paperlib"),
-        "commit": commit(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with + where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _provenance(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return provenance.describe(device.type, name, torch.get_num_threads())

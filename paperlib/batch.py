@@ -1,0 +1,135 @@
+"""Figures in batch: the runs they need, then their notebooks by papermill, several at a time."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from paperlib import experiments, sweep
+from paperlib.runs import DamagedRecord, Store, figures_path
+
+AT_ONCE = 2  # kernels that start together race for ports; two notebooks keep two cores busy
+TRIES = 3
+
+
+def notebooks_path() -> Path:
+    """The folder of notebooks: the checkout's, or the one in the working directory."""
+    for folder in (Path(__file__).parents[1] / "notebooks", Path.cwd() / "notebooks"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("no folder notebooks/ here: run this in a checkout of the project")
+
+
+def needed(
+    names: Iterable[str], profile: str, data: str | None = None, seeds: int | None = None
+) -> dict[str, pd.DataFrame]:
+    """The plan of each figure; all figures where no names are given."""
+    names = list(names) or list(experiments.FIGURES)
+    return {name: experiments.plan(name, profile, data, seeds) for name in names}
+
+
+def figures(
+    names: Iterable[str],
+    profile: str,
+    store: Store,
+    data: str | None = None,
+    seeds: int | None = None,
+    jobs: int | None = None,
+    device: str = "auto",
+    executor: Executor | None = None,
+) -> pd.DataFrame:
+    """Do the runs that are missing, then every notebook; returns one row a notebook.
+
+    Columns: figures, seconds, file (the executed notebook, under figures/PROFILE/notebooks/) and
+    error (the cell and its error, or None). A notebook that fails keeps what it had done and does
+    not stop the others; neither does a run, but its figures then fail.
+    """
+    plans = needed(names, profile, data, seeds)
+    folder = notebooks_path()
+    configs = sweep.unique(config for plan in plans.values() for config in plan.config)
+    sweep.execute(configs, store, executor, device, jobs)
+    by_notebook: dict[str, list[str]] = {}
+    for name in plans:
+        by_notebook.setdefault(experiments.figure(name).notebook, []).append(name)
+    out = figures_path() / profile / "notebooks"
+    os.environ["PAPERLIB_RUNS"] = str(store.path.absolute())
+    parameters = {"profile": profile, "data": data, "seeds": seeds}
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    with ProcessPoolExecutor(min(AT_ONCE, len(by_notebook)), mp_context=context) as pool:
+        futures = {
+            pool.submit(_execute, folder / f"{n}.ipynb", out / f"{n}.ipynb", parameters): n
+            for n in by_notebook
+        }
+        for future in tqdm(as_completed(futures), "notebooks", len(futures), unit="notebook"):
+            shown = ", ".join(by_notebook[futures[future]])
+            rows.append({"figures": shown, **future.result()})
+    order = list(by_notebook.values())
+    return pd.DataFrame(sorted(rows, key=lambda row: order.index(row["figures"].split(", "))))
+
+
+def _execute(notebook: Path, out: Path, parameters: dict) -> dict[str, object]:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start, error = time.perf_counter(), None
+    for attempt in range(TRIES):
+        try:
+            papermill.execute_notebook(notebook, out, parameters, progress_bar=False)
+        except papermill.PapermillExecutionError as failure:
+            error = f"cell {failure.cell_index + 1}: {failure.ename}: {failure.evalue}"
+        except (DeadKernelError, RuntimeError) as failure:
+            error = f"the kernel died: {failure}"
+            if attempt + 1 < TRIES:
+                continue
+        else:
+            error = None
+        break
+    return {"seconds": time.perf_counter() - start, "file": str(out), "error": error}
+
+
+def status(
+    names: Iterable[str],
+    profile: str,
+    store: Store,
+    data: str | None = None,
+    seeds: int | None = None,
+) -> pd.DataFrame:
+    """One row a figure: its runs, and how many are done, failed, damaged and missing.
+
+    hours: what those not done will take one after the other, from the mean seconds of the runs of
+    the same network in the store; NaN where it holds none.
+    """
+    plans = needed(names, profile, data, seeds)
+    configs = sweep.unique(config for plan in plans.values() for config in plan.config)
+    there = set(store.identities())
+    done, damaged = {}, set()
+    for run in configs.keys() & there:
+        try:
+            done[run] = store.read(run).epochs.seconds.sum()
+        except DamagedRecord:
+            damaged.add(run)
+    failed = {run for run in configs.keys() - done.keys() if store.failure(run) is not None}
+    measured = pd.Series(done, dtype=float).groupby(lambda run: configs[run].model).mean()
+    rows = []
+    for name, plan in plans.items():
+        runs = set(plan.run)
+        left = [configs[run].model for run in runs - done.keys()]
+        rows.append(
+            {
+                "figure": name,
+                "runs": len(runs),
+                "done": len(runs & done.keys()),
+                "failed": len(runs & failed),
+                "damaged": len(runs & damaged),
+                "missing": len(runs - done.keys() - failed - damaged),
+                "hours": sum(measured.get(model, float("nan")) for model in left) / 3600,
+            }
+        )
+    return pd.DataFrame(rows)

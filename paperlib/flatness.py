@@ -1,0 +1,774 @@
+"""Flatness: the Hessian's leading eigenpairs, the gradients' covariance, the loss around a minimum.
+
+Definitions of arXiv 1906.03728, section 3 and appendix E. Everything is of the mean cross-entropy
+in evaluation mode; a parameter that pruning holds at zero is no coordinate of it. Arguments that
+recur:
+
+model: any network of float images; its mode, weights, gradients and buffers are left as they were.
+images, labels: (N, ...) floats, normalised, and (N,) integers; moved to the model's device.
+held: parameter name -> bool tensor of its shape, True where pruning holds it at zero.
+chunk: images that go through the network at once.
+
+P counts all parameters, held or not, in the order of `model.parameters()`. Bad input raises
+ValueError before any long work.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+log = logging.getLogger(__name__)
+
+Held = Mapping[str, Tensor]
+EXTRA = (20, 50)  # least and most basis vectors beyond those asked for
+CONFIRM = 20  # products spent on looking for a further copy of an eigenvalue
+BLOCK = 1 << 16  # columns of the basis that are rotated at once
+CHECK = 2  # images whose gradients verify the layer-by-layer norms
+
+
+class ConvergenceError(RuntimeError):
+    """The eigenpairs asked for were not reached to the tolerance asked for."""
+
+
+# The Hessian
+
+
+def hessian_spectrum(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    k: int = 100,
+    held: Held | None = None,
+    *,
+    tol: float = 1e-4,
+    chunk: int | None = None,
+    memory: float = 4.0,
+    max_products: int | None = None,
+    seed: int = 0,
+    return_residuals: bool = False,
+    progress: bool = False,
+) -> tuple[Tensor, ...]:
+    """The k eigenvalues of largest magnitude, of either sign, and their eigenvectors.
+
+    tol: largest |Hv - av| over the pairs, relative to the largest |a|; an eigenvalue's error is
+    of the order of its square over the gap to the next. chunk and memory: see `hessian_operator`.
+    max_products: Hessian-vector products to spend, 20 k + 200 if None. seed: of the start vector.
+    progress: shows a bar of the products.
+
+    Returns eigenvalues (k,), by magnitude, largest first, repeated ones as often as they occur;
+    eigenvectors (k, P), unit rows, zero at held coordinates; and, if return_residuals,
+    |Hv - av| of each pair (k,), which is logged as well. Same input and seed, same result.
+
+    Raises ValueError where k is not within 1 and the number of free parameters, and
+    ConvergenceError where `max_products` are not enough.
+    """
+    free = _free(model, held)
+    size = _parameters(model)[1] if free is None else len(free)
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be within 1 and the {size} free parameters, got {k}")
+    matvec, size = hessian_operator(model, images, labels, held, chunk=chunk, memory=memory)
+    start = next(model.parameters())
+    values, vectors, residuals = leading_eigenpairs(
+        matvec,
+        size,
+        k,
+        tol=tol,
+        max_products=max_products,
+        seed=seed,
+        dtype=start.dtype,
+        device=start.device,
+        progress=progress,
+    )
+    del matvec
+    if free is not None:
+        vectors = vectors.new_zeros(k, _parameters(model)[1]).index_copy_(1, free, vectors)
+    return (values, vectors, residuals) if return_residuals else (values, vectors)
+
+
+def hessian_operator(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    held: Held | None = None,
+    *,
+    chunk: int | None = None,
+    memory: float = 4.0,
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """v (F,) -> Hv (F,) over the F free coordinates, and F.
+
+    Hv is the gradient of gradient-dot-v by a second reverse pass (Pearlmutter, 1994). The graph of
+    the gradient does not depend on v, so it is built once and kept, for as many chunks as fit into
+    `memory` GiB; for the others it is built in every product, which costs about half as much again.
+    chunk: 64 on the CPU, where larger ones leave the caches, else 512.
+    """
+    images, labels = _checked(model, images, labels, chunk)
+    free = _free(model, held)
+    weights, total = _parameters(model)
+    weights = {name: w.requires_grad_() for name, w in weights.items()}
+    pieces = _chunks(images, labels, chunk)
+
+    def gradient_graph(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        with _measuring(model):
+            loss = F.cross_entropy(_call(model, weights, x), y, reduction="sum") / len(labels)
+            _finite(loss.detach())
+            return torch.autograd.grad(
+                loss, list(weights.values()), create_graph=True, materialize_grads=True
+            )
+
+    kept: list[tuple[Tensor, ...] | None] = []
+    budget = memory * 2**30
+    for x, y in pieces:
+        with _saved_bytes() as saved:
+            graph = gradient_graph(x, y) if budget > 0 else None
+        budget -= sum(saved.values())
+        kept.append(graph if budget > 0 else None)
+
+    def matvec(v: Tensor) -> Tensor:
+        full = v if free is None else v.new_zeros(total).index_copy_(0, free, v)
+        directions = _split(full, weights)
+        out = torch.zeros_like(full)
+        for graph, (x, y) in zip(kept, pieces, strict=True):
+            gradients = gradient_graph(x, y) if graph is None else graph
+            curved = [i for i, g in enumerate(gradients) if g.requires_grad]
+            with _measuring(model):
+                products = torch.autograd.grad(
+                    [gradients[i] for i in curved],
+                    list(weights.values()),
+                    [directions[i] for i in curved],
+                    retain_graph=graph is not None,
+                    materialize_grads=True,
+                )
+            out += torch.cat([p.flatten() for p in products])
+        return out if free is None else out[free]
+
+    return matvec, total if free is None else len(free)
+
+
+def leading_eigenpairs(
+    matvec: Callable[[Tensor], Tensor],
+    size: int,
+    k: int,
+    *,
+    tol: float = 1e-4,
+    max_products: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k eigenvalues of largest magnitude of a symmetric operator.
+
+    Thick-restart Lanczos (Wu and Simon, 2000; for symmetric matrices the same as Krylov-Schur,
+    Stewart, 2001), every vector orthogonalised twice against the whole basis, which lives on
+    `device` while the projected matrix is small and float64. One start vector sees one copy of a
+    repeated eigenvalue. So when k pairs have converged a random vector joins the block and the
+    iteration goes on until a round brings nothing new.
+
+    Returns values (k,), vectors (k, size), residuals |Av - av| (k,), by magnitude, largest first.
+    Raises ConvergenceError where `max_products` (20 k + 200 if None) are not enough, and
+    ValueError where k is not within 1 and size or the operator gives a non-finite vector.
+    """
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be within 1 and the size {size}, got {k}")
+    limit = 20 * k + 200 if max_products is None else max_products
+    rows = min(size, k + min(max(k, EXTRA[0]), EXTRA[1]) + 2)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.zeros(rows, size, dtype=dtype, device=device)
+    projected = np.zeros((rows, rows))  # column j: the operator on basis[j], along the basis
+    _append_random(basis, 0, generator)
+    block = 1  # rows [0, done) are expanded: the operator on them lies in rows [0, done + block)
+    done = products = 0
+    known = None  # the magnitudes that had converged when a random vector last joined
+    with tqdm(desc="Hessian-vector products", disable=not progress) as bar:
+        while True:
+            room = rows if rows == size else rows - block
+            until = room if rows == size or known is not None else min(room, max(k, done + 5))
+            for j in range(done, until):
+                _expand(matvec, basis, projected, j, block, generator)
+            bar.update(until - done)
+            products += until - done
+            done = until
+            values, rotation, outside = _ritz(projected, done, block)
+            residuals = np.linalg.norm(outside, axis=0)
+            wanted = tol * abs(values[0])
+            bar.set_postfix_str(f"residual {residuals[:k].max():.1e}, wanted {wanted:.1e}")
+            converged = residuals[:k].max() <= wanted
+            found = np.abs(values[:k])
+            if converged and (done == size or _agree(found, known, 2 * wanted)):
+                break
+            if products >= limit:
+                raise ConvergenceError(
+                    f"{(residuals[:k] <= wanted).sum()} of {k} eigenpairs converged to {tol:g} "
+                    f"after {products} products (largest residual "
+                    f"{residuals[:k].max() / abs(values[0]):.1e}): raise tol or max_products"
+                )
+            if done < room and not converged:
+                continue
+            keep = (k + done) // 2
+            if converged:
+                keep = max(k, min(keep, room - 1 - CONFIRM))
+            _rotate(basis, rotation[:, :keep])
+            basis[keep : keep + block] = basis[done : done + block].clone()
+            projected[:] = 0
+            projected[:keep, :keep] = np.diag(values[:keep])
+            projected[keep : keep + block, :keep] = outside[:, :keep]
+            done = keep
+            if converged:
+                known = found
+                if rows - block - k > CONFIRM // 2:
+                    _append_random(basis, done + block, generator)
+                    block += 1
+    values, residuals = values[:k], residuals[:k]
+    log.info("%d eigenpairs, %d products, residual at most %.1e", k, products, residuals.max())
+    for value, residual in zip(values, residuals, strict=True):
+        log.debug("eigenvalue %.6g, residual %.1e", value, residual)
+    _rotate(basis, rotation[:, :k])
+    vectors = basis if k == rows else basis[:k].clone()
+    return (
+        torch.tensor(values, dtype=dtype, device=device),
+        vectors.div_(vectors.norm(dim=1, keepdim=True)),
+        torch.tensor(residuals, dtype=dtype, device=device),
+    )
+
+
+def _expand(
+    matvec: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    projected: np.ndarray,
+    j: int,
+    block: int,
+    generator: torch.Generator,
+) -> None:
+    """Applies the operator to basis[j]; what is new in the result becomes row j + block."""
+    w = matvec(basis[j]).clone()
+    if not w.isfinite().all():
+        raise ValueError("the operator gave a vector that is not finite")
+    row = min(j + block, len(basis))
+    projected[:row, j] = _orthogonalise(w, basis[:row])
+    if row == len(basis):
+        return
+    new = float(w.norm())
+    if new > 100 * torch.finfo(basis.dtype).eps * np.abs(projected).max():
+        projected[row, j] = new
+        basis[row] = w / new
+    else:
+        _append_random(basis, row, generator)
+
+
+def _ritz(
+    projected: np.ndarray, done: int, block: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ritz values (m,), by magnitude, their vectors (m, m), and what they leave out, (block, m)."""
+    inner = projected[:done, :done]
+    values, rotation = np.linalg.eigh((inner + inner.T) / 2)
+    order = np.argsort(-np.abs(values), kind="stable")
+    rotation = rotation[:, order]
+    return values[order], rotation, projected[done : done + block, :done] @ rotation
+
+
+def _agree(found: np.ndarray, known: np.ndarray | None, tol: float) -> bool:
+    return known is not None and np.abs(found - known).max() <= tol
+
+
+def _orthogonalise(w: Tensor, basis: Tensor) -> np.ndarray:
+    """Takes from w, in place, what lies along the basis' rows; returns how much, float64.
+
+    Classical Gram-Schmidt, twice, which is as good as modified and two products with a matrix.
+    """
+    total = np.zeros(len(basis))
+    for _ in range(2):
+        along = basis @ w
+        w.addmv_(basis.T, along, alpha=-1)
+        total += along.cpu().numpy()
+    return total
+
+
+def _append_random(basis: Tensor, row: int, generator: torch.Generator) -> None:
+    w = torch.randn(basis.shape[1], generator=generator, dtype=basis.dtype).to(basis.device)
+    _orthogonalise(w, basis[:row])
+    basis[row] = w / w.norm()
+
+
+def _rotate(basis: Tensor, rotation: np.ndarray) -> None:
+    """basis[:n] = rotation^T basis[:m] for a rotation (m, n), in place, by blocks of columns."""
+    m, n = rotation.shape
+    turn = torch.tensor(rotation.T, dtype=basis.dtype, device=basis.device)
+    for start in range(0, basis.shape[1], BLOCK):
+        columns = slice(start, start + BLOCK)
+        basis[:n, columns] = turn @ basis[:m, columns]
+
+
+# The gradients' covariance
+
+
+def gradient_covariance_trace(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    held: Held | None = None,
+    centered: bool = False,
+    *,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> float:
+    """Tr(C): the mean over images of the squared norm of the single-image gradient.
+
+    centered: less the squared norm of the mean gradient, the trace of the covariance proper (1/N).
+    Where every parameter belongs to one convolution, dense layer or batch norm, norms come from
+    each layer's inputs and output gradients (Goodfellow, arXiv 1510.01799), at about the cost of
+    one gradient; elsewhere from a gradient per image, vectorised. Which of the two is settled by
+    comparison on the first images. chunk: 16 on the CPU, else 64.
+    """
+    images, labels = _checked(model, images, labels, chunk)
+    holds = _holds(model, held)
+    weights, _ = _parameters(model)
+    chunk = chunk or (16 if images.device.type == "cpu" else 64)
+    first = min(chunk, len(images))
+    with _measuring(model):
+        norms = _layer_norms(model, weights, images[:first], labels[:first], holds)
+        layered = norms is not None and torch.allclose(
+            norms[:CHECK], _norms_one_by_one(model, weights, images, labels, holds), rtol=1e-3
+        )
+        measure = _layer_norms if layered else _vectorised_norms
+        total = 0.0
+        pieces = _chunks(images, labels, chunk)
+        for x, y in tqdm(pieces, desc="Tr(C)", unit="chunk", disable=not progress):
+            total += float(measure(model, weights, x, y, holds).sum())
+            _finite(total)
+        if centered:
+            total -= _squared_gradient_sum(model, weights, pieces, holds) / len(images)
+    return total / len(images)
+
+
+def tic(covariance_trace: float, eigenvalues: Tensor) -> float:
+    """TIC, Tr(C) / Tr(H), from `gradient_covariance_trace` and the leading eigenvalues."""
+    return float(covariance_trace / eigenvalues.sum())
+
+
+def _squared_norm(gradients: Mapping[str, Tensor], holds: Held) -> Tensor:
+    free = (g.masked_fill(holds[name], 0) if name in holds else g for name, g in gradients.items())
+    return sum(g.square().sum() for g in free)
+
+
+def _norms_one_by_one(model, weights, images, labels, holds) -> Tensor:
+    """Squared gradient norms of the first CHECK images."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    norms = []
+    for x, y in zip(images[:CHECK].split(1), labels[:CHECK].split(1), strict=True):
+        loss = F.cross_entropy(_call(model, leaves, x), y)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        norms.append(_squared_norm(dict(zip(leaves, gradients, strict=True)), holds))
+    return torch.stack(norms)
+
+
+def _vectorised_norms(model, weights, images, labels, holds) -> Tensor:
+    """Squared gradient norms (N,), all N gradients in memory."""
+
+    def norm(image: Tensor, label: Tensor) -> Tensor:
+        def loss(w: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(_call(model, w, image[None]), label[None])
+
+        return _squared_norm(grad(loss)(weights), holds)
+
+    return vmap(norm)(images, labels)
+
+
+def _layer_norms(model, weights, images, labels, holds) -> Tensor | None:
+    """Squared gradient norms (N,), layer by layer; None where a parameter is in no known layer."""
+    names = {id(w): name for name, w in weights.items()}
+    by_id = {key: holds.get(name) for key, name in names.items()}
+    images = images.detach().requires_grad_()
+    with _LayerNorms(by_id, len(images)) as layers:
+        loss = F.cross_entropy(_call(model, weights, images), labels, reduction="sum")
+    if sorted(layers.seen) != sorted(by_id):
+        return None
+    torch.autograd.grad(loss, images)
+    return layers.norms
+
+
+def _squared_gradient_sum(model, weights, pieces, holds) -> float:
+    """The squared norm of the sum of all images' gradients."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    sums = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for x, y in pieces:
+        loss = F.cross_entropy(_call(model, leaves, x), y, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient
+    return float(_squared_norm(sums, holds))
+
+
+class _LayerNorms(TorchFunctionMode):
+    """Watches layers in a forward pass, and adds up their squared gradient norms in a backward one.
+
+    held: id of each parameter -> where it is held, or None. After the forward pass `seen` has the
+    ids of the parameters of known layers, as often as they were used; after the backward `norms`.
+    """
+
+    def __init__(self, held: Mapping[int, Tensor | None], images: int) -> None:
+        super().__init__()
+        self.held, self.images = held, images
+        self.seen: list[int] = []
+        self.norms: Tensor | float = 0.0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if function in LAYERS:
+            layer = LAYERS[function](*args, **kwargs)
+            if layer is not None and len(out) == self.images and out.requires_grad:
+                used, norms = layer
+                self.seen += [id(p) for p in used]
+                masks = [self.held.get(id(p)) for p in used]
+                out.register_hook(lambda gradient: self._add(norms(gradient, *masks)))
+        return out
+
+    def _add(self, norms: Tensor) -> None:
+        self.norms = self.norms + norms
+
+
+# Each takes its function's arguments and gives None, or (parameters, norms): norms takes the
+# gradient of the layer's output and a mask or None for each parameter, and gives (N,).
+
+
+def _linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None):
+    def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
+        g, inputs = (t.reshape(len(t), -1, t.shape[-1]).mT for t in (gradient, x))
+        return _product_norms(g, inputs, held) + _bias_norms(g, bias, bias_held)
+
+    return _present(weight, bias), norms
+
+
+def _conv2d_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple = 1,
+    padding: int | tuple | str = 0,
+    dilation: int | tuple = 1,
+    groups: int = 1,
+):
+    if groups != 1 or isinstance(padding, str) or x.dim() != 4:
+        return None
+
+    def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
+        g = gradient.flatten(2)
+        biases = _bias_norms(g, bias, bias_held)
+        if g.shape[2] >= len(weight) and g.device.type == "cpu":
+            images, size = len(gradient), gradient.shape[2:]
+            alone = torch.ops.aten.convolution_backward(
+                gradient.reshape(1, -1, *size),
+                x.reshape(1, -1, *x.shape[2:]),
+                weight.repeat(images, 1, 1, 1),
+                None,
+                *(_pair(n) for n in (stride, padding, dilation)),
+                False,
+                [0, 0],
+                images,
+                [False, True, False],
+            )[1].view(images, *weight.shape)
+            return _sum_of_squares(alone, held) + biases
+        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
+        held = held if held is None else held.flatten(1)
+        return _product_norms(g, patches, held) + biases
+
+    return _present(weight, bias), norms
+
+
+def _batch_norm_layer(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+):
+    if training or weight is None:
+        return None
+
+    def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
+        g, inputs = (t.reshape(*t.shape[:2], -1) for t in (gradient, x))
+        shift = g.sum(2)
+        scale = ((g * inputs).sum(2) - shift * running_mean) * (running_var + eps).rsqrt()
+        return _sum_of_squares(scale, held) + _bias_norms(g, bias, bias_held)
+
+    return _present(weight, bias), norms
+
+
+LAYERS = {F.linear: _linear_layer, F.conv2d: _conv2d_layer, F.batch_norm: _batch_norm_layer}
+
+
+def _product_norms(g: Tensor, x: Tensor, held: Tensor | None) -> Tensor:
+    """|sum over places of g x^T|^2, for g (N, O, L), x (N, I, L), but for held, (O, I)."""
+    outputs, places = g.shape[1:]
+    inputs = x.shape[1]
+    if held is not None and (held == held[:, :1]).all():
+        g, held = g.masked_fill(held[:, :1], 0), None
+    if held is None and places * (outputs + inputs) < outputs * inputs:
+        return ((g.mT @ g) * (x.mT @ x)).sum((1, 2))
+    return _sum_of_squares(g @ x.mT, held)
+
+
+def _bias_norms(g: Tensor, bias: Tensor | None, held: Tensor | None) -> Tensor | float:
+    return 0.0 if bias is None else _sum_of_squares(g.sum(2), held)
+
+
+def _sum_of_squares(gradients: Tensor, held: Tensor | None) -> Tensor:
+    free = gradients if held is None else gradients.masked_fill(held, 0)
+    return torch.linalg.vector_norm(free.flatten(1), dim=1).square()
+
+
+def _present(*parameters: Tensor | None) -> list[Tensor]:
+    return [p for p in parameters if p is not None]
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value] * 2 if isinstance(value, int) else list(value)
+
+
+# Sharpness
+
+
+def sharpness(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    directions: Tensor,
+    epsilons: Tensor | Sequence[float],
+    held: Held | None = None,
+    *,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy at w + eps v, for every direction v and every eps.
+
+    directions: (D, P), in units of the weights; held coordinates do not move. epsilons: (E,).
+    Returns mean losses and accuracies in percent, (D, E) each, float64 on the CPU. The weights
+    are not written to: every point is w + eps v, so there is no drift. chunk: 64 on the CPU,
+    else 512.
+    """
+    images, labels = _checked(model, images, labels, chunk)
+    directions = _directions(model, directions, held)
+    _finite(_evaluate(model, _parameters(model)[0], images, labels, chunk)[0])
+    epsilons = [float(e) for e in epsilons]
+    out = torch.empty(2, len(directions), len(epsilons), dtype=torch.float64)
+    bar = tqdm(total=out[0].numel(), desc="sharpness", unit="point", disable=not progress)
+    with bar:
+        for i, direction in enumerate(directions):
+            for j, epsilon in enumerate(epsilons):
+                out[0, i, j], out[1, i, j] = _moved(
+                    model, images, labels, direction, epsilon, chunk
+                )
+                bar.update()
+    return out[0], out[1]
+
+
+def delta_w(
+    losses: Tensor, epsilons: Tensor | Sequence[float], loss: float, rise: float = 0.1
+) -> float | None:
+    """The smallest |eps| at which any direction's loss has risen by at least `rise`.
+
+    losses: (D, E) of `sharpness`, at epsilons (E,), both signs. loss: that of the weights
+    themselves. None where it never rises so far. A loss that is not a number has risen.
+    """
+    losses = torch.as_tensor(losses, dtype=torch.float64)
+    risen = ~(losses - loss < rise).all(0)
+    distances = torch.as_tensor(epsilons, dtype=torch.float64).abs()[risen]
+    return float(distances.min()) if len(distances) else None
+
+
+def find_delta_w(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    directions: Tensor,
+    held: Held | None = None,
+    *,
+    rise: float = 0.1,
+    step: float = 0.01,
+    limit: float = 0.4,
+    chunk: int | None = None,
+) -> float | None:
+    """`delta_w` by walking outward, both signs, `step` by `step`, no farther than needed.
+
+    The same value as `delta_w` of the `sharpness` at the multiples of `step` up to `limit`.
+    """
+    images, labels = _checked(model, images, labels, chunk)
+    directions = _directions(model, directions, held)
+    loss, _ = _evaluate(model, _parameters(model)[0], images, labels, chunk)
+    _finite(loss)
+    for n in range(1, round(limit / step) + 1):
+        for direction in directions:
+            for sign in (1, -1):
+                moved, _ = _moved(model, images, labels, direction, sign * n * step, chunk)
+                if not moved - loss < rise:
+                    return n * step
+    return None
+
+
+def _moved(model, images, labels, direction, epsilon, chunk) -> tuple[float, float]:
+    weights, _ = _parameters(model)
+    steps = _split(direction, weights)
+    moved = {n: w + epsilon * s for (n, w), s in zip(weights.items(), steps, strict=True)}
+    return _evaluate(model, moved, images, labels, chunk)
+
+
+def _directions(model: nn.Module, directions: Tensor, held: Held | None) -> Tensor:
+    weights, total = _parameters(model)
+    if directions.dim() != 2 or directions.shape[1] != total:
+        raise ValueError(
+            f"directions must be (D, {total}), a column a parameter, got {tuple(directions.shape)}"
+        )
+    if not directions.isfinite().all():
+        raise ValueError("directions must be finite")
+    free = _free(model, held)
+    directions = directions.to(next(iter(weights.values())))
+    if free is None:
+        return directions
+    return torch.zeros_like(directions).index_copy_(1, free, directions[:, free])
+
+
+# What they share
+
+
+def _parameters(model: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """Parameters by name, detached and sharing memory, and how many numbers they are."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    if not weights:
+        raise ValueError("the model has no parameters")
+    return weights, sum(w.numel() for w in weights.values())
+
+
+def _split(flat: Tensor, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """A vector (P,) as tensors of the parameters' shapes."""
+    pieces = flat.split([w.numel() for w in weights.values()])
+    return [piece.view(w.shape) for piece, w in zip(pieces, weights.values(), strict=True)]
+
+
+def _call(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """The logits at other weights; the model's own, and its buffers, are not touched."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    return functional_call(model, {**weights, **buffers}, (images,))
+
+
+def _chunks(images: Tensor, labels: Tensor, chunk: int | None) -> list[tuple[Tensor, Tensor]]:
+    chunk = chunk or (64 if images.device.type == "cpu" else 512)
+    return list(zip(images.split(chunk), labels.split(chunk), strict=True))
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, full float32 and repeatable kernels; as it was, afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
+        stack.enter_context(
+            cudnn.flags(
+                enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+            )
+        )
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes.items()])
+        torch.set_float32_matmul_precision("highest")
+        model.eval()
+        yield
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[dict[int, int]]:
+    """Bytes of each block of memory that autograd keeps, by its address."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _evaluate(model, weights, images, labels, chunk) -> tuple[float, float]:
+    """Mean loss, and accuracy in percent."""
+    loss = correct = 0.0
+    with _measuring(model), torch.no_grad():
+        for x, y in _chunks(images, labels, chunk):
+            logits = _call(model, weights, x)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            correct += float((logits.argmax(1) == y).sum())
+    return loss / len(labels), 100 * correct / len(labels)
+
+
+def _checked(
+    model: nn.Module, images: Tensor, labels: Tensor, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Images and labels on the model's device, or ValueError."""
+    weights, _ = _parameters(model)
+    if len(images) == 0:
+        raise ValueError("no images")
+    if labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floats, normalised, got {images.dtype}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    like = next(iter(weights.values()))
+    images, labels = images.to(like), labels.to(like.device, torch.long)
+    with _measuring(model), torch.no_grad():
+        logits = _call(model, weights, images[:1])
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (N, classes), got {tuple(logits.shape)}")
+    classes = logits.shape[1]
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels must be within 0 and {classes - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    return images, labels
+
+
+def _finite(loss: float | Tensor) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is not finite: {float(loss)}")
+
+
+def _holds(model: nn.Module, held: Held | None) -> dict[str, Tensor]:
+    """`held` on the model's device, or ValueError."""
+    parameters = dict(model.named_parameters())
+    for name, mask in (held or {}).items():
+        if name not in parameters:
+            raise ValueError(f"held: the model has no parameter {name!r}")
+        if mask.shape != parameters[name].shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"held[{name!r}] must be bool of shape {tuple(parameters[name].shape)}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+    return {name: mask.to(parameters[name].device) for name, mask in (held or {}).items()}
+
+
+def _free(model: nn.Module, held: Held | None) -> Tensor | None:
+    """Indices of the coordinates that are not held, or None where none is held."""
+    holds = _holds(model, held)
+    if not any(mask.any() for mask in holds.values()):
+        return None
+    masks = [
+        holds.get(name, torch.zeros_like(p, dtype=torch.bool)).flatten()
+        for name, p in model.named_parameters()
+    ]
+    return (~torch.cat(masks)).nonzero().flatten()

@@ -1,0 +1,204 @@
+"""Noise on chosen filters instead of their removal (arXiv 1906.03728, figure 5 and appendix D).
+
+Filters are chosen as for pruning, and none twice, but they stay in the network: for a number of
+forward passes after the event their weights are disturbed, then they train on.
+
+>>> import torch
+>>> from torch import nn
+>>> from paperlib.pruning import FilterPruner
+>>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+>>> pruner = FilterPruner(network, fractions=[0.5], target="largest", norm=False)
+>>> noise = FilterNoise(network, pruner, "zeroing", passes=0)
+>>> noise.prune(event=1, events=2)
+2
+>>> count = lambda: int((network[0].weight.flatten(1) == 0).all(1).sum())
+>>> before, _, after = count(), network(torch.rand(4, 3, 8, 8)), count()
+>>> before, after
+(0, 2)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from paperlib.pruning import FilterPruner, PruningError
+
+KINDS = ("zeroing", "gaussian", "restored")
+
+
+@dataclass
+class Span:
+    """A layer's noise, from its latest event until the pass that ends it.
+
+    filters: (n,) indices of the filters it acts on. saved: by `_tensors` name, (n, ...), the
+    values those filters had at the event. passes: forward passes since then.
+    """
+
+    filters: Tensor
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    passes: int = 0
+
+
+class FilterNoise:
+    """Disturbs the filters that a pruner chooses, and stands in for that pruner in training.
+
+    Each layer counts the network's forward passes, training and evaluation alike, from its own
+    latest event on; an event that chooses nothing in a layer is none. With N = `passes` and before
+    each pass, in place:
+
+    - zeroing: passes 1 to N + 1, the weights of the filters chosen at the latest event are zero.
+    - gaussian: passes 1 to N + 1, normal noise is added to them, and so accumulates. Its standard
+      deviation is that (unbiased, as torch's) of the weights of the layer's first filter never
+      chosen so far, read at that pass; there is one, as a fraction to prune is below 1.
+    - restored: passes 1 to N, all filters chosen so far have weights, batch-norm scale and shift
+      zero; before pass N + 1 these and their running statistics get back the values they had at
+      the latest event. Filters that an earlier event still holds at zero then have none to
+      restore: they stay zero, so events should be further apart than N passes.
+
+    A new event replaces what is left of its layer's noise. Biases of convolutions, and the
+    optimizer's state, are left alone.
+
+    pruner: chooses, on the same `model`; made with norm=False, since batch norm stays. kind: one
+    of `KINDS`. generator: a CPU generator for Gaussian noise, drawn on the CPU in float32 so that
+    all devices see the same; not part of `state_dict`. The pruner draws random choices from its
+    own. A backward pass must be done before the next forward pass, which changes weights.
+
+    Raises PruningError on a value that cannot be used, and names the valid ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: FilterPruner,
+        kind: str,
+        passes: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if kind not in KINDS:
+            raise PruningError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
+        if passes < 0:
+            raise PruningError(f"noise passes must be at least 0, got {passes}")
+        if pruner.norm:
+            raise PruningError("noise leaves batch norm alone: its pruner needs norm=False")
+        self.pruner, self.kind, self.passes, self.generator = pruner, kind, passes, generator
+        self.masks, self.layers = pruner.masks, pruner.layers
+        self.removed = False
+        self._spans: dict[str, Span] = {}
+        self._paused = False
+        model.register_forward_pre_hook(self._before_pass)
+
+    def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:
+        """One event, as for `FilterPruner.prune`; returns how many filters were chosen."""
+        if self.removed:
+            return self.pruner.prune(event, events)
+        chosen = self.pruner.choose(event, events)
+        for name, filters in chosen.items():
+            self._spans[name] = Span(filters)
+            if self.kind == "restored":
+                gone = (~self.masks[name]).nonzero().squeeze(1)
+                saved = {
+                    key: tensor.detach().index_select(0, gone)
+                    for key, tensor in self._tensors(name).items()
+                }
+                self._spans[name] = Span(gone, saved)
+        return sum(len(filters) for filters in chosen.values())
+
+    def remove(self) -> None:
+        """End all noise and set the weights of all filters chosen so far to zero for good."""
+        self._spans.clear()
+        self.removed = True
+        # An event in no layer: it chooses nothing and sets what is marked to zero.
+        self.pruner.prune([None] * len(self.layers), 1)
+
+    def hold(self) -> None:
+        """After an optimizer step: once they are removed, chosen filters stay zero."""
+        if self.removed:
+            self.pruner.hold()
+
+    def held(self) -> dict[str, Tensor]:
+        """As `FilterPruner.held` once filters are removed; before that nothing is held."""
+        return self.pruner.held() if self.removed else {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For measurements: forward passes in this context neither count nor change anything."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The pruner's state and the noise still to come, as named tensors."""
+        state = self.pruner.state_dict() | {"noise.removed": torch.tensor(self.removed)}
+        for name, span in self._spans.items():
+            state[f"noise.passes.{name}"] = torch.tensor(span.passes)
+            state[f"noise.filters.{name}"] = span.filters
+            state |= {f"noise.{key}.{name}": tensor for key, tensor in span.saved.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; weights are the network's own state, and are left as they are."""
+        self.removed = bool(state["noise.removed"])
+        self._spans.clear()
+        if self.removed:
+            self.pruner.load_state_dict(state)
+            return
+        # Not by the pruner's own method, which sets what is marked to zero.
+        for name, mask in self.masks.items():
+            mask.copy_(state[f"mask.{name}"])
+        if self.pruner.activation is not None:
+            self.pruner.activation.load_state_dict(state)
+        for name, mask in self.masks.items():
+            if f"noise.passes.{name}" not in state:
+                continue
+            saved = {
+                key: state[f"noise.{key}.{name}"].clone().to(mask.device)
+                for key in self._tensors(name)
+                if f"noise.{key}.{name}" in state
+            }
+            filters = state[f"noise.filters.{name}"].clone().to(mask.device)
+            self._spans[name] = Span(filters, saved, int(state[f"noise.passes.{name}"]))
+
+    @torch.no_grad()
+    def _before_pass(self, model: nn.Module, inputs: tuple) -> None:
+        if self._paused or not self._spans:
+            return
+        # In forward order: the order of draws must not hang on that of events.
+        for name in [name for name in self.masks if name in self._spans]:
+            span = self._spans[name]
+            span.passes += 1
+            self._disturb(name, span)
+            if span.passes > self.passes:
+                del self._spans[name]
+        # Autocast may hold copies of the weights as they were before.
+        torch.clear_autocast_cache()
+
+    def _disturb(self, name: str, span: Span) -> None:
+        tensors = self._tensors(name)
+        if self.kind == "gaussian":
+            weight, first = tensors["weight"], self.masks[name].int().argmax(0, keepdim=True)
+            shape = (len(span.filters), *weight.shape[1:])
+            noise = torch.randn(shape, generator=self.generator, dtype=torch.float32)
+            noise = noise.to(weight) * weight.index_select(0, first).std()
+            weight.index_add_(0, span.filters, noise)
+        elif self.kind == "zeroing":
+            tensors["weight"].index_fill_(0, span.filters, 0)
+        elif span.passes > self.passes:
+            for key, tensor in tensors.items():
+                tensor.index_copy_(0, span.filters, span.saved[key])
+        else:
+            for key in {"weight", "scale", "shift"} & tensors.keys():
+                tensors[key].index_fill_(0, span.filters, 0)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """What noise may change of a layer, each with one entry a filter along the first axis."""
+        conv, norm = self.layers[name].conv, self.layers[name].norm
+        found = {"weight": conv.weight}
+        if norm is not None:
+            found |= {"scale": norm.weight, "shift": norm.bias}
+            found |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}

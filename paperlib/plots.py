@@ -1,0 +1,371 @@
+"""The few plot forms the figures share, and their one look. Draws from tidy frames, without torch.
+
+One colour a method throughout (the colour-blind-safe palette of Okabe and Ito); rates of a method
+are told apart by line style and marker. Sizes in inches, fonts as in print.
+"""
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path, PurePath
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import norm
+
+from paperlib import provenance, stats
+from paperlib.instability import stability
+from paperlib.runs import figures_path
+
+PALETTE = {
+    "No Pruning": "#000000",
+    "Prune_S": "#0072B2",
+    "Prune_R": "#009E73",
+    "Prune_L": "#D55E00",
+    "Scratch": "#999999",
+    "Zeroing": "#CC79A7",
+    "Gaussian": "#56B4E9",
+    "Dropout": "#E69F00",
+}
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "^", "s", "D")
+PANEL = (3.4, 2.7)
+STABILITY = "mean stability (%)"
+BEST = "best test accuracy (%)"
+GAP = "generalization gap (%)"
+EPOCH = "epoch"
+PACKAGES = ("paperlib", "matplotlib", "numpy", "pandas")
+
+
+def use_style() -> None:
+    """Seaborn's ticks with sizes for print: called once at the top of a notebook."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        rc={
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 9,
+            "axes.labelsize": 8.5,
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "pdf.fonttype": 42,
+        },
+    )
+
+
+def panels(
+    rows: int, columns: int, panel: tuple[float, float] = PANEL, **options
+) -> tuple[Figure, list[list[Axes]]]:
+    """A grid of axes of one size in inches; always a nested list."""
+    size = (panel[0] * columns, panel[1] * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    return figure, axes.tolist()
+
+
+def looks(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Colour, line style and marker by `label`: colour tells the method, the rest its rates apart.
+
+    frame: columns label and method, in the order of the legend.
+    """
+    seen: dict[str, int] = {}
+    out = {}
+    for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
+        nth = seen.get(method, 0)
+        seen[method] = nth + 1
+        out[label] = {
+            "color": PALETTE[method],
+            "linestyle": LINES[nth % len(LINES)],
+            "marker": MARKERS[nth % len(MARKERS)],
+        }
+    return out
+
+
+def scatter(
+    ax: Axes,
+    runs: pd.DataFrame,
+    x: str,
+    y: str,
+    style: dict[str, dict[str, str]],
+    xlabel: str,
+    ylabel: str,
+) -> stats.Estimate:
+    """A dot a run by `label`, a regression line with its 95% band, Pearson's r and Kendall's tau.
+
+    Returns Pearson's r with its interval.
+    """
+    for label, group in runs.groupby("label", sort=False):
+        look = style[label]
+        ax.scatter(
+            group[x],
+            group[y],
+            s=22,
+            color=look["color"],
+            marker=look["marker"],
+            edgecolor="white",
+            linewidth=0.5,
+            label=label,
+            zorder=3,
+        )
+    r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y])
+    if r.n > 2 and r.value == r.value:
+        sns.regplot(
+            runs, x=x, y=y, ax=ax, scatter=False, color="0.35", line_kws={"linewidth": 1}, seed=0
+        )
+    ax.set(
+        xlabel=xlabel,
+        ylabel=ylabel,
+        title=f"r = {r.value:.2f} (p = {p_value(r.p)}),  $\\tau$ = {tau.value:.2f}"
+        f" (p = {p_value(tau.p)}),  n = {r.n}",
+    )
+    return r
+
+
+def dynamics(
+    ax: Axes,
+    epochs: pd.DataFrame,
+    style: dict[str, dict[str, str]],
+    names: dict[str, str] | None = None,
+    y: str = "post",
+    ylabel: str = "test accuracy (%)",
+) -> None:
+    """Mean of `y` by epoch (counted from 1) and its 95% band over seeds, a line a `label`.
+
+    names: what the legend calls a label, where that is more than the label itself.
+    """
+    for label, group in epochs.groupby("label", sort=False):
+        look = style[label]
+        line = stats.band(group.assign(epoch=group.epoch + 1), "epoch", y)
+        ax.plot(
+            line.epoch,
+            line["mean"],
+            color=look["color"],
+            linestyle=look["linestyle"],
+            linewidth=1.2,
+            marker=look["marker"],
+            markersize=3.5,
+            markevery=max(1, len(line) // 8),
+            label=(names or {}).get(label, label),
+        )
+        ax.fill_between(line.epoch, line.low, line.high, color=look["color"], alpha=0.15, lw=0)
+    ax.set(xlabel=EPOCH, ylabel=ylabel)
+
+
+def focus(ax: Axes, values: Iterable[float], margin: float = 0.12) -> None:
+    """Limit the y axis to the given values and a margin, so that early epochs may leave it."""
+    values = pd.Series(values).dropna()
+    low, high = values.min(), values.max()
+    room = max(high - low, 0.5) * margin
+    ax.set_ylim(low - room, high + room)
+
+
+def p_value(p: float) -> str:
+    """A p-value as it is read: 0.03, 2e-05."""
+    return f"{p:.1g}" if p < 0.01 else f"{p:.2f}"
+
+
+def tradeoff(epochs: pd.DataFrame, runs: pd.DataFrame) -> tuple[Figure, dict[str, stats.Estimate]]:
+    """A row a network: mean stability against best accuracy, and test accuracy by epoch.
+
+    No Pruning is in the second panel only. Returns the figure, and Pearson's r by network.
+    """
+    networks = runs.network.unique()
+    figure, axes = panels(len(networks), 2)
+    estimates = {}
+    for (left, right), network in zip(axes, networks, strict=True):
+        mine, lines = runs[runs.network == network], epochs[epochs.network == network]
+        style = looks(mine)
+        pruned = mine[mine.method != "No Pruning"]
+        estimates[network] = scatter(
+            left, pruned, "mean_stability", "best_accuracy", style, STABILITY, BEST
+        )
+        mean_stability = mine.groupby("label", sort=False).mean_stability.mean()
+        names = {label: f"{label} ({value:.1f}%)" for label, value in mean_stability.items()}
+        dynamics(right, lines, style, names)
+        last = lines.epoch.max()
+        focus(right, lines[lines.epoch > last / 3].groupby(["label", "epoch"]).post.mean())
+        right.set_title(network)
+        right.legend(title="setting (mean stability)", title_fontsize=7)
+    return figure, estimates
+
+
+def stability_against(
+    runs: pd.DataFrame, columns: dict[str, str]
+) -> tuple[Figure, dict[tuple[str, str], stats.Estimate]]:
+    """A row a network, a column a measure: mean stability against it, a dot a run.
+
+    columns: column of `runs` -> its axis label. Returns the figure, and Pearson's r by network
+    and column.
+    """
+    networks = runs.network.unique()
+    figure, axes = panels(len(networks), len(columns))
+    estimates = {}
+    for row, network in zip(axes, networks, strict=True):
+        mine = runs[runs.network == network]
+        for ax, (column, label) in zip(row, columns.items(), strict=True):
+            estimates[network, column] = scatter(
+                ax, mine, "mean_stability", column, looks(mine), STABILITY, label
+            )
+        row[0].legend(title=network, title_fontsize=7)
+    return figure, estimates
+
+
+def by_rate(
+    ax: Axes, runs: pd.DataFrame, y: str, style: dict[str, dict[str, str]], ylabel: str
+) -> None:
+    """Mean of `y` and its 95% interval by iterative pruning rate (log axis), a line a method.
+
+    The axis is fitted to the means: intervals of few seeds may leave it.
+    """
+    lines = {method: stats.band(g, "rate", y) for method, g in runs.groupby("method", sort=False)}
+    for method, line in lines.items():
+        look = style[method]
+        plain = {"color": look["color"], "marker": look["marker"], "markersize": 3}
+        ax.plot(line.rate, line["mean"], **plain, linewidth=1.2, label=method)
+        ax.fill_between(line.rate, line.low, line.high, color=look["color"], alpha=0.15, lw=0)
+    rate_axis(ax)
+    ax.set_ylabel(ylabel)
+    focus(ax, pd.concat([line["mean"] for line in lines.values()]), margin=0.3)
+
+
+def inset_by_rate(
+    ax: Axes, runs: pd.DataFrame, y: str, style: dict[str, dict[str, str]], rates: int
+) -> None:
+    """The lowest rates of `by_rate` once more, larger, in the corner where the lines leave room."""
+    inside = ax.inset_axes((0.13, 0.12, 0.45, 0.42))
+    low = sorted(runs.rate.unique())[:rates]
+    by_rate(inside, runs[runs.rate.isin(low)], y, style, "")
+    inside.set_xticks(low, [f"{rate:.2g}" for rate in low])
+    inside.set(xlabel="", xlim=(low[0] / 1.2, low[-1] * 1.2))
+    inside.tick_params(labelsize=6)
+
+
+def correlation_by_rate(
+    ax: Axes, estimates: dict[float, stats.Estimate], ylabel: str, limit: float = 1.05
+) -> None:
+    """A correlation with its interval at each iterative pruning rate."""
+    rates = list(estimates)
+    values = pd.DataFrame([vars(e) for e in estimates.values()], index=rates)
+    ax.axhline(0, color="0.7", linewidth=0.8)
+    errors = [values.value - values.low, values.high - values.value]
+    ax.errorbar(rates, values.value, errors, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
+    rate_axis(ax)
+    ax.set(ylabel=ylabel, ylim=(-limit, limit))
+
+
+def rate_axis(ax: Axes) -> None:
+    """The logarithmic axis of iterative pruning rates."""
+    ax.set_xscale("log")
+    ax.set_xticks([1, 3, 10, 30, 90], ["1", "3", "10", "30", "90"])
+    ax.minorticks_off()
+    ax.set_xlabel("iterative pruning rate (%)")
+
+
+def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
+    """One run's test accuracy just before and just after every event; returns the largest drop.
+
+    epochs: the rows of one run. What is returned is the row of the event of lowest stability, with
+    its `stability` in percent.
+    """
+    frame = epochs.sort_values("epoch")
+    at = (frame.epoch + 1).repeat(2)
+    ax.plot(at, frame[["pre", "post"]].to_numpy().ravel(), color=color, lw=1, zorder=2)
+    pruned = frame[frame.removed > 0]
+    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post))
+    ax.scatter(pruned.epoch + 1, pruned.pre, s=14, color="0.2", label="just before", zorder=3)
+    ax.scatter(
+        pruned.epoch + 1,
+        pruned.post,
+        s=16,
+        facecolor="white",
+        edgecolor=color,
+        label="just after",
+        zorder=3,
+    )
+    ax.set(xlabel=EPOCH, ylabel="test accuracy (%)")
+    return pruned.loc[pruned.stability.idxmin()]
+
+
+def densities(figure_axes: list[list[Axes]], columns: dict[str, np.ndarray], reach: float) -> None:
+    """A column of histograms a name, the deepest layer on top, over the standard normal density.
+
+    columns: name -> (layers, bins) densities in [-reach, reach], the deepest layer last.
+    """
+    for column, (name, rows) in enumerate(columns.items()):
+        layers, bins = rows.shape
+        centers = (np.arange(bins) + 0.5) * 2 * reach / bins - reach
+        for row in range(layers):
+            ax = figure_axes[row][column]
+            ax.fill_between(centers, rows[layers - 1 - row], color=PALETTE["Prune_S"], alpha=0.5)
+            ax.plot(centers, norm.pdf(centers), color="black", lw=0.8, label="standard normal")
+            ax.set(xlim=(-reach, reach), ylim=(0, 1), yticks=[])
+            ax.set_ylabel(f"{layers - row}", rotation=0, labelpad=8)
+        figure_axes[0][column].set_title(name)
+        figure_axes[-1][column].set_xlabel("normalised output (standard deviations)")
+    figure_axes[0][0].legend(loc="upper left", fontsize=6)
+
+
+def stamp(figure: Figure, words: str) -> None:
+    """Say on the figure's face what it shows."""
+    figure.suptitle(words, x=0.995, ha="right", fontsize=7, color="0.4")
+
+
+def save(
+    figure: Figure,
+    name: str,
+    profile: str,
+    plan: pd.DataFrame,
+    note: str = "",
+    folder: Path | None = None,
+) -> list[Path]:
+    """Stamp the figure and write FOLDER/PROFILE/NAME.pdf and .png; returns both paths.
+
+    plan: the runs it shows, for its number of seeds and its data. Its face and the metadata say
+    profile, seeds, data and note; the metadata the commit and versions too.
+    """
+    words = _about(profile, plan, note)
+    stamp(figure, words)
+    versions = {"commit": provenance.commit(), "python": platform.python_version()}
+    versions |= {package: version(package) for package in PACKAGES}
+    words = "; ".join([words, *(f"{key} {value}" for key, value in versions.items() if value)])
+    target = _folder(profile, folder)
+    paths = [target / f"{name}.pdf", target / f"{name}.png"]
+    figure.savefig(paths[0], metadata={"Title": name, "Subject": words})
+    figure.savefig(paths[1], metadata={"Title": name, "Description": words})
+    return paths
+
+
+def save_table(
+    frame: pd.DataFrame,
+    name: str,
+    profile: str,
+    plan: pd.DataFrame,
+    note: str = "",
+    folder: Path | None = None,
+) -> list[Path]:
+    """Write a table to FOLDER/PROFILE/NAME.csv and .tex; returns both paths."""
+    target = _folder(profile, folder)
+    paths = [target / f"{name}.csv", target / f"{name}.tex"]
+    frame.to_csv(paths[0], float_format="%.4f")
+    paths[1].write_text(frame.to_latex(float_format="%.2f", caption=_about(profile, plan, note)))
+    return paths
+
+
+def _about(profile: str, plan: pd.DataFrame, note: str) -> str:
+    seeds = plan.seed.nunique()
+    data = PurePath(plan.config.iloc[0].data.removeprefix("images:")).name
+    words = [f"profile {profile}", f"{seeds} seed{'s' * (seeds != 1)}", f"data {data}"]
+    return ", ".join([*words, note] if note else words)
+
+
+def _folder(profile: str, folder: Path | None) -> Path:
+    target = (folder or figures_path()) / profile
+    target.mkdir(parents=True, exist_ok=True)
+    return target

@@ -1,0 +1,732 @@
+"""Compact networks against the masked ones they are made from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from paperlib import compact as module
+from paperlib import models
+from paperlib.compact import CompactError, compact, cost, cost_table, export_onnx, latency
+from paperlib.pruning import FilterPruner, WeightPruner, prunable_layers
+
+torch.set_num_threads(1)
+
+NETWORKS = {
+    "conv4": 0.25,
+    "vgg11_bn": 0.125,
+    "resnet18": 0.125,
+    "resnet20": 0.5,
+    "resnet56": 0.5,
+    "vgg19_bn": 1 / 32,
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Batch norms and biases as after training, of any sign."""
+    g = generator(1)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.data.normal_(generator=g)
+            layer.bias.data.normal_(generator=g)
+            layer.running_mean.normal_(generator=g)
+            layer.running_var.uniform_(0.5, 2, generator=g)
+        elif isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+            layer.bias.data.normal_(0, 0.1, generator=g)
+    return network
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(models.build(name, width=NETWORKS[name]))
+
+
+def pruned(network: nn.Module, fraction: float, **options) -> FilterPruner:
+    """Every convolution pruned, at random."""
+    options = {"target": "random", "generator": generator(2)} | options
+    layers = options.pop("layers", list(prunable_layers(network)))
+    pruner = FilterPruner(network, [fraction] * len(layers), layers=layers, **options)
+    pruner.prune(1, 1)
+    return pruner
+
+
+def images(count: int = 3, size: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=generator(3))
+
+
+@torch.no_grad()
+def outputs(network: nn.Module, x: Tensor) -> Tensor:
+    return network.eval()(x)
+
+
+def assert_same(a: nn.Module, b: nn.Module, x: Tensor | None = None) -> None:
+    x = images() if x is None else x
+    expected = outputs(a, x)
+    assert (outputs(b, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def widths(network: nn.Module) -> dict[str, int]:
+    return {
+        name: layer.out_channels
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    }
+
+
+# The same network
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "weights-only"])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_outputs_as_masked(name, fraction, norm):
+    network = build(name)
+    small = compact(network, pruned(network, fraction, norm=norm))
+    assert_same(network, small)
+    assert (parameters(small) < parameters(network)) == (fraction > 0)
+
+
+@pytest.mark.parametrize("fractions", [[0.3, 0.3, 0.3, 0.9], [0.75]])
+@pytest.mark.parametrize("target", ["smallest", "largest"])
+def test_vgg_has_as_many_parameters_as_one_built_that_narrow(fractions, target):
+    network = build("vgg11_bn")
+    pruner = FilterPruner(network, fractions, target=target)
+    pruner.prune(1, 1)
+    small = compact(network, pruner)
+    filters = [8, 16, 32, 32, 64, 64, 64, 64]
+    for i, mask in enumerate(reversed(pruner.masks.values()), 1):
+        filters[-i] = int(mask.sum())
+    assert list(widths(small).values()) == filters
+    convolutions = sum(
+        (9 * before + 3) * after for before, after in zip([3, *filters], filters, strict=False)
+    )
+    assert parameters(small) == convolutions + filters[-1] * 10 + 10
+
+
+def test_flattened_channels_are_cut_pixel_by_pixel():
+    network = build("conv4")
+    small = compact(network, pruned(network, 0.5))
+    assert list(widths(small).values()) == [4, 4, 8, 8]
+    assert small.dense.weight.shape == (128, 8 * 36)
+    assert small.dense.in_features == 288
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet56"])
+def test_first_convolutions_of_residual_blocks_are_always_cut(name):
+    network = build(name)
+    first = [layer for layer in prunable_layers(network) if layer.endswith(".conv1")]
+    small = compact(network, pruned(network, 0.5, layers=first))
+    saved = sum(
+        # Half of conv1's filters with their batch norm, and what conv2 reads of them.
+        (9 * block.conv1.in_channels + 2 + 9 * block.conv2.out_channels) * block.bn1.num_features
+        for block in network.blocks
+    )
+    assert parameters(network) - parameters(small) == saved // 2
+    assert_same(network, small)
+
+
+def test_channels_of_a_residual_stage_are_cut_where_all_that_writes_to_them_is_zero():
+    network = build("resnet18")  # stages of 8, 16, 32, 64
+    pruner = pruned(network, 0, target="smallest")
+    for i, name in enumerate(pruner.masks):
+        if name == "conv1" or name.endswith("conv2"):
+            pruner.masks[name][:3] = False
+            pruner.masks[name][3 + i // 2 % 2] = False  # and one that is not the same everywhere
+    pruner._refresh()
+    pruner.hold()
+    small = compact(network, pruner)
+    assert_same(network, small)
+    filters = widths(small)
+    assert filters["conv1"] == 5
+    assert [filters[f"blocks.{i}.conv2"] for i in range(8)] == [5, 5, 13, 13, 29, 29, 61, 61]
+    assert filters["blocks.2.shortcut.1"] == 13
+    assert small.fc.in_features == 61
+    assert small.blocks[0].sum.keep.shape == (5, 1, 1)
+    assert small.blocks[0].sum.keep.sum() == 4
+
+
+def test_zero_channels_of_a_shortcut_are_cut_with_those_they_are_added_to():
+    network = build("resnet20")  # 8 channels become 16: 4 zero ones on both sides
+    pruner = pruned(network, 0)
+    for name in pruner.masks:
+        if name.startswith(("blocks.3", "blocks.4", "blocks.5")) and name.endswith("conv2"):
+            pruner.masks[name][[0, 1, 15]] = False
+        elif name.startswith(("blocks.6", "blocks.7", "blocks.8")) and name.endswith("conv2"):
+            pruner.masks[name][[8, 9, 23]] = False  # where the stage before pads to
+    pruner._refresh()
+    pruner.hold()
+    small = compact(network, pruner)
+    assert_same(network, small)
+    assert small.blocks[3].conv2.out_channels == 13
+    assert small.blocks[3].shortcut[1].padding == (0, 0, 0, 0, 2, 3)
+    assert small.blocks[6].conv2.out_channels == 29
+    assert all(block.sum.keep is None for block in small.blocks)
+
+
+def test_every_layer_keeps_a_channel():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    )
+    network[2].weight.data.zero_()
+    small = compact(network, example=(2, 3, 8, 8))
+    assert_same(network, small, images(2, 8))
+    assert [small[0].out_channels, small[2].out_channels] == [1, 1]
+
+
+def test_original_is_left_as_it_was_and_modes_are_carried_on():
+    network = build("vgg11_bn").train()
+    network.features[1].eval()
+    pruner = pruned(network, 0.5)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    small = compact(network, pruner)
+    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
+    assert small.training
+    assert not small.features[1].training
+    assert small.features[2].training
+
+
+def test_compacting_twice_changes_nothing():
+    network = build("resnet20")
+    once = compact(network, pruned(network, 0.6))
+    twice = compact(once)
+    assert parameters(once) == parameters(twice)
+    assert_same(once, twice)
+
+
+def test_network_whose_activity_was_watched():
+    network = build("resnet20")
+    pruner = FilterPruner(network, [0.5] * 19, score="activation")
+    for _ in range(10):
+        network(images(2))
+    pruner.prune(1, 1)
+    assert_same(network, compact(network, pruner))
+    assert pruner.activation.passes == 10
+
+
+def test_images_of_another_size():
+    network = build("resnet18")
+    small = compact(network, pruned(network, 0.5))
+    assert_same(network, small, images(2, 40))
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet20"])
+def test_it_can_be_trained_on_and_pruned_again(name):
+    network = build(name)
+    small = compact(network, pruned(network, 0.5)).train()
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.01)
+    labels = torch.arange(8) % 3
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(small(images(8)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    smaller = compact(small, pruned(small, 0.5))
+    assert parameters(smaller) < parameters(small)
+
+
+# Single weights
+
+
+def test_paper_network_with_90_percent_of_its_dense_layer_gone():
+    network = models.build("conv4")
+    pruner = WeightPruner(network, "dense", 0.9, target="largest")
+    pruner.prune(1, 1)
+    counts = cost(compact(network, pruner))
+    assert counts["parameters"] == 1_250_858  # no unit is gone as a whole
+    assert counts["nonzero"] == 189_175
+    assert_same(network, compact(network, pruner))
+
+
+def with_gone_units() -> nn.Module:
+    network = build("conv4")  # 16 * 36 inputs, 128 dense units
+    with torch.no_grad():
+        network.dense.weight[:20] = 0  # constant: relu(bias), of both signs
+        network.fc.weight[:, 10:30] = 0  # not read
+        network.dense.weight[:, :36] = 0  # a filter that is not read
+    return network
+
+
+def test_units_without_weights_are_cut_and_constants_folded():
+    network = with_gone_units()
+    assert (network.dense.bias[:10] > 0).any()
+    assert (network.dense.bias[:10] < 0).any()
+    small = compact(network)
+    assert_same(network, small)
+    assert small.dense.weight.shape == (98, 15 * 36)
+    assert small.fc.weight.shape == (10, 98)
+    assert small.features[8].out_channels == 15
+    constant = network.dense.bias[:10].relu() @ network.fc.weight[:, :10].T
+    torch.testing.assert_close(small.fc.bias, network.fc.bias + constant)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_constant_filters_are_folded_into_convolutions_without_padding_only(bias):
+    def network(padding: int) -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=padding, bias=bias)
+        )
+        layers[0].weight.data[:3] = 0
+        layers[0].bias.data[:3] = torch.tensor([1.0, 0.5, -1.0])
+        return layers
+
+    small = compact(network(0))
+    assert small[0].out_channels == 3
+    assert small[2].bias is not None
+    assert_same(network(0), small)
+    small = compact(network(1))
+    assert small[0].out_channels == 5  # two of them constants, which end at the border
+    assert_same(network(1), small)
+
+
+def test_filters_and_weights_pruned_in_one_network():
+    network = build("conv4")
+    filters = pruned(network, 0.5)
+    weights = WeightPruner(network, ["dense", "fc"], [0.9, 0.5])
+    weights.prune(1, 1)
+    small = compact(network, filters, weights)
+    assert_same(network, small)
+    assert list(widths(small).values()) == [4, 4, 8, 8]
+
+
+# Networks of one's own
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, filters: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(filters, filters, 3, padding=1)
+        self.norm = nn.BatchNorm2d(filters)
+        self.b = nn.Conv2d(filters, filters, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.b(self.norm(self.a(x)).relu()) + x)
+
+
+class PlainResidual(nn.Module):
+    """Adds with a plain `+`, pools and flattens by functions and methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.one, self.two = PlainBlock(6), PlainBlock(6)
+        self.out = nn.Linear(6 * 15 * 15, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(F.relu(self.stem(x))))
+        x = F.max_pool2d(x, 2)
+        return self.out(x.view(x.size(0), -1))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(PlainResidual())
+
+
+def test_plain_residual_network():
+    network = plain()
+    small = compact(network, pruned(network, 0.5, layers=["one.a", "one.b", "two.a", "two.b"]))
+    assert_same(network, small)
+    assert widths(small) == {"stem": 6, "one.a": 3, "one.b": 6, "two.a": 3, "two.b": 6}
+
+
+def test_plain_residual_network_with_the_same_channels_pruned_everywhere():
+    network = plain()
+    small = compact(network, pruned(network, 0.5, target="largest", score=first_filters))
+    assert_same(network, small)
+    assert set(widths(small).values()) == {3}
+    assert not any(layer._forward_hooks for layer in small.modules())
+
+
+def first_filters(conv: nn.Conv2d) -> Tensor:
+    return torch.arange(conv.out_channels).float()
+
+
+class Branches(nn.Module):
+    """Channels joined, scaled by channel attention, averaged, and read by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 4, 3)
+        self.gate = nn.Conv2d(10, 10, 1)
+        self.c = nn.Conv2d(10, 8, 3, 2, bias=False)
+        self.one, self.two = nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.a(x).relu(), self.b(x).relu()], 1)
+        x = x * self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+        x = 2 * F.gelu(self.c(x))[:, :, ::2, 1:]
+        x = F.pad(x, (1, 1)).mean((2, 3))
+        return self.one(x) + self.two(x)
+
+
+def test_joined_channels_attention_and_two_readers():
+    torch.manual_seed(0)
+    network = randomised(Branches())
+    small = compact(network, pruned(network, 0.5, layers=["a", "b", "c"]))
+    assert_same(network, small)
+    assert widths(small) == {"a": 3, "b": 2, "gate": 5, "c": 4}
+
+
+def sequential(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *layers)
+
+
+def test_sequential_network_of_another_input():
+    network = sequential(
+        nn.AvgPool2d(3, padding=1),
+        nn.Conv2d(8, 12, 3, bias=False),
+        nn.LeakyReLU(),
+        nn.AdaptiveMaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(48, 20),
+        nn.BatchNorm1d(20),
+        nn.Tanh(),
+        nn.Linear(20, 3),
+    )
+    x = torch.randn(5, 3, 20, 24, generator=generator(3))
+    small = compact(network, pruned(network, 0.5), example=x)
+    assert_same(network, small, x)
+    assert widths(small) == {"0": 4, "4": 6}
+    assert small[8].in_features == 24
+
+
+class Reshaped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, 8 * 30 * 30)
+
+
+class Custom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+class AcrossChannels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Mean(nn.Module):
+    """Holds a module whose name is that of a known method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Softmax2d()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(x)
+
+
+def shared() -> nn.Module:
+    network = sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    network[4].weight = network[3].weight
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (sequential(Reshaped()), "'view' in '3'"),
+        (sequential(Custom()), "'cumsum' in '3'"),
+        (sequential(AcrossChannels()), "'mean' in '3'"),
+        (sequential(Mean()), r"'3.mean' \(Softmax2d\)"),
+        (sequential(Standardised(8, 4, 3)), "'conv2d' in '3'"),
+        (sequential(nn.GroupNorm(2, 8)), r"'3' \(GroupNorm\)"),
+        (sequential(nn.Conv2d(8, 8, 3, groups=2)), r"'3' \(Conv2d\)"),
+        (sequential(nn.ConvTranspose2d(8, 8, 3)), r"'3' \(ConvTranspose2d\)"),
+        (sequential(nn.Flatten(2)), r"'3' \(Flatten\)"),
+        (sequential(nn.Linear(30, 8)), r"'3' \(Linear\)"),
+        (sequential(Twice()), r"'3\.conv' is used more than once"),
+        (sequential(Branching()), "torch.fx"),
+        (shared(), "'4.weight' is the same parameter as '3.weight'"),
+        (sequential(prune.identity(nn.Conv2d(8, 8, 3), "weight")), "weight or bias of '3'"),
+        (sequential(parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), "'3'"),
+        (sequential(nn.Conv2d(9, 8, 3)), r"\(2, 3, 32, 32\)"),
+    ],
+)
+def test_networks_that_are_not_understood(network, named):
+    with torch.no_grad():
+        for tensor in (network[0].weight, network[0].bias, network[1].weight, network[1].bias):
+            tensor[:4] = 0
+    with pytest.raises(CompactError, match=named):
+        compact(network)
+
+
+def test_what_is_not_understood_is_left_alone_where_nothing_pruned_reaches_it():
+    network = sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    small = compact(network, pruned(network, 0.5, layers=["4"]))
+    assert_same(network, small)
+    assert widths(small) == {"0": 8, "4": 4, "6": 4}
+
+
+def test_hooks_that_change_an_output():
+    network = sequential()
+    network[2].register_forward_hook(lambda layer, inputs, output: output + 1)
+    with pytest.raises(CompactError, match="would not be the same network"):
+        compact(network)
+    network = plain()
+    pruned(network, 0.5, layers=["one.b"])
+    with pytest.raises(CompactError, match="would not be the same network"):
+        compact(network)  # without its pruner
+
+
+def test_a_wrong_cut_is_never_returned(monkeypatch):
+    network = build("vgg11_bn")
+    pruner = pruned(network, 0.5)
+    monkeypatch.setattr(module, "_foldable", lambda layer, values: torch.ones(len(values)).bool())
+    with pytest.raises(CompactError, match="would not be the same network"):
+        compact(network, pruner)
+
+
+def test_outputs_that_are_not_finite():
+    network = sequential()
+    network[0].bias.data[7] = torch.nan
+    with pytest.raises(CompactError, match="would not be the same network"):
+        compact(network)
+
+
+def test_pruners_that_do_not_hold():
+    network = build("vgg11_bn")
+    pruner = pruned(network, 0.5)
+    network.features[0].weight.data += 1
+    with pytest.raises(CompactError, match=r"'features\.0\.weight' is not zero"):
+        compact(network, pruner)
+    with pytest.raises(CompactError, match=r"another network.*'features\.0\.weight'"):
+        compact(build("resnet20"), pruner)
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_saved_and_loaded(name, tmp_path):
+    network = models.build(name, 7, 3, NETWORKS[name], dropout=0.3)
+    small = compact(network, pruned(randomised(network), 0.5))
+    *_, last = (key for key, layer in small.named_modules() if isinstance(layer, nn.Linear))
+    WeightPruner(small, last, 0.9).prune(1, 1)
+    module.save(small, tmp_path / "network.safetensors")
+    state = torch.get_rng_state()
+    loaded = module.load(tmp_path / "network.safetensors")
+    assert torch.get_rng_state().equal(state)
+    assert not loaded.training
+    assert outputs(loaded, images()).equal(outputs(small, images()))
+    assert repr(loaded) == repr(small)
+    expected = small.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(tensor.equal(expected[key]) for key, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_are_saved(dtype, tmp_path):
+    network = with_gone_units().to(dtype)
+    small = compact(network)
+    module.save(small, tmp_path / "network.safetensors")
+    loaded = module.load(tmp_path / "network.safetensors")
+    assert loaded.dense.weight.dtype == dtype
+    assert outputs(loaded, images().to(dtype)).equal(outputs(small, images().to(dtype)))
+
+
+def test_own_network_is_saved_with_its_masks_and_loaded_into_a_fresh_one(tmp_path):
+    network = plain()
+    small = compact(network, pruned(network, 0.5, layers=["stem", "one.a", "one.b", "two.b"]))
+    module.save(small, tmp_path / "own.safetensors")
+    assert_same(network, module.load(tmp_path / "own.safetensors", PlainResidual()))
+    with pytest.raises(CompactError, match="network of your own"):
+        module.load(tmp_path / "own.safetensors")
+    with pytest.raises(CompactError, match="no module 'stem'"):
+        module.load(tmp_path / "own.safetensors", nn.Sequential())
+    with pytest.raises(CompactError, match="hook"):
+        module.save(network, tmp_path / "masked.safetensors")
+
+
+def test_constants_folded_into_a_new_bias_are_loaded(tmp_path):
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False))
+
+    masked = network()
+    masked[0].weight.data[:3] = 0
+    masked[0].bias.data.fill_(1)
+    small = compact(masked)
+    module.save(small, tmp_path / "own.safetensors")
+    assert_same(small, module.load(tmp_path / "own.safetensors", network()))
+
+
+def test_a_file_loaded_into_another_network(tmp_path):
+    module.save(nn.Sequential(nn.Conv2d(3, 6, 3)), tmp_path / "own.safetensors")
+    with pytest.raises(CompactError, match=r"'0\.weight' is \(6, 3, 3, 3\) in the file"):
+        module.load(tmp_path / "own.safetensors", nn.Sequential(nn.Conv2d(3, 6, 5)))
+    with pytest.raises(CompactError, match=r"lacks 1\.bias, 1\.weight"):
+        module.load(
+            tmp_path / "own.safetensors", nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3))
+        )
+    with pytest.raises(CompactError, match="'0' in Sequential has no"):
+        module.load(tmp_path / "own.safetensors", nn.Sequential(nn.ReLU()))
+
+
+def rewritten(path: Path, change: Callable[[dict, dict], object]) -> Path:
+    """The file at `path` with its description and tensors changed."""
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["description"])
+    tensors = safetensors.torch.load_file(path)
+    change(description, tensors)
+    safetensors.torch.save_file(tensors, path, {"description": json.dumps(description)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d, t: d["tensors"]["fc.bias"].update(shape=[9]), "'fc.bias'"),
+        (lambda d, t: d["tensors"]["fc.bias"].update(dtype="float64"), "'fc.bias'"),
+        (lambda d, t: d["tensors"]["fc.bias"].pop("shape"), "'fc.bias'"),
+        (lambda d, t: d["tensors"]["fc.bias"].update(sparse=True), "'fc.bias'"),
+        (lambda d, t: d["tensors"]["dense.weight"].update(shape=[2, 2]), "'dense.weight'"),
+        (lambda d, t: d["tensors"].pop("fc.bias"), "does not have: fc.bias"),
+        (lambda d, t: (d["tensors"].pop("fc.bias"), t.pop("fc.bias")), "lacks fc.bias"),
+        (lambda d, t: t.pop("fc.bias"), "'fc.bias'"),
+        (lambda d, t: t.update(more=torch.zeros(2)), "does not have: more"),
+        (lambda d, t: t.update({"fc.bias": torch.zeros(11)}), "'fc.bias'"),
+        (lambda d, t: t["dense.weight:bitmap"].zero_(), "'dense.weight'"),
+        (lambda d, t: t.update({"dense.weight:values": torch.zeros(1)}), "'dense.weight'"),
+        (lambda d, t: d.update(network="resnet20"), "lacks"),
+        (lambda d, t: d.update(network="resnet21"), "network of your own"),
+        (lambda d, t: d.update(format=2), "format 2"),
+        (lambda d, t: d.pop("tensors"), "not the file of a network"),
+        (lambda d, t: d["settings"].update(fc=1), "'fc' is a Linear"),
+        (lambda d, t: d["settings"].update(gone=1), "no module 'gone'"),
+    ],
+)
+def test_description_and_tensors_that_disagree(change, named, tmp_path):
+    network = build("conv4")
+    WeightPruner(network, "dense", 0.9).prune(1, 1)
+    module.save(network, tmp_path / "network.safetensors")
+    with pytest.raises(CompactError, match=named):
+        module.load(rewritten(tmp_path / "network.safetensors", change))
+
+
+def test_what_is_no_file_of_a_network(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        module.load(tmp_path / "none.safetensors")
+    (tmp_path / "text").write_text("text, and enough of it for a header")
+    with pytest.raises(CompactError, match="not the file of a network"):
+        module.load(tmp_path / "text")
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "tensors")
+    with pytest.raises(CompactError, match="not the file of a network"):
+        module.load(tmp_path / "tensors")
+    module.save(build("conv4"), tmp_path / "cut")
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-100])
+    with pytest.raises(CompactError, match="not the file of a network"):
+        module.load(tmp_path / "cut")
+
+
+# Exported
+
+
+@pytest.mark.parametrize("name", ["conv4", "residual", "plain"])
+def test_exported_networks_agree(name, tmp_path):
+    if name == "residual":
+        torch.manual_seed(0)
+        network = randomised(models.ResNet(1, (8, 16), False, 10, 3, 0.0))
+    else:
+        network = plain() if name == "plain" else build(name)
+    layers = [layer for layer in prunable_layers(network) if layer != "stem"]
+    small = compact(network, pruned(network, 0.5, layers=layers))
+    x = images(5)
+    program = torch.export.export(small.eval(), (x,))
+    assert program.module()(x).equal(outputs(small, x))
+    small.train()
+    export_onnx(small, tmp_path / "network.onnx")
+    assert small.training
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), outputs(network, x), rtol=1e-4, atol=1e-4)
+
+
+# What they cost
+
+
+def test_cost_against_counts_by_hand():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+    network[0].bias.data.zero_()
+    counts = cost(network, (2, 3, 8, 8))
+    assert counts["parameters"] == 27 * 4 + 4 + 36 * 6 + 24 * 5 + 5
+    assert counts["nonzero"] == counts["parameters"] - 4
+    assert counts["multiply_adds"] == 64 * 27 * 4 + 4 * 36 * 6 + 24 * 5
+
+
+def test_bytes_are_those_of_the_file(tmp_path):
+    network = build("conv4")
+    WeightPruner(network, "dense", 0.9).prune(1, 1)
+    module.save(network, tmp_path / "network.safetensors")
+    counts = cost(network)
+    assert counts["bytes_sparse"] == (tmp_path / "network.safetensors").stat().st_size
+    weights = network.dense.weight.numel()
+    saved = weights * 4 - (weights - weights * 9 // 10) * 4 - weights / 8
+    assert counts["bytes_dense"] - counts["bytes_sparse"] == pytest.approx(saved, abs=200)
+    assert counts["bytes_gzipped"] < counts["bytes_sparse"]
+
+
+def test_table_of_costs():
+    dense, masked = build("vgg11_bn"), build("vgg11_bn").train()
+    small = compact(masked, pruned(masked, 0.5))
+    table = cost_table({"dense": dense, "masked": masked, "compact": small}, (1, 4), repeats=2)
+    assert list(table.index) == ["dense", "masked", "compact"]
+    assert list(table) == [*cost(dense), "ms_batch_1", "ms_batch_4"]
+    assert (table > 0).all(axis=None)
+    assert table.parameters.dtype == int
+    assert masked.training
+    for column in ("parameters", "multiply_adds", "bytes_dense"):
+        assert table[column]["dense"] == table[column]["masked"] > table[column]["compact"]
+    assert table.nonzero["masked"] < table.nonzero["dense"]
+    assert table.bytes_sparse["compact"] <= table.bytes_sparse["masked"] < table.bytes_sparse.dense
+
+
+def test_latency():
+    assert latency(build("vgg11_bn"), batch=2, repeats=2) > 0
+    with pytest.raises(CompactError, match="CPU"):
+        latency(models.build("conv4", width=0.1).to("meta"))

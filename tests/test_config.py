@@ -1,0 +1,247 @@
+"""Configurations: their identity, their JSON and what they refuse."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from paperlib import config as module
+from paperlib.config import (
+    Config,
+    ConfigError,
+    FilterPruning,
+    Flatness,
+    Noise,
+    WeightPruning,
+    from_dict,
+    schedule,
+    to_dict,
+)
+
+FILTERS = FilterPruning((0.3, 0.9), ((3, 7), (4, 8, 12)), "ebn", "largest")
+WEIGHTS = WeightPruning(("dense",), (0.5,), (0, 2), schedule="annealing", mu=2.0)
+SCRATCH = FilterPruning((0.5,), scratch=True, layers=("conv1",))
+CONFIGS = [
+    Config(),
+    Config(data="digits", train_per_class=5, model="conv4", dropout=(0.25, 0.5), seed=3),
+    Config(pruning=FILTERS),
+    Config(pruning=WEIGHTS, milestones=(5, 7), optimizer="sgd", momentum=0.9, precision="bfloat16"),
+    Config(pruning=SCRATCH),
+    Config(pruning=FILTERS, noise=Noise("gaussian", 129), flatness=Flatness(20, directions=5)),
+    Config(pruning=replace(FILTERS, norm=False), flatness=Flatness(324)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_round_trip_through_json(config):
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert again == config
+    assert again.identity == config.identity
+    assert hash(again) == hash(config)
+
+
+def test_identities_differ():
+    assert len({config.identity for config in CONFIGS}) == len(CONFIGS)
+
+
+OTHERS = {
+    "data": "cifar100",
+    "train_per_class": 100,
+    "test_per_class": 100,
+    "model": "resnet18",
+    "dropout": 0.5,
+    "optimizer": "sgd",
+    "milestones": (150,),
+    "pruning": FILTERS,
+    "noise": Noise("zeroing", 0),
+    "flatness": Flatness(3),
+    "precision": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+def test_every_field_is_part_of_the_identity(field):
+    name = field.name
+    plain = Config(pruning=SCRATCH if name == "pruning" else FILTERS)
+    value = OTHERS[name] if name in OTHERS else type(field.default)(field.default + 1)
+    changed = plain.with_(**{name: value})
+    assert changed.identity != plain.identity
+    assert changed.with_(**{name: getattr(plain, name)}).identity == plain.identity
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"milestones": [1, 2]}, {"milestones": (1, 2)}),
+        ({"learning_rate": 1}, {"learning_rate": 1.0}),
+        ({"weight_decay": 0}, {}),
+        ({"width": 2}, {"width": 2.0}),
+        ({"dropout": 0}, {}),
+        ({"dropout": [0, 0.5]}, {"dropout": (0.0, 0.5)}),
+        (
+            {"pruning": FilterPruning([0.3, 0.9], [[3, 7], [4, 8, 12]], "ebn", "largest")},
+            {"pruning": FILTERS},
+        ),
+        (
+            {"pruning": FilterPruning((0, 0.5), ((1,), (2,)))},
+            {"pruning": FilterPruning((0.0, 0.5), ((1,), (2,)))},
+        ),
+        (
+            {"pruning": WeightPruning(["dense"], [0.5], [0, 2], schedule="annealing", mu=2)},
+            {"pruning": WEIGHTS},
+        ),
+        ({"epochs": 325, "seed": 0, "pruning": None}, {}),
+    ],
+)
+def test_equal_settings_have_one_identity(a, b):
+    a, b = Config(**a), Config(**b)
+    assert a == b
+    assert a.identity == b.identity
+    assert hash(a) == hash(b)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (Config(), "{}"),
+        (Config(data="images:/a/b", seed=2), '{"data":"images:b","seed":2}'),
+        (
+            Config(learning_rate=1, pruning=FilterPruning([0.5], [[1, 2]])),
+            '{"learning_rate":1.0,"pruning":'
+            '{"epochs":[[1,2]],"fractions":[0.5],"kind":"FilterPruning"}}',
+        ),
+    ],
+)
+def test_identity_is_a_hash_of_canonical_json(config, text):
+    assert config.identity == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_a_new_field_at_its_default_changes_no_identity(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Larger(Config):
+        smoothing: float = 0.0
+
+    @dataclasses.dataclass(frozen=True)
+    class LargerPruning(FilterPruning):
+        warmup: int = 0
+
+    LargerPruning.__name__ = "FilterPruning"
+    for config in CONFIGS:
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        assert Larger(**values).identity == config.identity
+        assert Larger(**values, smoothing=0.1).identity != config.identity
+    fields = {f.name: getattr(FILTERS, f.name) for f in dataclasses.fields(FILTERS)}
+    monkeypatch.setattr(module, "_KINDS", module._KINDS | {"larger": LargerPruning})
+    assert Config(pruning=LargerPruning(**fields)).identity == Config(pruning=FILTERS).identity
+
+
+def test_only_the_last_part_of_a_path_counts():
+    here, there = Config(data="images:/a/b/cifar"), Config(data="images:other/cifar")
+    assert here.identity == there.identity
+    assert from_dict(to_dict(here)).data == "images:/a/b/cifar"
+    assert Config(data="images:/a/b/cifar/").identity == here.identity
+    assert Config(data="images:/a/b/cifar.zip").identity != here.identity
+    assert Config(data="images:/a/cifar/b").identity != here.identity
+    assert Config(data="cifar").identity != here.identity
+
+
+def test_configurations_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+    config = Config(seed=1)
+    assert config.with_(seed=2).seed == 2
+    assert config.seed == 1
+    with pytest.raises(ConfigError):
+        config.with_(epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs"),
+    [((3, 11, 4), (3, 7, 11)), ((3, 10, 4), (3, 7)), ((5, 5, 40), (5,)), ((0, 2, 1), (0, 1, 2))],
+)
+def test_schedule(arguments, epochs):
+    assert schedule(*arguments) == epochs
+
+
+@pytest.mark.parametrize(
+    ("pruning", "rate"),
+    [
+        (FILTERS, 30),
+        (FilterPruning((0.9, 0.3), ((3, 7), (4, 8, 12))), 45),
+        (SCRATCH, 50),
+        (WEIGHTS, 25),
+        *(
+            (FilterPruning((0.3, 0.9), (schedule(3, 150, p), schedule(6, 275, p))), rate)
+            for p, rate in ((4, 90 / 68), (40, 90 / 7), (300, 90))
+        ),
+    ],
+)
+def test_iterative_rate(pruning, rate):
+    assert pruning.rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_titles_name_the_run(config):
+    assert config.identity in config.title
+    assert config.model in config.title
+    assert f"seed {config.seed}" in config.title
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: schedule(-1, 3, 1), "first -1, last 3"),
+        (lambda: schedule(4, 3, 1), "first 4, last 3"),
+        (lambda: schedule(1, 3, 0), "period must be at least 1"),
+        (lambda: FilterPruning((1.0,), ((1,),)), r"\[0, 1\), got 1.0"),
+        (lambda: FilterPruning((-0.1,), ((1,),)), "got -0.1"),
+        (lambda: FilterPruning((math.nan,), ((1,),)), "got nan"),
+        (lambda: FilterPruning((0.5,)), "1 fractions need as many schedules, got 0"),
+        (lambda: FilterPruning((0.5,), ((1,), (2,))), "1 fractions need .* got 2"),
+        (lambda: FilterPruning((0.5,), ((),)), r"rising and at least 0, got \(\)"),
+        (lambda: FilterPruning((0.5,), ((3, 2),)), r"rising .* got \(3, 2\)"),
+        (lambda: FilterPruning((0.5,), ((3, 3),)), r"rising .* got \(3, 3\)"),
+        (lambda: FilterPruning((0.5,), ((-1, 3),)), r"at least 0, got \(-1, 3\)"),
+        (lambda: FilterPruning((0.5,), ((1,),), scratch=True), "it takes no epochs"),
+        (lambda: replace(FILTERS, layers=("a",)), "2 fractions for 1 layers"),
+        (lambda: replace(WEIGHTS, fractions=(2.0,)), "got 2.0"),
+        (lambda: replace(WEIGHTS, epochs=()), "rising"),
+        (lambda: replace(WEIGHTS, layers=("a", "b")), "1 fractions for 2 layers"),
+        (lambda: replace(WEIGHTS, mu=-1.0), "mu must be at least 0, got -1.0"),
+        (lambda: Noise("salt", 1), "unknown noise 'salt': one of zeroing, gaussian, restored"),
+        (lambda: Noise("zeroing", -1), "at least 0, got -1"),
+        (lambda: Flatness(0, images=0), "at least one image, got 0"),
+        (lambda: Flatness(0, eigenvalues=5, directions=6), "6 directions"),
+        (lambda: Flatness(0, directions=0), "0 directions"),
+        (lambda: Config(optimizer="lion"), "unknown optimizer 'lion': one of adam, sgd"),
+        (lambda: Config(precision="float16"), "'float16': one of float32, bfloat16"),
+        (lambda: Config(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: Config(batch=0), "batch must be at least 1, got 0"),
+        (lambda: Config(learning_rate=0), "learning_rate must be positive"),
+        (lambda: Config(learning_rate=math.nan), "learning_rate must be positive, got nan"),
+        (lambda: Config(width=-1), "width must be positive, got -1"),
+        (lambda: Config(epochs=12, pruning=FILTERS), "event at epoch 12 of a run of 12 epochs"),
+        (lambda: Config(epochs=2, pruning=WEIGHTS), "event at epoch 2 of a run of 2 epochs"),
+        (lambda: Config(epochs=5, flatness=Flatness(5)), "flatness at epoch 5 of 5"),
+        (lambda: Config(flatness=Flatness(-1)), "flatness at epoch -1"),
+        (lambda: Config(noise=Noise("zeroing", 1)), "noise needs the filter pruning"),
+        (lambda: Config(noise=Noise("zeroing", 1), pruning=SCRATCH), "noise needs"),
+        (lambda: Config(noise=Noise("zeroing", 1), pruning=WEIGHTS), "noise needs"),
+        (lambda: from_dict({"smoothing": 1}), "not a configuration of this version.*smoothing"),
+        (lambda: from_dict({"noise": {"kind": "Salt"}}), "Salt"),
+        (lambda: from_dict({"pruning": {"fractions": [0.5]}}), "kind"),
+        (lambda: from_dict({"flatness": {"kind": "Flatness"}}), "epoch"),
+        (lambda: from_dict({"epochs": 0}), "at least 1"),
+    ],
+)
+def test_what_cannot_be_run(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_the_last_epoch_may_have_an_event():
+    assert Config(epochs=13, pruning=FILTERS).epochs == 13
+    assert Config(epochs=5, flatness=Flatness(4)).flatness.epoch == 4

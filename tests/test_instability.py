@@ -1,0 +1,151 @@
+"""Stability of events and the summary of runs."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paperlib.instability import stability, summarize
+
+
+def epochs(
+    post: list[float],
+    pre: list[float] | None = None,
+    removed: list[int] | None = None,
+    train: list[float] | None = None,
+    run: str = "a",
+    scratch: bool = False,
+) -> pd.DataFrame:
+    count = len(post)
+    return pd.DataFrame(
+        {
+            "run": run,
+            "epoch": range(count),
+            "trained": [not scratch or i > 0 for i in range(count)],
+            "train_accuracy": train or [90.0] * count,
+            "pre": pre or post,
+            "post": post,
+            "removed": removed or [0] * count,
+            "seconds": [0.5] * count,
+        }
+    )
+
+
+def summary(*frames: pd.DataFrame, run: str = "a") -> pd.Series:
+    return summarize(pd.concat(frames, ignore_index=True)).set_index("run").loc[run]
+
+
+@pytest.mark.parametrize(
+    ("pre", "post", "percent"),
+    [(80, 80, 100), (80, 60, 75), (0.8, 0.2, 25), (50, 0, 0), (40, 50, 125), (0.5, 0.495, 99)],
+)
+def test_stability_in_percent(pre, post, percent):
+    assert stability(pre, post) == pytest.approx(percent)
+    assert stability(pre, post) == pytest.approx(100 * (1 - (pre - post) / pre))
+    assert isinstance(stability(pre, post), float)
+
+
+def test_stability_keeps_the_shape():
+    pre, post = np.random.default_rng(0).uniform(1, 100, (2, 3, 4))
+    percent = stability(pre, post)
+    assert percent.shape == (3, 4)
+    assert percent[2, 1] == stability(pre[2, 1], post[2, 1])
+    assert stability([80, 50], [40, 50]).tolist() == [50, 100]
+
+
+@pytest.mark.filterwarnings("error")
+def test_stability_where_there_was_no_accuracy():
+    assert math.isnan(stability(0, 0))
+    assert math.isnan(stability(0, 10))
+    assert np.isnan(stability([0, 50], [10, 50])).tolist() == [True, False]
+
+
+def test_a_run_without_events():
+    row = summary(epochs([50, 70, 60]))
+    assert (row.events, row.mean_stability) == (0, 100)
+    assert (row.best_accuracy, row.best_epoch) == (70, 1)
+    assert row.last_accuracy == 60
+    assert row.seconds == 1.5
+
+
+def test_scratch_pruning_is_no_event():
+    row = summary(
+        epochs(
+            [95, 50, 80, 70],
+            pre=[99, 50, 80, 70],
+            removed=[12, 0, 0, 0],
+            train=[math.nan, 40, 85, 90],
+            scratch=True,
+        )
+    )
+    assert (row.events, row.mean_stability) == (0, 100)
+    assert (row.best_accuracy, row.best_epoch, row.gap) == (80, 2, 5)
+
+
+def test_mean_stability_is_over_events():
+    row = summary(epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 80], removed=[0, 3, 0, 1, 0]))
+    assert row.events == 2
+    assert row.mean_stability == pytest.approx((75 + 75) / 2)
+
+
+def test_best_accuracy_counts_from_the_last_event_on():
+    frame = epochs(
+        [95, 90, 60, 70, 75, 74], pre=[95, 99, 98, 70, 75, 74], removed=[0, 2, 4, 0, 0, 0]
+    )
+    row = summary(frame)
+    assert (row.best_accuracy, row.best_epoch) == (75, 4)
+
+
+def test_the_last_event_itself_counts_after_pruning():
+    row = summary(epochs([50, 85, 80], pre=[50, 90, 80], removed=[0, 2, 0]))
+    assert (row.best_accuracy, row.best_epoch) == (85, 1)
+    row = summary(epochs([50, 85, 83], pre=[50, 85, 90], removed=[0, 0, 2]))
+    assert (row.best_accuracy, row.best_epoch) == (83, 2)
+
+
+def test_an_epoch_that_removes_nothing_is_no_event():
+    row = summary(epochs([90, 80, 70], pre=[90, 85, 75], removed=[1, 0, 0]))
+    assert (row.events, row.best_epoch) == (1, 0)
+    assert row.mean_stability == 100
+
+
+def test_the_first_of_equal_best_epochs():
+    row = summary(epochs([50, 70, 60, 70], train=[60, 75, 90, 95]))
+    assert (row.best_epoch, row.gap) == (1, 5)
+
+
+def test_gap_is_taken_at_the_best_epoch_after_its_event():
+    row = summary(epochs([50, 80, 70], pre=[50, 88, 70], removed=[0, 1, 0], train=[55, 91, 99]))
+    assert row.gap == 91 - 80
+
+
+def test_events_without_accuracy_before_them():
+    row = summary(epochs([0, 30, 50], pre=[0, 60, 50], removed=[1, 1, 0]))
+    assert row.events == 2
+    assert row.mean_stability == 50
+
+
+def test_several_runs_at_once():
+    frames = {
+        "b": epochs([50, 70, 60], pre=[50, 70, 80], removed=[0, 0, 1], run="b"),
+        "a": epochs([99, 98], run="a"),
+        "c": epochs([10, 20, 40, 30], pre=[20, 20, 40, 30], removed=[1, 0, 0, 0], run="c"),
+    }
+    alone = pd.concat([summarize(frame) for frame in frames.values()]).sort_values("run")
+    shuffled = pd.concat(frames.values()).sample(frac=1, random_state=0)
+    together = summarize(shuffled.reset_index(drop=True)).sort_values("run")
+    pd.testing.assert_frame_equal(together.reset_index(drop=True), alone.reset_index(drop=True))
+    assert alone.set_index("run").mean_stability.to_dict() == {"a": 100, "b": 75, "c": 50}
+
+
+def test_frames_joined_without_a_new_index():
+    frames = [epochs([50, 70], run="a"), epochs([60, 40], run="b")]
+    assert summarize(pd.concat(frames)).best_accuracy.tolist() == [70, 60]
+
+
+def test_the_frame_is_left_as_it_was():
+    frame = epochs([50, 70, 60], removed=[0, 1, 0]).iloc[::-1]
+    before = frame.copy()
+    summarize(frame)
+    pd.testing.assert_frame_equal(frame, before)

@@ -1,0 +1,284 @@
+"""The networks: sizes, initial weights, order of parameters and shortcuts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from paperlib.models import MODELS, ResidualSum, build
+
+torch.set_num_threads(1)
+
+NARROW = {"conv4": 1 / 8, "vgg11_bn": 1 / 16, "vgg19_bn": 1 / 64, "resnet18": 1 / 16}
+NAMES = [*NARROW, "resnet20", "resnet56"]
+BLOCKS = {"resnet18": [2, 2, 2, 2], "resnet20": [3, 3, 3], "resnet56": [9, 9, 9]}
+
+
+def meta(name: str, **options) -> nn.Module:
+    """A network without the cost of its weights."""
+    with torch.device("meta"):
+        return build(name, **options)
+
+
+def narrow(name: str, seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(name, width=NARROW.get(name, 0.25), **options)
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("vgg11_bn", 10, 9_231_114),
+        ("resnet18", 10, 11_173_962),
+        ("resnet20", 10, 269_722),
+        ("resnet56", 10, 853_018),
+        ("vgg11_bn", 100, 9_231_114 + 90 * 513),
+        ("resnet18", 100, 11_173_962 + 90 * 513),
+    ],
+)
+def test_number_of_parameters(name, classes, parameters):
+    assert sum(p.numel() for p in meta(name, num_classes=classes).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_logits_of_each_image(name, channels):
+    model = narrow(name, num_classes=7, in_channels=channels)
+    images = torch.randn(2, channels, 32, 32)
+    assert model(images).shape == (2, 7)
+    model.eval()
+    assert torch.allclose(model(images)[1:], model(images[1:]), atol=1e-5)
+
+
+def test_every_model_is_tested():
+    assert sorted(NAMES) == sorted(MODELS)
+
+
+@pytest.mark.parametrize("width", [1, 0.5, 1 / 16])
+def test_filters_of_vgg11(width):
+    expected = [round(n * width) for n in (64, 128, 256, 256, 512, 512, 512, 512)]
+    model = meta("vgg11_bn", width=width)
+    assert [conv.out_channels for conv in convolutions(model)] == expected
+    assert all(c.kernel_size == (3, 3) and c.bias is not None for c in convolutions(model))
+    dense = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in dense] == [(expected[-1], 10)]
+
+
+def test_pooling_of_vgg11():
+    kinds = {nn.Conv2d: "c", nn.BatchNorm2d: "b", nn.ReLU: "r", nn.MaxPool2d: "M"}
+    layout = "".join(kinds[type(layer)] for layer in meta("vgg11_bn").features)
+    block = "cbr"
+    assert layout == f"{block}M{block}M{2 * block}M{2 * block}M{2 * block}M"
+
+
+@pytest.mark.parametrize(("name", "blocks"), BLOCKS.items())
+@pytest.mark.parametrize("width", [1, 0.25])
+def test_stages_of_resnets(name, blocks, width):
+    model = meta(name, width=width)
+    first = 64 if name == "resnet18" else 16
+    expected = [
+        (round(first * 2**stage * width), 2 if stage and not block else 1)
+        for stage, count in enumerate(blocks)
+        for block in range(count)
+    ]
+    assert [(b.conv1.out_channels, b.conv1.stride[0]) for b in model.blocks] == expected
+    assert all(b.conv2.stride == (1, 1) for b in model.blocks)
+    assert model.conv1.out_channels == round(first * width)
+    assert model.conv1.stride == (1, 1)
+    assert all(conv.bias is None for conv in convolutions(model))
+
+
+def test_batch_norm():
+    norms = [m for name in NAMES for m in meta(name).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum, m.affine) for m in norms} == {(1e-5, 0.1, True)}
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet20", "resnet56"])
+def test_kaiming_normal_weights(name):
+    torch.manual_seed(0)
+    model = build(name)
+    for conv in convolutions(model)[1:]:
+        fan = conv.out_channels if name == "vgg11_bn" else conv.in_channels
+        expected, n = math.sqrt(2 / (9 * fan)), conv.weight.numel()
+        assert conv.weight.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * n))
+        assert abs(conv.weight.mean().item()) < 4 * expected / math.sqrt(n)
+        # A normal distribution has far tails, a uniform one none beyond 1.73 deviations.
+        assert conv.weight.abs().max() > 2.5 * expected
+        assert conv.bias is None or not conv.bias.any()
+
+
+def test_fan_in_of_dense_layers():
+    torch.manual_seed(0)
+    weight = build("resnet56", num_classes=1000).fc.weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "fan"),
+    [("vgg11_bn", "classifier.2", 512), ("resnet18", "fc", 512), ("resnet18", "conv1", 27)],
+)
+def test_default_weights(name, layer, fan):
+    torch.manual_seed(0)
+    weight = build(name).get_submodule(layer).weight
+    bound = 1 / math.sqrt(fan)
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_initial_weights_are_drawn_from_the_global_generator():
+    a, b, c = (narrow("resnet20", seed) for seed in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.conv1.weight, c.conv1.weight)
+
+
+def test_order_of_parameters_in_a_block():
+    names = [n for n, _ in meta("resnet18").blocks[2].named_parameters()]
+    shortcut = ["shortcut.1.weight", "shortcut.2.weight", "shortcut.2.bias"]
+    block = ["conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"]
+    assert names == block + shortcut
+    assert [n for n, _ in meta("resnet20").blocks[3].named_parameters()] == block
+
+
+@pytest.mark.parametrize(("before", "after", "front"), [(16, 32, 8), (4, 8, 2), (3, 6, 1)])
+def test_parameter_free_shortcut(before, after, front):
+    model = build("resnet20", width=before / 16)
+    x = torch.randn(2, before, 8, 8)
+    expected = torch.zeros(2, after, 4, 4)
+    for i in range(4):
+        for j in range(4):
+            expected[:, front : front + before, i, j] = x[:, :, 2 * i, 2 * j]
+    assert torch.equal(model.blocks[3].shortcut(x), expected)
+    assert not list(model.blocks[3].shortcut.parameters())
+
+
+def test_shortcuts_that_change_nothing():
+    for name, blocks in BLOCKS.items():
+        starts = {sum(blocks[:stage]) for stage in range(1, len(blocks))}
+        for i, block in enumerate(meta(name).blocks):
+            assert isinstance(block.shortcut, nn.Identity) == (i not in starts)
+
+
+def test_projection_shortcut_is_a_strided_convolution():
+    block = narrow("resnet18").blocks[2].eval()
+    conv, norm = (m for m in block.shortcut if list(m.parameters()))
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 4, 9, 9)
+    strided = nn.Conv2d(4, 8, 1, stride=2, bias=False)
+    strided.weight = conv.weight
+    assert torch.allclose(block.shortcut(x), norm(strided(x)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_resnet_by_hand(name):
+    """The forward pass, from its parts."""
+    model = narrow(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    out = F.relu(model.bn1(F.conv2d(x, model.conv1.weight, padding=1)))
+    for block in model.blocks:
+        stride = block.conv1.stride[0]
+        branch = F.relu(block.bn1(F.conv2d(out, block.conv1.weight, stride=stride, padding=1)))
+        branch = block.bn2(F.conv2d(branch, block.conv2.weight, padding=1))
+        out = F.relu(branch + block.shortcut(out))
+    size = 4 if name == "resnet18" else 8
+    assert out.shape[2:] == (size, size)
+    pooled = F.avg_pool2d(out, size).flatten(1)
+    assert torch.allclose(model(x), F.linear(pooled, model.fc.weight, model.fc.bias), atol=1e-5)
+
+
+def test_vgg19_is_torchvisions():
+    ours = meta("vgg19_bn", num_classes=1000)
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg19_bn()
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert list(shapes[0]) == list(shapes[1])
+
+
+def test_vgg19_computes_what_torchvisions_does():
+    ours = narrow("vgg19_bn").eval()
+    filters = ["M" if n == "M" else n // 64 for n in torchvision.models.vgg.cfgs["E"]]
+    features = torchvision.models.vgg.make_layers(filters, batch_norm=True).eval()
+    features.load_state_dict(ours.features.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    pooled = F.adaptive_avg_pool2d(features(images), 7)
+    assert torch.allclose(ours(images), ours.classifier(pooled.flatten(1)), atol=1e-6)
+
+
+def test_vgg19_dense_layers_start_as_torchvisions():
+    torch.manual_seed(0)
+    first, *_, last = (m for m in build("vgg19_bn", width=1 / 8).classifier if hasattr(m, "bias"))
+    assert first.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not first.bias.any()
+    assert not last.bias.any()
+
+
+def test_conv4_shapes():
+    model = meta("conv4")
+    assert [c.weight.shape for c in convolutions(model)] == [
+        (32, 3, 3, 3),
+        (32, 32, 3, 3),
+        (64, 32, 3, 3),
+        (64, 64, 3, 3),
+    ]
+    assert model.dense.weight.shape == (512, 64 * 6 * 6)
+    assert model.fc.weight.shape == (10, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout", "rates"),
+    [
+        ("conv4", 0.25, {0.25}),
+        ("conv4", (0.25, 0.5), {0.25, 0.5}),
+        ("vgg11_bn", (0.25, 0.5), {0.5}),
+        ("resnet20", 0.5, {0.5}),
+        ("vgg19_bn", 0.5, {0.5}),
+    ],
+)
+def test_dropout(name, dropout, rates):
+    model = meta(name, dropout=dropout)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == rates
+
+
+def test_a_very_narrow_network_keeps_a_filter():
+    for name in NAMES:
+        model = meta(name, width=0.001)
+        assert all(c.out_channels >= 1 for c in convolutions(model))
+        assert convolutions(model)[0].out_channels == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "vgg"}, "unknown model 'vgg': one of conv4, .*resnet56"),
+        ({"width": 0}, "width must be positive, got 0"),
+        ({"width": -1.0}, "width must be positive, got -1.0"),
+        ({"width": math.nan}, "width must be positive, got nan"),
+        ({"dropout": 1.0}, r"\[0, 1\).*got 1.0"),
+        ({"dropout": -0.1}, r"\[0, 1\).*got -0.1"),
+        ({"dropout": (0.1, 0.2, 0.3)}, r"pair"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**{"name": "conv4"} | options)
+
+
+def test_residual_sum():
+    add = ResidualSum()
+    branch, shortcut = torch.randn(2, 2, 3, 4, 4).unbind(0)
+    shortcut.requires_grad_()
+    assert torch.equal(add(branch, shortcut), branch + shortcut)
+    add.keep = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+    out = add(branch, shortcut)
+    assert torch.equal(out[:, 1], branch[:, 1])
+    assert torch.allclose(out[:, [0, 2]], (branch + shortcut)[:, [0, 2]])
+    out.sum().backward()
+    assert not shortcut.grad[:, 1].any()
+    assert shortcut.grad[:, [0, 2]].eq(1).all()

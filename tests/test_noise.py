@@ -1,0 +1,398 @@
+"""Noise on chosen filters, against training loops that spell out every batch."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paperlib.experiments import noise_for, training_batches
+from paperlib.noise import KINDS, FilterNoise
+from paperlib.pruning import FilterPruner, PruningError
+
+torch.set_num_threads(1)
+
+# T: a training batch; E: an evaluation batch; 0, 1: an event of the first or second convolution.
+# The second 0 comes 12 passes after the first: its noise is just over with N = 11, not with 15.
+PROGRAM = "TTTEE0EETTE1EETTTEE0TETTEETTTEE1TETTTETTEETT"
+# Filters of either, and how many each of its events chooses.
+FILTERS, CHOSEN = (5, 7), ((2, 2), (1, 2))
+FRACTIONS = (0.8, 0.5)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    a, b = FILTERS
+    model = nn.Sequential(
+        nn.Conv2d(2, a, 3),
+        nn.BatchNorm2d(a),
+        nn.ReLU(),
+        nn.Conv2d(a, b, 3),
+        nn.BatchNorm2d(b),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * b, 3),
+    )
+    for norm in (model[1], model[4]):
+        nn.init.normal_(norm.weight, 1, 0.2)
+        nn.init.normal_(norm.bias, 0, 0.2)
+    return model
+
+
+def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=0.01)
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def batch(i: int) -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(i)
+    x = torch.randn(8, 2, 6, 6, generator=chance)
+    return x, torch.randint(3, (8,), generator=chance)
+
+
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, i: int) -> None:
+    x, y = batch(i)
+    model.train()
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def noised(model: nn.Module, kind: str, passes: int, seed: int = 7) -> FilterNoise:
+    pruner = FilterPruner(model, FRACTIONS, target="largest", norm=False)
+    return FilterNoise(model, pruner, kind, passes, torch.Generator().manual_seed(seed))
+
+
+def steps(
+    model: nn.Module, noise: FilterNoise, optimizer: torch.optim.Optimizer, start: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """The program with `FilterNoise`, the network's state after every step of it."""
+    for i, step in list(enumerate(PROGRAM))[start:]:
+        if step == "T":
+            train_on(model, optimizer, i)
+            noise.hold()
+        elif step == "E":
+            model.eval()
+            with torch.inference_mode():
+                model(batch(i)[0])
+        else:
+            layer, event = int(step), PROGRAM[: i + 1].count(step)
+            assert noise.prune([event if k == layer else None for k in (0, 1)], [2, 2]) > 0
+        yield snapshot(model)
+
+
+def by_hand(kind: str, n: int, name: str) -> Iterator[dict[str, Tensor]]:
+    """The same, with nothing but loops."""
+    model = network()
+    optimizer = optimizer_of(name, model)
+    convs, norms = (model[0], model[3]), (model[1], model[4])
+    never = [list(range(filters)) for filters in FILTERS]
+    latest, passes, saved = [[], []], [math.inf, math.inf], [{}, {}]
+    chance = torch.Generator().manual_seed(7)
+    for i, step in enumerate(PROGRAM):
+        if step in "01":
+            layer = int(step)
+            weight = convs[layer].weight.data
+            by_norm = sorted(never[layer], key=lambda k: -float(weight[k].norm()))
+            latest[layer] = by_norm[: CHOSEN[layer][PROGRAM[:i].count(step)]]
+            never[layer] = [k for k in never[layer] if k not in latest[layer]]
+            passes[layer] = 0
+            values = (convs[layer].weight.data, *norm_tensors(norms[layer]))
+            saved[layer] = [value.clone() for value in values]
+        else:
+            for layer in (0, 1):
+                passes[layer] += 1
+                weight = convs[layer].weight.data
+                values = (weight, *norm_tensors(norms[layer]))
+                every = [k for k in range(FILTERS[layer]) if k not in never[layer]]
+                if kind == "zeroing" and passes[layer] <= n + 1:
+                    for k in latest[layer]:
+                        weight[k] = 0
+                if kind == "gaussian" and passes[layer] <= n + 1:
+                    deviation = weight[never[layer][0]].std()
+                    drawn = torch.randn(len(latest[layer]), *weight[0].shape, generator=chance)
+                    for k, normal in zip(latest[layer], drawn, strict=True):
+                        weight[k] += normal * deviation
+                if kind == "restored" and passes[layer] <= n:
+                    for k in every:
+                        for value in values[:3]:
+                            value[k] = 0
+                if kind == "restored" and passes[layer] == n + 1:
+                    for k in every:
+                        for value, old in zip(values, saved[layer], strict=True):
+                            value[k] = old[k]
+            if step == "T":
+                train_on(model, optimizer, i)
+            else:
+                model.eval()
+                with torch.no_grad():
+                    model(batch(i)[0])
+        yield snapshot(model)
+
+
+def norm_tensors(norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
+    return norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("passes", [0, 1, 11, 15])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_batch_is_as_by_hand(kind, passes, optimizer):
+    model = network()
+    noise = noised(model, kind, passes)
+    with_noise = steps(model, noise, optimizer_of(optimizer, model))
+    for i, (state, expected) in enumerate(
+        zip(with_noise, by_hand(kind, passes, optimizer), strict=True)
+    ):
+        assert same(state, expected), f"step {i} ({PROGRAM[i]})"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_longer_noise_is_more_noise(kind):
+    short, long = (list(by_hand(kind, n, "sgd"))[-1] for n in (0, 6))
+    assert not same(short, long)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [8, 14, 20])
+def test_goes_on_from_its_state_in_the_middle_of_a_span(kind, start, tmp_path):
+    model = network()
+    noise, optimizer = noised(model, kind, 15), optimizer_of("adam", model)
+    whole = steps(model, noise, optimizer)
+    for _ in range(start):
+        next(whole)
+    assert any(key.startswith("noise.passes") for key in noise.state_dict())
+    state = {
+        "model": model.state_dict(),
+        "noise": noise.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, tmp_path / "checkpoint")
+    noise.generator.manual_seed(11)
+    expected = list(whole)
+
+    state = torch.load(tmp_path / "checkpoint", weights_only=True)
+    model = network()
+    noise, optimizer = noised(model, kind, 15, seed=11), optimizer_of("adam", model)
+    model.load_state_dict(state["model"])
+    noise.load_state_dict(state["noise"])
+    assert same(model.state_dict(), state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    resumed = list(steps(model, noise, optimizer, start))
+    assert all(same(a, b) for a, b in zip(resumed, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_weights_named_change_and_only_in_the_span(kind):
+    model = network()
+    noise, optimizer = noised(model, kind, 3), optimizer_of("adam", model)
+    train_on(model, optimizer, 0)
+    before = snapshot(model)
+    moments = {k: v.clone() for s in optimizer.state.values() for k, v in s.items()}
+    assert noise.prune(1, 2) == 3
+    assert same(before, model.state_dict()), "an event alone changes nothing"
+    assert noise.held() == {}
+    model.eval()
+    states = []
+    with torch.inference_mode():
+        for i in range(6):
+            model(batch(i)[0])
+            states.append(snapshot(model))
+    changed = {
+        name for state in states for name in state if not torch.equal(state[name], before[name])
+    }
+    weights = {"0.weight", "3.weight"}
+    norms = {"1.weight", "1.bias", "4.weight", "4.bias"}
+    assert changed == weights | (norms if kind == "restored" else set())
+    for name, layer in noise.masks.items():
+        kept = states[0][f"{name}.weight"][layer]
+        assert torch.equal(kept, before[f"{name}.weight"][layer])
+    assert same(states[3], states[5]), "over after pass N + 1"
+    assert same(states[3], before) == (kind == "restored")
+    after = {k: v.clone() for s in optimizer.state.values() for k, v in s.items()}
+    assert same(moments, after)
+    train_on(model, optimizer, 1)
+    assert not torch.equal(model[0].weight, states[5]["0.weight"])
+
+
+def test_an_event_inside_a_span_of_restored_noise_takes_its_zeros_for_the_values_to_restore():
+    model = network().eval()
+    noise = noised(model, "restored", 2)
+    whole = snapshot(model)["0.weight"]
+    noise.prune([1, None], 2)
+    first = ~noise.masks["0"].clone()
+    with torch.inference_mode():
+        model(batch(0)[0])
+        noise.prune([2, None], 2)
+        for _ in range(4):
+            model(batch(0)[0])
+    assert not model[0].weight[first].any()
+    assert torch.equal(model[0].weight[~first], whole[~first])
+
+
+def test_an_event_that_chooses_nothing_starts_nothing():
+    model = network()
+    pruner = FilterPruner(model, (0.0, 0.5), target="largest", norm=False)
+    noise = FilterNoise(model, pruner, "zeroing", 100)
+    assert noise.prune(1, 1) == 3
+    model(batch(0)[0])
+    assert model[0].weight.flatten(1).any(1).all()
+    assert not model[3].weight[~noise.masks["3"]].any()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_removal_is_for_good_and_leaves_batch_norm_alone(kind, resumed):
+    model = network()
+    noise, optimizer = noised(model, kind, 2), optimizer_of("adam", model)
+    for _ in zip(range(18), steps(model, noise, optimizer), strict=False):
+        pass
+    if resumed:
+        state = noise.state_dict()
+        noise = noised(model, kind, 2)
+        noise.load_state_dict(state)
+    before = snapshot(model)
+    noise.remove()
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in noise.masks:
+            assert not tensor[~noise.masks[layer]].any()
+            assert torch.equal(tensor[noise.masks[layer]], before[name][noise.masks[layer]])
+        else:
+            assert torch.equal(tensor, before[name])
+    assert noise.held().keys() == {"0.weight", "3.weight"}
+    for i in range(3):
+        train_on(model, optimizer, i)
+        noise.hold()
+        assert not model[0].weight[~noise.masks["0"]].any()
+    again = network()
+    other = noised(again, kind, 2)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(noise.state_dict())
+    assert other.removed
+    assert same(again.state_dict(), model.state_dict())
+    assert other.prune([2, None], 2) == 2
+    assert not again[0].weight[~other.masks["0"]].any()
+
+
+def test_measurements_in_a_pause_are_no_passes():
+    model = network().eval()
+    noise = noised(model, "gaussian", 0)
+    noise.prune(1, 2)
+    before = snapshot(model)
+    with noise.paused():
+        model(batch(0)[0])
+    assert same(before, model.state_dict())
+    model(batch(0)[0])
+    assert not same(before, model.state_dict())
+
+
+def test_autocast_sees_the_noise_of_every_pass():
+    outputs = []
+    for evaluation in range(2):
+        model = network().eval()
+        noise = noised(model, "gaussian", 5)
+        noise.prune(1, 2)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=not evaluation):
+            outputs.append(torch.stack([model(batch(0)[0]) for _ in range(6)]))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_sees_the_same_noise(kind):
+    weights = []
+    for device in ("cpu", "cuda"):
+        model = network().eval().to(device, memory_format=torch.channels_last)
+        noise = noised(model, kind, 3)
+        noise.prune(1, 2)
+        with torch.inference_mode():
+            for i in range(3):
+                model(batch(i)[0].to(device))
+        weights.append(model[0].weight.detach().cpu())
+    torch.testing.assert_close(*weights)
+
+
+def test_noise_that_cannot_be():
+    model = network()
+    pruner = FilterPruner(model, FRACTIONS, norm=False)
+    with pytest.raises(PruningError, match=r"'rain'.*zeroing, gaussian, restored"):
+        FilterNoise(model, pruner, "rain", 1)
+    with pytest.raises(PruningError, match="at least 0, got -1"):
+        FilterNoise(model, pruner, "zeroing", -1)
+    with pytest.raises(PruningError, match="norm=False"):
+        FilterNoise(model, FilterPruner(model, FRACTIONS), "zeroing", 1)
+
+
+# Passes and training batches
+
+
+FIGURE_5 = [(0, 0), (51, 129), (1106, 1500)]
+FIGURE_D2 = [(89, 129), (630, 750), (1220, 1500), (2480, 3000)]
+
+
+@pytest.mark.parametrize(("batches", "passes"), FIGURE_5)
+@pytest.mark.parametrize("kind", ["zeroing", "gaussian"])
+def test_the_spans_of_figure_5(kind, batches, passes):
+    assert noise_for(kind, batches).passes == passes
+
+
+@pytest.mark.parametrize(("batches", "passes"), FIGURE_D2)
+def test_the_spans_of_appendix_d(batches, passes):
+    assert noise_for("restored", batches, evaluation_batch=256).passes == passes
+
+
+@pytest.mark.parametrize("evaluation_batch", [128, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_and_training_batches_are_inverse(kind, evaluation_batch):
+    for batches in range(1200):
+        noise = noise_for(kind, batches, evaluation_batch=evaluation_batch)
+        assert noise.evaluation_batch == evaluation_batch
+        assert training_batches(noise, 128, 50_000, 10_000) == batches
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches", "evaluation_batch", "changes"),
+    [
+        ("gaussian", 0, 128, 1),
+        ("gaussian", 51, 128, 79 + 51),
+        ("gaussian", 1106, 128, 1501),
+        ("restored", 89, 256, 129),
+        ("restored", 630, 256, 750),
+    ],
+)
+def test_the_last_noised_batch_of_training(kind, batches, evaluation_batch, changes):
+    """Passes in the order of a run's, two evaluations an epoch: the event is between them."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2))
+    pruner = FilterPruner(model, [0.5], target="largest", norm=False)
+    setting = noise_for(kind, batches, evaluation_batch=evaluation_batch)
+    noise = FilterNoise(model, pruner, kind, setting.passes, torch.Generator())
+    noise.prune(1, 1)
+    chosen = int((~noise.masks["0"]).nonzero())
+    evaluation = math.ceil(10_000 / evaluation_batch)
+    x = torch.ones(2, 1, 2, 2)
+    before, seen, trained, last = model[0].weight[chosen].clone(), 0, 0, 0
+    for passes, training in [(evaluation, False)] + 4 * [(391, True), (2 * evaluation, False)]:
+        for _ in range(passes):
+            model.train(training)
+            with torch.no_grad():
+                model(x)
+            trained += training
+            now = model[0].weight[chosen].clone()
+            # Gaussian noise moves the weights at each of its passes; zeroed ones are zero.
+            if (now != before).any() if kind == "gaussian" else not now.any():
+                seen, last = seen + 1, trained
+            before = now
+    assert seen == changes
+    assert last == batches

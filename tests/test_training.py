@@ -1,0 +1,492 @@
+"""Runs: what decides their numbers, and what is recorded of them."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paperlib import data, models, training
+from paperlib.config import Config, FilterPruning, WeightPruning, to_dict
+from paperlib.pruning import PruningError
+from paperlib.runs import Store, StoreError
+from paperlib.training import TrainingError, run
+
+torch.set_num_threads(1)
+
+VGG = Config(
+    data="digits",
+    train_per_class=5,
+    test_per_class=6,
+    width=1 / 16,
+    epochs=3,
+    batch=16,
+    learning_rate=0.01,
+)
+CONV = VGG.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
+PRUNED = VGG.with_(
+    pruning=FilterPruning((0.3, 0.3, 0.3, 0.9), ((1,), (1, 2), (2,), (1, 2)), target="largest")
+)
+SCRATCH = VGG.with_(pruning=FilterPruning((0.3, 0.9), scratch=True))
+WEIGHTS = CONV.with_(pruning=WeightPruning(("dense",), (0.5,), (0, 2)))
+NUMBERS = ["train_loss", "train_accuracy", "test_loss", "pre", "post"]
+GONE = 9 + 9 + 9 + 28
+
+
+def numbers(config: Config, **options) -> pd.DataFrame:
+    return run(config, device="cpu", **options).epochs.drop(columns="seconds")
+
+
+def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    return a.equals(b)
+
+
+@pytest.fixture(scope="module")
+def plain() -> pd.DataFrame:
+    return numbers(VGG)
+
+
+@pytest.fixture(scope="module")
+def pruned() -> pd.DataFrame:
+    return numbers(PRUNED)
+
+
+def test_what_an_epoch_records(plain):
+    assert plain.epoch.tolist() == [0, 1, 2]
+    assert plain.trained.all()
+    assert plain.removed.tolist() == [0, 0, 0]
+    assert plain.pre.equals(plain.post)
+    assert plain[NUMBERS].notna().all(axis=None)
+    assert plain[["train_accuracy", "pre", "post"]].stack().between(0, 100).all()
+    assert plain.train_loss.iloc[-1] < plain.train_loss.iloc[0]
+
+
+def by_hand(config: Config) -> pd.DataFrame:
+    """The same run, written out: weights, order, steps, evaluation and one pruned layer."""
+    dataset = data.load("digits").subset(config.train_per_class, config.test_per_class)
+    model = training.build(config, dataset)
+
+    def normalised(pixels):
+        mean, std = (torch.tensor(x)[:, None, None] for x in (dataset.mean, dataset.std))
+        return (pixels / 255 - mean) / std
+
+    def measured():
+        model.eval()
+        with torch.no_grad():
+            logits = model(normalised(dataset.test_images))
+        loss = F.cross_entropy(logits, dataset.test_labels).item()
+        return loss, 100 * (logits.argmax(1) == dataset.test_labels).double().mean().item()
+
+    steps = torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    if config.optimizer == "adam":
+        steps = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(steps, config.milestones, 0.1)
+    conv, norm = model.features[25], model.features[26]
+    dead, rows = torch.tensor([], dtype=torch.int64), []
+    for epoch in range(config.epochs):
+        model.train()
+        order = torch.randperm(
+            len(dataset.train_labels), generator=training.generator(config.seed, "order", epoch)
+        )
+        losses, correct = [], []
+        for chosen in order.split(config.batch):
+            images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+            logits = model(normalised(images))
+            loss = F.cross_entropy(logits, labels)
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+            with torch.no_grad():
+                for parameter in (conv.weight, conv.bias, norm.weight, norm.bias):
+                    parameter[dead] = 0
+            losses += [loss.item()] * len(chosen)
+            correct += (logits.argmax(1) == labels).tolist()
+        test_loss, pre = measured()
+        post = pre
+        if epoch == 1:
+            dead = conv.weight.detach().square().sum((1, 2, 3)).argsort()[:16]
+            with torch.no_grad():
+                for parameter in (conv.weight, conv.bias, norm.weight, norm.bias):
+                    parameter[dead] = 0
+            test_loss, post = measured()
+        rows.append((np.mean(losses), 100 * np.mean(correct), test_loss, pre, post))
+        schedule.step()
+    return pd.DataFrame(rows, columns=NUMBERS)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_against_a_run_written_out(optimizer):
+    config = VGG.with_(
+        optimizer=optimizer,
+        momentum=0.9 if optimizer == "sgd" else 0,
+        weight_decay=0.01 if optimizer == "sgd" else 0,
+        learning_rate=0.001,
+        batch=25,
+        epochs=4,
+        milestones=(2,),
+        pruning=FilterPruning((0.5,), ((1,),)),
+    )
+    ours, expected = numbers(config), by_hand(config)
+    assert ours.removed.tolist() == [0, 16, 0, 0]
+    for name in ("train_loss", "test_loss"):
+        assert np.allclose(ours[name], expected[name], rtol=3e-4)
+    for name in ("train_accuracy", "pre", "post"):
+        assert np.allclose(ours[name], expected[name], atol=100 / 50 + 1e-9)
+
+
+# Seeds
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PRUNED,
+        SCRATCH,
+        WEIGHTS,
+        CONV.with_(augment=True, dropout=(0.25, 0.5)),
+        PRUNED.with_(pruning=FilterPruning((0.5,), ((1, 2),), target="random")),
+        VGG.with_(model="resnet20", width=0.25, pruning=FilterPruning((0.5,), ((1,),), "l1")),
+    ],
+)
+def test_same_seed_same_numbers(config):
+    config = config.with_(epochs=3)
+    first = numbers(config)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    assert same(first, numbers(config))
+    assert torch.equal(torch.get_rng_state(), state)
+    other = numbers(config.with_(seed=1))
+    assert not same(first, other)
+    assert first.train_loss.iloc[1] != other.train_loss.iloc[1]
+    assert first.removed.equals(other.removed)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PRUNED,
+        PRUNED.with_(pruning=FilterPruning((0.5,), ((1,),), "activation")),
+        PRUNED.with_(pruning=FilterPruning((0.5,), ((1,),), target="random")),
+        VGG.with_(milestones=(1,)),
+    ],
+)
+def test_settings_share_what_comes_before_they_differ(plain, other):
+    rows = numbers(other)
+    assert same(rows[:1], plain[:1])
+    assert not same(rows, plain)
+    before = ["train_loss", "train_accuracy"] + (["pre"] if other.pruning else [])
+    assert other.milestones or rows[before][:2].equals(plain[before][:2])
+
+
+def test_settings_share_initial_weights():
+    dataset = data.load("digits")
+    models_ = [
+        training.build(config, dataset)
+        for config in (VGG, PRUNED, SCRATCH, VGG.with_(dropout=0.5), VGG.with_(seed=1))
+    ]
+    first, *others, different = [list(model.parameters()) for model in models_]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], different[0])
+
+
+def test_streams_are_all_different():
+    names = ("weights", "order", "augmentation", "dropout", "filters")
+    seeds = {
+        training.stream(seed, name, epoch)
+        for seed in range(5)
+        for name in names
+        for epoch in range(20)
+    }
+    assert len(seeds) == 5 * len(names) * 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# Events
+
+
+def test_an_event_is_measured_before_and_after(pruned):
+    accuracies, zero = [], []
+
+    def look(moment):
+        moment.model.eval()
+        with torch.no_grad():
+            x, y = next(iter(moment.test.evaluation(1000)))
+            logits = moment.model(x)
+        accuracies.append(100 * (logits.argmax(1) == y).double().mean().item())
+        zero.append(sum(int((~mask).sum()) for mask in moment.pruner.masks.values()))
+        dead = [
+            (m.weight.flatten(1) == 0).all(1)
+            for m in moment.model.modules()
+            if isinstance(m, nn.Conv2d)
+        ]
+        assert sum(int(d.sum()) for d in dead) == zero[-1]
+
+    rows = numbers(PRUNED, callback=look)
+    assert same(rows, pruned)
+    assert np.allclose(rows.post, accuracies)
+    assert zero == rows.removed.cumsum().tolist()
+    assert zero[-1] == GONE
+    assert (rows.pre != rows.post).any()
+    assert rows.pre[0] == rows.post[0]
+
+
+@pytest.mark.parametrize("target", ["smallest", "largest", "random"])
+@pytest.mark.parametrize("score", ["l1", "ebn", "activation"])
+def test_removed_adds_up_to_the_fractions(target, score):
+    pruning = FilterPruning(PRUNED.pruning.fractions, PRUNED.pruning.epochs, score, target)
+    rows = numbers(PRUNED.with_(pruning=pruning, train_per_class=2))
+    assert rows.removed.sum() == GONE
+    assert rows.removed[0] == 0
+
+
+def test_weights_removed_add_up():
+    rows = numbers(WEIGHTS)
+    size = models.build("conv4", width=1 / 16).dense.weight.numel()
+    assert rows.removed.tolist() == [size // 4, 0, size // 4]
+
+
+def test_an_event_that_removes_nothing():
+    config = VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1))))
+    rows = numbers(config)
+    assert rows.removed.tolist() == [0, 1, 0]
+    assert (rows.pre == rows.post)[rows.removed == 0].all()
+
+
+def test_scratch_pruning(plain):
+    seen = []
+
+    def look(moment):
+        seen.append([p.detach().clone() for p in moment.model.parameters()])
+
+    rows = numbers(SCRATCH, callback=look)
+    assert rows.trained.tolist() == [False, True, True]
+    assert rows.removed.tolist() == [9 + 28, 0, 0]
+    assert rows[["train_loss", "train_accuracy"]].isna().all(axis=1).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    untrained = training.build(VGG, data.load("digits"))
+    for now, before in zip(seen[0], untrained.parameters(), strict=True):
+        assert torch.equal(now[now != 0], before[now != 0])
+    assert rows.post.iloc[1:].equals(rows.pre.iloc[1:])
+    assert not rows.train_loss.isin(plain.train_loss).any()
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize(
+    ("config", "rates"),
+    [
+        (VGG.with_(epochs=4, milestones=(2, 3)), [1, 1, 0.1, 0.01]),
+        (VGG.with_(epochs=4, milestones=(0, 1)), [0.1, 0.01, 0.01, 0.01]),
+        (VGG.with_(epochs=2), [1, 1]),
+        (SCRATCH.with_(epochs=5, milestones=(2, 3)), [1, 1, 1, 0.1, 0.01]),
+    ],
+)
+def test_learning_rates(config, rates):
+    rows = numbers(config.with_(train_per_class=2))
+    assert np.allclose(rows.learning_rate, np.array(rates) * config.learning_rate, rtol=1e-12)
+
+
+def test_augmentation_changes_training_only():
+    config = CONV.with_(epochs=1)
+    kept, augmented = numbers(config), numbers(config.with_(augment=True))
+    assert kept.train_loss[0] != augmented.train_loss[0]
+    still = config.with_(learning_rate=1e-20, weight_decay=0)
+    columns = ["test_loss", "pre", "post"]
+    assert np.allclose(
+        numbers(still)[columns], numbers(still.with_(augment=True))[columns], rtol=1e-6
+    )
+
+
+def test_reduced_precision(plain):
+    rows = numbers(PRUNED.with_(precision="bfloat16"))
+    assert rows[NUMBERS].notna().all(axis=None)
+    assert rows.train_loss[0] != plain.train_loss[0]
+    assert rows.train_loss[0] == pytest.approx(plain.train_loss[0], rel=0.1)
+
+
+# Networks of one's own
+
+
+class Tiny(nn.Module):
+    """Its loss is NaN from the `last`-th training pass on."""
+
+    def __init__(self, num_classes: int, in_channels: int, last: float = math.inf) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3, stride=4)
+        self.fc = nn.Linear(8, num_classes)
+        self.passes, self.last = 0, last
+
+    def forward(self, x):
+        self.passes += self.training
+        out = self.fc(F.relu(self.conv(x)).mean((2, 3)))
+        return out * (math.nan if self.passes >= self.last else 1)
+
+
+def nan_at_pass_six(num_classes: int, in_channels: int) -> nn.Module:
+    return Tiny(num_classes, in_channels, 6)
+
+
+def largest_weight(conv: nn.Conv2d) -> torch.Tensor:
+    return conv.weight.flatten(1).amax(1)
+
+
+class Chain(nn.Sequential):
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 8, 3, stride=4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, num_classes),
+        )
+
+
+def test_a_network_and_a_score_of_ones_own(tmp_path):
+    pruning = FilterPruning((0.5,), ((1,),), f"{__name__}:largest_weight", layers=("0",))
+    config = VGG.with_(model=f"{__name__}:Chain", pruning=pruning)
+    seen = []
+    record = run(config, Store(tmp_path), "cpu", lambda moment: seen.append(moment.pruner.masks))
+    assert record.epochs.removed.tolist() == [0, 4, 0]
+    assert list(seen[0]) == ["0"]
+    assert Store(tmp_path).read(config.identity).config == config
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    config = VGG.with_(model=f"{__name__}:nan_at_pass_six")
+    store = Store(tmp_path)
+    with pytest.raises(TrainingError, match=f"{config.identity}.* nan at epoch 1"):
+        run(config, store, "cpu")
+    assert config.identity not in store
+    assert "nan at epoch 1" in store.failure(config.identity)
+    assert store.identities() == []
+    run(config.with_(epochs=1), store, "cpu")
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_learning_rate_far_too_large(tmp_path, epochs):
+    config = CONV.with_(learning_rate=1e30, batch=1000, epochs=epochs)
+    store = Store(tmp_path)
+    with pytest.raises(TrainingError, match=config.identity):
+        run(config, store, "cpu")
+    assert store.failure(config.identity) is not None
+    assert config.identity not in store
+
+
+def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path):
+    store, config = Store(tmp_path), VGG.with_(model=f"{__name__}:Tiny")
+    store.fail(config, "killed")
+    run(config, store, "cpu")
+    assert store.failure(config.identity) is None
+
+
+# The record
+
+
+def test_the_store_keeps_the_run(tmp_path, plain):
+    store = Store(tmp_path)
+    record = run(VGG, store, "cpu")
+    assert same(record.epochs.drop(columns="seconds"), plain)
+    assert record.config == VGG
+    assert record.provenance["device"] == "cpu"
+    assert torch.__version__.startswith(record.provenance["torch"])
+    assert (record.epochs.seconds > 0).all()
+
+    again = run(VGG, store, "no such device", callback=lambda moment: pytest.fail("trained"))
+    assert same(again.epochs, record.epochs)
+    assert again.provenance == record.provenance
+    assert to_dict(again.config) == to_dict(VGG)
+
+
+def test_arrays_of_a_callback(tmp_path, pruned):
+    def measure(moment):
+        weights = next(moment.model.parameters()).detach().clone().numpy()
+        return {f"weights {moment.epoch}": weights} if moment.epoch != 1 else None
+
+    store = Store(tmp_path)
+    record = run(PRUNED, store, "cpu", measure)
+    assert list(record.arrays) == ["weights 0", "weights 2"]
+    assert same(record.epochs.drop(columns="seconds"), pruned)
+    kept = store.read(PRUNED.identity).arrays
+    assert all(np.array_equal(kept[name], array) for name, array in record.arrays.items())
+    assert not np.array_equal(kept["weights 0"], kept["weights 2"])
+
+
+def test_histograms_of_batch_norms(plain):
+    record = run(VGG.with_(histograms=True), device="cpu")
+    assert same(record.epochs.drop(columns="seconds"), plain)
+    model = training.build(VGG, data.load("digits"))
+    dataset = data.load("digits").subset(VGG.train_per_class)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (dataset.mean, dataset.std))
+    out, expected = (dataset.train_images[:128] / 255 - mean) / std, []
+    for layer in model.features:
+        if isinstance(layer, nn.BatchNorm2d):
+            centered = out - out.mean((0, 2, 3), keepdim=True)
+            z = centered / (centered.square().mean((0, 2, 3), keepdim=True) + layer.eps).sqrt()
+            expected.append(np.histogram(z.detach().numpy(), 200, (-5, 5), density=True)[0])
+        out = layer(out)
+    assert record.arrays["untrained"].shape == (8, 200)
+    assert np.allclose(record.arrays["untrained"], expected, atol=0.02)
+    assert np.allclose(record.arrays["trained"].sum(1) * 10 / 200, 1)
+    assert not np.allclose(record.arrays["untrained"], record.arrays["trained"], atol=0.02)
+
+
+# What cannot be run
+
+
+def untouched(config: Config, store: Store | None = None, device: str = "cpu"):
+    return run(config, store, device, lambda moment: pytest.fail("trained"))
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "gpu"])
+def test_unknown_devices(name):
+    with pytest.raises(ValueError, match=rf"no device '{name}' here: one of auto, .*cpu"):
+        untouched(VGG, device=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    with pytest.raises(ValueError, match="no device 'cuda' here"):
+        untouched(VGG, device="cuda")
+    assert training.choose_device().type in ("cpu", "mps")
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        untouched(VGG, Store(tmp_path / "file" / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "vgg7"}, ValueError, "unknown model 'vgg7'"),
+        ({"model": "paperlib.models:vgg7"}, ValueError, "cannot find 'paperlib.models:vgg7'"),
+        ({"model": "nowhere.at_all:f"}, ValueError, "cannot find 'nowhere.at_all:f'"),
+        ({"data": "mnist"}, ValueError, "mnist"),
+        ({"dropout": 1.5}, ValueError, "1.5"),
+        ({"train_per_class": 10_000}, ValueError, "10000|10_000|10,000"),
+        ({"pruning": FilterPruning((0.5,), ((1,),), "l7")}, PruningError, "unknown score 'l7'"),
+        ({"pruning": FilterPruning((0.5,), ((1,),), target="x")}, PruningError, "target 'x'"),
+        ({"pruning": FilterPruning((0.5,), ((1,),), layers=("x",))}, PruningError, "layer 'x'"),
+        ({"pruning": FilterPruning((0.5,) * 9, ((1,),) * 9)}, PruningError, "9 fractions.* 8"),
+        ({"pruning": FilterPruning((0.5,), ((1,),), "math:nothing")}, ValueError, "math:nothing"),
+        ({"pruning": WeightPruning(("x",), (0.5,), (1,))}, PruningError, "layer 'x'"),
+    ],
+)
+def test_what_cannot_be_run(tmp_path, changes, error, message):
+    store, config = Store(tmp_path), VGG.with_(**changes)
+    with pytest.raises(error, match=message):
+        untouched(config, store)
+    assert store.identities() == []

@@ -1,0 +1,336 @@
+"""Pruning of single weights, against formulas and masks written out."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paperlib import models
+from paperlib.pruning import PruningError, WeightPruner, kept_weights
+
+torch.set_num_threads(1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def dense(outputs: int = 5, inputs: int = 20) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, outputs))
+
+
+def with_weights(*values: float) -> nn.Module:
+    network = dense(1, len(values))
+    network[0].weight.data = torch.tensor([values], dtype=torch.float32)
+    return network
+
+
+def kept(pruner: WeightPruner, name: str = "0") -> list[int]:
+    return pruner.masks[name].flatten().nonzero().flatten().tolist()
+
+
+# Schedules
+
+
+def written_out(weights: int, fraction: str, e: int, n: int, mu: int | None) -> int:
+    """The papers' formulas in exact arithmetic; linear where mu is None."""
+    final = math.ceil((1 - Fraction(fraction)) * weights)
+    if mu is None:
+        share = Fraction(n - e, n)
+    else:
+        share = max(Fraction(0), Fraction(n - 2 * e, 2 * e * mu + n))
+    return math.ceil(final + (weights - final) * share)
+
+
+@pytest.mark.parametrize("mu", [None, 0, 1, 3, 20, 100])
+@pytest.mark.parametrize("fraction", ["0", "0.5", "0.7", "0.9", "0.98"])
+@pytest.mark.parametrize(("weights", "events"), [(100, 7), (999, 10), (1, 3), (1_179_648, 100)])
+def test_schedule_is_the_formula(weights, fraction, events, mu):
+    schedule, number = ("linear", 0) if mu is None else ("annealing", mu)
+    for event in range(1, events + 1):
+        assert kept_weights(
+            weights, float(fraction), event, events, schedule, number
+        ) == written_out(weights, fraction, event, events, mu)
+
+
+def test_annealing_by_hand():
+    counts = [kept_weights(1000, 0.9, e, 10, "annealing", 0) for e in range(1, 11)]
+    assert counts == [820, 640, 460, 280, 100, 100, 100, 100, 100, 100]
+    # 100 + 900 * 8 / 30, 6 / 50, 4 / 70, 2 / 90
+    counts = [kept_weights(1000, 0.9, e, 10, "annealing", 10) for e in range(1, 6)]
+    assert counts == [340, 208, 152, 120, 100]
+
+
+@pytest.mark.parametrize(("schedule", "mu"), [("linear", 0), ("annealing", 0), ("annealing", 5)])
+@pytest.mark.parametrize("target", ["largest", "smallest", "random"])
+def test_events_follow_the_schedule(schedule, mu, target):
+    network = dense(10, 33)
+    pruner = WeightPruner(network, "0", 0.9, target, schedule, mu, generator())
+    before = pruner.masks["0"].clone()
+    for event in range(1, 9):
+        removed = pruner.prune(event, 8)
+        mask = pruner.masks["0"]
+        expected = written_out(330, "0.9", event, 8, None if schedule == "linear" else mu)
+        assert int(mask.sum()) == expected
+        assert removed == int(before.sum()) - expected
+        assert not (mask & ~before).any()  # none comes back
+        assert network[0].weight.ne(0).equal(mask)
+        before = mask.clone()
+    assert int(before.sum()) == 33
+
+
+def test_an_event_that_has_been_removes_nothing_more():
+    pruner = WeightPruner(dense(), "0", 0.5)
+    assert pruner.prune(2, 4) == 25
+    assert pruner.prune(2, 4) == 0
+    assert pruner.prune(1, 4) == 0
+
+
+# Targets
+
+
+def test_targets_go_by_magnitude():
+    values = (0.1, -5.0, 2.0, -0.3, 4.0, 0.2)
+    for target, left in {"largest": [0, 3, 5], "smallest": [1, 2, 4]}.items():
+        network = with_weights(*values)
+        pruner = WeightPruner(network, "0", 0.5, target)
+        assert pruner.prune(1, 1) == 3
+        assert kept(pruner) == left
+        expected = [value if i in left else 0.0 for i, value in enumerate(values)]
+        assert network[0].weight.flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("target", ["largest", "smallest"])
+def test_ties_go_by_position(target):
+    pruner = WeightPruner(with_weights(1.0, -1.0, 1.0, -1.0, 1.0), "0", 0.8, target)
+    left = []
+    for event in range(1, 5):
+        pruner.prune(event, 4)
+        left.append(kept(pruner))
+    assert left == [[1, 2, 3, 4], [2, 3, 4], [3, 4], [4]]
+
+
+def test_only_kept_weights_are_chosen_from():
+    network = with_weights(0.0, 1.0, 2.0, 3.0)
+    pruner = WeightPruner(network, "0", 0.75, "smallest")
+    pruner.prune(1, 3)
+    assert kept(pruner) == [1, 2, 3]
+    network[0].weight.data = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    pruner.prune(2, 3)
+    assert kept(pruner) == [1, 3]
+
+
+def test_random_choice_is_its_generators():
+    def chosen(seed: int, *values: float) -> list[int]:
+        pruner = WeightPruner(with_weights(*values), "0", 0.5, "random", generator=generator(seed))
+        pruner.prune(1, 2)
+        pruner.prune(2, 2)
+        return kept(pruner)
+
+    weights = torch.randn(40, generator=generator()).tolist()
+    assert chosen(1, *weights) == chosen(1, *weights)
+    assert chosen(1, *weights) == chosen(1, *weights[::-1])  # whatever the weights are
+    assert chosen(1, *weights) != chosen(2, *weights)
+
+
+def test_random_choice_is_uniform():
+    counts = torch.zeros(10)
+    g = generator()
+    for _ in range(400):
+        pruner = WeightPruner(with_weights(*range(10)), "0", 0.5, "random", generator=g)
+        pruner.prune(1, 1)
+        counts += pruner.masks["0"].flatten()
+    assert counts.sum() == 2000
+    assert (counts - 200).abs().max() < 45  # 4.5 standard deviations
+
+
+# Zero stays zero
+
+IMAGES, LABELS = torch.randn(16, 20, generator=generator(1)), torch.arange(16) % 3
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+}
+
+
+def steps(network: nn.Module, optimizer: torch.optim.Optimizer, count: int, *pruners) -> None:
+    x = IMAGES.to(network[0].weight.dtype)
+    for _ in range(count):
+        loss = F.cross_entropy(network(x), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for pruner in pruners:
+            pruner.hold()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pruned_weights_stay_zero_and_the_others_train(name):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3))
+    pruner = WeightPruner(network, "0", 0.8)
+    optimizer = OPTIMIZERS[name](network.parameters())
+    steps(network, optimizer, 5, pruner)  # momentum that will pull at what is pruned then
+    for event in range(1, 5):
+        pruner.prune(event, 4)
+        mask = pruner.masks["0"].clone()
+        before = network[0].weight.detach().clone()
+        steps(network, optimizer, 3, pruner)
+        after = network[0].weight.detach()
+        assert after[~mask].eq(0).all()
+        read = network[2].weight.detach().ne(0).any(0)
+        assert after.ne(before)[mask & read[:, None]].float().mean() > 0.5
+        assert pruner.masks["0"].equal(mask)
+
+
+def test_without_hold_momentum_brings_weights_back():
+    network = dense(3)
+    optimizer = OPTIMIZERS["sgd"](network.parameters())
+    pruner = WeightPruner(network, "0", 0.9)
+    steps(network, optimizer, 2)
+    pruner.prune(1, 1)
+    steps(network, optimizer, 1)
+    assert network[0].weight[~pruner.masks["0"]].ne(0).any()
+    pruner.hold()
+    assert network[0].weight[~pruner.masks["0"]].eq(0).all()
+
+
+def test_training_is_that_of_a_network_multiplied_by_its_mask():
+    """Gradient descent by hand on what is kept alone."""
+    network = dense(3).double()
+    pruner = WeightPruner(network, "0", 0.5)
+    pruner.prune(1, 1)
+    mask = pruner.masks["0"].double()
+    weight, bias = (p.detach().clone().requires_grad_() for p in network.parameters())
+    steps(network, torch.optim.SGD(network.parameters(), lr=0.1), 4, pruner)
+    for _ in range(4):
+        loss = F.cross_entropy(F.linear(IMAGES.double(), weight * mask, bias), LABELS)
+        gradients = torch.autograd.grad(loss, (weight, bias))
+        with torch.no_grad():
+            weight -= 0.1 * gradients[0]
+            bias -= 0.1 * gradients[1]
+    torch.testing.assert_close(network[0].weight.detach(), weight.detach() * mask)
+
+
+def test_held_names_what_is_zero():
+    network = dense()
+    pruner = WeightPruner(network, "0", 0.6)
+    assert not pruner.held()["0.weight"].any()
+    pruner.prune(1, 1)
+    (name, gone), *others = pruner.held().items()
+    assert not others
+    assert gone.equal(network.get_parameter(name) == 0)
+
+
+@pytest.mark.parametrize("event", [1, 3])
+def test_state_is_carried_over(event):
+    network, other = dense(), dense()
+    pruner = WeightPruner(network, "0", 0.8)
+    for i in range(1, event + 1):
+        pruner.prune(i, 4)
+    resumed = WeightPruner(other, "0", 0.8)
+    resumed.load_state_dict(pruner.state_dict())
+    assert other[0].weight.equal(network[0].weight)
+    assert pruner.prune(4, 4) == resumed.prune(4, 4)
+    assert resumed.masks["0"].equal(pruner.masks["0"])
+
+
+# Networks
+
+
+def test_counts_of_the_paper():
+    network = models.build("conv4")
+    assert sum(p.numel() for p in network.parameters()) == 1_250_858
+    assert network.dense.weight.numel() == 1_179_648
+    pruner = WeightPruner(network, "dense", 0.9, target="largest")
+    for event in range(1, 11):
+        pruner.prune(event, 10)
+    left = sum(int(p.count_nonzero()) for p in network.parameters())
+    assert left == 189_175
+    assert round(100 * (1 - left / 1_250_858), 1) == 84.9
+
+
+def test_several_layers_each_by_its_own_fraction():
+    network = models.build("conv4", width=0.25)
+    pruner = WeightPruner(network, ["features.2", "dense", "fc"], [0.25, 0.9, 0.5])
+    removed = pruner.prune(1, 1)
+    sizes = {"features.2": 8 * 8 * 9, "dense": 128 * 576, "fc": 1280}
+    left = {"features.2": 432, "dense": 7373, "fc": 640}
+    assert {name: int(mask.sum()) for name, mask in pruner.masks.items()} == left
+    assert removed == sum(sizes.values()) - sum(left.values())
+    for name in left:
+        weight = network.get_submodule(name).weight.detach().abs()
+        assert weight.count_nonzero() == left[name]
+    assert network.features[0].weight.ne(0).all()
+
+
+def test_one_fraction_for_several_layers():
+    pruner = WeightPruner(models.build("conv4", width=0.25), ("dense", "fc"), 0.5)
+    assert pruner.fractions == {"dense": 0.5, "fc": 0.5}
+
+
+class Own(nn.Module):
+    """Grouped convolution, a branch in the forward pass: nothing torch.fx could follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, groups=2, bias=False)
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        return self.heads["a" if x.sum() > 0 else "b"](x)
+
+
+def test_network_of_ones_own():
+    network = Own()
+    pruner = WeightPruner(network, ["conv", "heads.b"], 0.5, "smallest")
+    assert pruner.prune(1, 1) == 36 + 4
+    assert network.conv.weight.count_nonzero() == 36
+    assert network.heads["a"].weight.count_nonzero() == 8
+    network(torch.randn(2, 4, 5, 5)).sum().backward()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"layer": "dens"}, r"'dens': one of features\.0, .*features\.8, dense, fc"),
+        ({"layer": "features.1"}, r"'features\.1'"),  # a ReLU
+        ({"layer": ""}, "''"),
+        ({"layer": ["fc", "dense"]}, "forward order"),
+        ({"layer": ["fc", "fc"]}, "once each"),
+        ({"fraction": 1.0}, r"\[0, 1\), got 1"),
+        ({"fraction": 1}, r"\[0, 1\), got 1"),
+        ({"fraction": -0.1}, r"\[0, 1\), got -0\.1"),
+        ({"fraction": math.nan}, "got nan"),
+        ({"layer": ["dense", "fc"], "fraction": [0.5, 1.5]}, r"got 1\.5"),
+        ({"layer": ["dense", "fc"], "fraction": [0.5]}, "1 fractions for 2 layers"),
+        ({"target": "biggest"}, "'biggest': one of smallest, largest, random"),
+        ({"schedule": "cosine"}, "'cosine': one of linear, annealing"),
+        ({"schedule": "annealing", "mu": -1}, "mu must be at least 0, got -1"),
+        ({"mu": -0.5}, "mu must be at least 0"),
+    ],
+)
+def test_what_cannot_be_done(options, named):
+    network = models.build("conv4", width=0.1)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(PruningError, match=named):
+        WeightPruner(network, **{"layer": "dense", "fraction": 0.5} | options)
+    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("event", "events"), [(0, 3), (4, 3), (-1, 3), (1, 0)])
+def test_events_out_of_range(event, events):
+    pruner = WeightPruner(dense(), "0", 0.5)
+    with pytest.raises(PruningError, match="event must be from 1"):
+        pruner.prune(event, events)
+    assert pruner.masks["0"].all()

@@ -61,7 +61,8 @@ def figures(
     parameters = {"profile": profile, "data": data, "seeds": seeds}
     context = multiprocessing.get_context("spawn")
     rows = []
-    with ProcessPoolExecutor(min(AT_ONCE, len(by_notebook)), mp_context=context) as pool:
+    workers = min(AT_ONCE, len(by_notebook))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
         futures = {
             pool.submit(_execute, folder / f"{n}.ipynb", out / f"{n}.ipynb", parameters): n
             for n in by_notebook
@@ -71,6 +72,11 @@ def figures(
             rows.append({"figures": shown, **future.result()})
     order = list(by_notebook.values())
     return pd.DataFrame(sorted(rows, key=lambda row: order.index(row["figures"].split(", "))))
+
+
+def _quiet() -> None:
+    """Keep what kernels write to stderr out of the bar: a notebook holds its own errors."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _execute(notebook: Path, out: Path, parameters: dict) -> dict[str, object]:

@@ -22,7 +22,8 @@ def _check(valid: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _check_fractions(fractions: Iterable[float]) -> None:
+def _check_fractions(fractions: tuple[float, ...]) -> None:
+    _check(len(fractions) > 0, "pruning needs the fraction of at least one layer")
     for fraction in fractions:
         _check(0 <= fraction < 1, f"a fraction to prune must be in [0, 1), got {fraction}")
 
@@ -280,6 +281,8 @@ def _freeze(config: Any) -> None:
         value = _tupled(getattr(config, field.name))
         if field.type is float:
             value = float(value)
+        elif field.name in ("fractions", "dropout") and isinstance(value, tuple):
+            value = tuple(map(float, value))
         object.__setattr__(config, field.name, value)
 
 

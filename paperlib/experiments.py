@@ -503,7 +503,7 @@ def profile(name: str) -> Profile:
 def plan(
     name: str, profile_name: str, data: str | None = None, seeds: int | None = None
 ) -> pd.DataFrame:
-    """The runs of a figure, one row each.
+    """The runs of a figure, one row each; settings that a profile makes equal appear once.
 
     data: a data set in place of the profile's. seeds: how many, in place of the profile's.
     Columns: network, method, label (method and its iterative rate), rate (percent an event, NaN
@@ -530,7 +530,7 @@ def plan(
                     "config": seeded,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop_duplicates("run", ignore_index=True)
 
 
 def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

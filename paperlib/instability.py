@@ -30,7 +30,7 @@ def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
     training); best_accuracy, the highest post from the last event on, percent; best_epoch, the
     first that reaches it; gap, train minus test accuracy there, percent; last_accuracy; seconds.
     """
-    frame = epochs.sort_values(["run", "epoch"])
+    frame = epochs.sort_values(["run", "epoch"], ignore_index=True)
     event = frame.trained & (frame.removed > 0)
     events = frame[event]
     by_run = events.assign(stability=stability(events.pre, events.post)).groupby("run")

@@ -34,7 +34,7 @@ class ResidualSum(nn.Module):
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         if self.keep is None:
             return branch + shortcut
-        return torch.addcmul(branch, shortcut, self.keep)
+        return torch.addcmul(branch, shortcut, self.keep.to(branch.dtype))
 
 
 class Subsample(nn.Module):

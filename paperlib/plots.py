@@ -269,28 +269,31 @@ def rate_axis(ax: Axes) -> None:
 
 
 def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
-    """One run's test accuracy just before and just after every event; returns the largest drop.
+    """One run's test accuracy just before and just after every event; the largest drop is marked.
 
-    epochs: the rows of one run. What is returned is the row of the event of lowest stability, with
-    its `stability` in percent.
+    epochs: the rows of one run. Returns the row of the event of lowest stability, with its
+    `stability` in percent.
     """
     frame = epochs.sort_values("epoch")
     at = (frame.epoch + 1).repeat(2)
     ax.plot(at, frame[["pre", "post"]].to_numpy().ravel(), color=color, lw=1, zorder=2)
     pruned = frame[frame.removed > 0]
-    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post))
-    ax.scatter(pruned.epoch + 1, pruned.pre, s=14, color="0.2", label="just before", zorder=3)
-    ax.scatter(
-        pruned.epoch + 1,
-        pruned.post,
-        s=16,
-        facecolor="white",
-        edgecolor=color,
-        label="just after",
-        zorder=3,
+    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post), at=pruned.epoch + 1)
+    ax.scatter(pruned["at"], pruned.pre, s=14, color="0.2", label="just before", zorder=3)
+    open_dots = {"facecolor": "white", "edgecolor": color, "zorder": 3}
+    ax.scatter(pruned["at"], pruned.post, s=16, label="just after", **open_dots)
+    worst = pruned.loc[pruned.stability.idxmin()]
+    ax.annotate(
+        f"instability ({worst.pre:.1f} - {worst.post:.1f}) / {worst.pre:.1f}"
+        f" = {1 - worst.stability / 100:.2f}",
+        (worst["at"], worst.post),
+        (0.25, 0.3),
+        textcoords="axes fraction",
+        fontsize=7,
+        arrowprops={"arrowstyle": "-", "color": "0.5"},
     )
     ax.set(xlabel=EPOCH, ylabel="test accuracy (%)")
-    return pruned.loc[pruned.stability.idxmin()]
+    return worst
 
 
 def densities(figure_axes: list[list[Axes]], columns: dict[str, np.ndarray], reach: float) -> None:

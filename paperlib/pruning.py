@@ -385,8 +385,10 @@ class FilterPruner:
             gone = (~mask).nonzero().squeeze(1)
             if len(gone):
                 self._gone[name] = gone
-                if self.layers[name].sum is not None:
-                    self.layers[name].sum.keep = None
+            else:
+                self._gone.pop(name, None)
+            if self.layers[name].sum is not None:
+                self.layers[name].sum.keep = None
 
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         layer = self.layers[name]
@@ -437,7 +439,7 @@ class FilterPruner:
             raise PruningError(
                 f"the score of {name!r} has shape {tuple(scores.shape)}, not ({layer.filters},)"
             )
-        if not scores.isfinite().all():
+        if not scores[self.masks[name]].isfinite().all():
             raise PruningError(f"the score of {name!r} is not finite")
         return scores
 

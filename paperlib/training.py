@@ -66,9 +66,8 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def build(config: Config, dataset: data.Dataset) -> nn.Module:
+def build(config: Config, classes: int = 10, channels: int = 3) -> nn.Module:
     """The run's network, with the initial weights of its seed."""
-    classes, channels = len(dataset.classes), dataset.train_images.shape[1]
     with seeded(config.seed, "weights"):
         if ":" in config.model:
             return resolve(config.model)(num_classes=classes, in_channels=channels)
@@ -230,6 +229,7 @@ def run(
     where = choose_device(device)
     if store is not None:
         store.check_writable()
+    make_pruner(config, build(config))  # raises on names it does not know, before data are read
     dataset = data.load(config.data, root=None if store is None else store.path / "data")
     # One subset for all seeds: what differs between seeds is the network, not the task.
     dataset = dataset.subset(config.train_per_class, config.test_per_class)
@@ -246,7 +246,8 @@ def run(
 
 def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) -> RunRecord:
     channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
-    model = build(config, dataset).to(device, memory_format=channels_last)
+    classes, channels = len(dataset.classes), dataset.train_images.shape[1]
+    model = build(config, classes, channels).to(device, memory_format=channels_last)
     pruner = make_pruner(config, model)
     hold = pruner.hold if pruner is not None else lambda: None
     optimizer = make_optimizer(config, model)
@@ -302,6 +303,8 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
         if removed or noise is not None:
             # With noise every epoch has both evaluations: each of their batches is a pass.
             test_loss, post = evaluate(model, test, autocast, evaluation_batch)
+        if not math.isfinite(test_loss):
+            raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
         row = {
             "epoch": epoch,
             "trained": not takes_event_only,

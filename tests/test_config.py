@@ -111,7 +111,7 @@ def test_equal_settings_have_one_identity(a, b):
         (
             Config(learning_rate=1, pruning=FilterPruning([0.5], [[1, 2]])),
             '{"learning_rate":1.0,"pruning":'
-            '{"epochs":[[1,2]],"fractions":[0.5],"kind":"FilterPruning"}}',
+            '{"epochs":[[1,2]],"fractions":[0.5],"type":"FilterPruning"}}',
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_new_field_at_its_default_changes_no_identity(monkeypatch):
         assert Larger(**values).identity == config.identity
         assert Larger(**values, smoothing=0.1).identity != config.identity
     fields = {f.name: getattr(FILTERS, f.name) for f in dataclasses.fields(FILTERS)}
-    monkeypatch.setattr(module, "_KINDS", module._KINDS | {"larger": LargerPruning})
+    monkeypatch.setattr(module, "_TYPES", module._TYPES | {"larger": LargerPruning})
     assert Config(pruning=LargerPruning(**fields)).identity == Config(pruning=FILTERS).identity
 
 
@@ -231,9 +231,9 @@ def test_titles_name_the_run(config):
         (lambda: Config(noise=Noise("zeroing", 1), pruning=SCRATCH), "noise needs"),
         (lambda: Config(noise=Noise("zeroing", 1), pruning=WEIGHTS), "noise needs"),
         (lambda: from_dict({"smoothing": 1}), "not a configuration of this version.*smoothing"),
-        (lambda: from_dict({"noise": {"kind": "Salt"}}), "Salt"),
-        (lambda: from_dict({"pruning": {"fractions": [0.5]}}), "kind"),
-        (lambda: from_dict({"flatness": {"kind": "Flatness"}}), "epoch"),
+        (lambda: from_dict({"noise": {"type": "Salt"}}), "Salt"),
+        (lambda: from_dict({"pruning": {"fractions": [0.5]}}), "type"),
+        (lambda: from_dict({"flatness": {"type": "Flatness"}}), "epoch"),
         (lambda: from_dict({"epochs": 0}), "at least 1"),
     ],
 )

@@ -47,12 +47,16 @@ def figures(
 
     Columns: figures, seconds, file (the executed notebook, under figures/PROFILE/notebooks/) and
     error (the cell and its error, or None). A notebook that fails keeps what it had done and does
-    not stop the others; neither does a run, but its figures then fail.
+    not stop the others; neither does a run, which `attrs["failed_runs"]` then names.
     """
     plans = needed(names, profile, data, seeds)
     folder = notebooks_path()
     configs = sweep.unique(config for plan in plans.values() for config in plan.config)
-    sweep.execute(configs, store, executor, device, jobs)
+    failed_runs = None
+    try:
+        sweep.execute(configs, store, executor, device, jobs)
+    except sweep.SweepError as error:
+        failed_runs = str(error)
     by_notebook: dict[str, list[str]] = {}
     for name in plans:
         by_notebook.setdefault(experiments.figure(name).notebook, []).append(name)
@@ -71,7 +75,9 @@ def figures(
             shown = ", ".join(by_notebook[futures[future]])
             rows.append({"figures": shown, **future.result()})
     order = list(by_notebook.values())
-    return pd.DataFrame(sorted(rows, key=lambda row: order.index(row["figures"].split(", "))))
+    frame = pd.DataFrame(sorted(rows, key=lambda row: order.index(row["figures"].split(", "))))
+    frame.attrs["failed_runs"] = failed_runs
+    return frame
 
 
 def _quiet() -> None:
@@ -121,7 +127,9 @@ def status(
             done[run] = store.read(run).epochs.seconds.sum()
         except DamagedRecord:
             damaged.add(run)
-    failed = {run for run in configs.keys() - done.keys() if store.failure(run) is not None}
+    failed = {
+        run for run in configs.keys() - done.keys() - damaged if store.failure(run) is not None
+    }
     measured = pd.Series(done, dtype=float).groupby(lambda run: configs[run].model).mean()
     rows = []
     for name, plan in plans.items():

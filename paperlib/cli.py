@@ -71,7 +71,9 @@ def figures_command(names, profile, data, seeds, store, jobs, device) -> None:
     frame = batch.figures(names, profile, runs.Store(store), data, seeds, jobs, device)
     click.echo(frame.fillna({"error": ""}).to_string(index=False, float_format="{:.0f}".format))
     click.echo(f"figures are in {runs.figures_path() / profile}")
-    if frame.error.notna().any():
+    if frame.attrs["failed_runs"]:
+        click.echo(f"paperlib: {frame.attrs['failed_runs']}", err=True)
+    if frame.error.notna().any() or frame.attrs["failed_runs"]:
         raise SystemExit(FAILED)
 
 

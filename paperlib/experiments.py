@@ -589,10 +589,14 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
     described = {
         "data": config.data,
         "training images": (config.train_per_class or 0) * 10 or "all",
+        "test images": (config.test_per_class or 0) * 10 or "all",
+        "augmentation": "crop, flip" if config.augment else "none",
         "network": config.model,
         "width": config.width,
         "optimizer": config.optimizer,
         "learning rate": config.learning_rate,
+        "momentum": config.momentum,
+        "weight decay": config.weight_decay,
         "batch": config.batch,
         "epochs": config.epochs,
         "milestones": ", ".join(map(str, config.milestones)),
@@ -605,10 +609,14 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
     described["fractions"] = ", ".join(f"{f:g}" for f in pruning.fractions)
     if isinstance(pruning, FilterPruning):
         described["score"] = pruning.score
-        described["event epochs"] = "before training" if pruning.scratch else _spans(events)
-    else:
-        described["event epochs"] = _spans(events)
+        described["held at zero"] = "weights, batch norm" if pruning.norm else "weights"
+    scratch = isinstance(pruning, FilterPruning) and pruning.scratch
+    described["event epochs"] = "before training" if scratch else _spans(events)
     described["rate (% an event)"] = round(pruning.rate, 2)
+    if config.noise is not None:
+        batches = training_batches(config.noise, config.batch, *images_of(config))
+        described["noise"] = config.noise.kind
+        described["noise lasts"] = f"{batches} training batches, N = {config.noise.passes} passes"
     return described
 
 

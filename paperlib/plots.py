@@ -26,7 +26,7 @@ PALETTE = {
     "Prune_S": "#0072B2",
     "Prune_R": "#009E73",
     "Prune_L": "#D55E00",
-    "Scratch": "#999999",
+    "Scratch": "#5F5F5F",
     "Zeroing": "#CC79A7",
     "Gaussian": "#56B4E9",
     "Dropout": "#E69F00",
@@ -272,12 +272,14 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
     """One run's test accuracy just before and just after every event; the largest drop is marked.
 
     epochs: the rows of one run. Returns the row of the event of lowest stability, with its
-    `stability` in percent.
+    `stability` in percent. Raises ValueError where the run has no events.
     """
     frame = epochs.sort_values("epoch")
     at = (frame.epoch + 1).repeat(2)
     ax.plot(at, frame[["pre", "post"]].to_numpy().ravel(), color=color, lw=1, zorder=2)
     pruned = frame[frame.removed > 0]
+    if pruned.empty:
+        raise ValueError("a run without pruning events has no instability to show")
     pruned = pruned.assign(stability=stability(pruned.pre, pruned.post), at=pruned.epoch + 1)
     ax.scatter(pruned["at"], pruned.pre, s=14, color="0.2", label="just before", zorder=3)
     open_dots = {"facecolor": "white", "edgecolor": color, "zorder": 3}
@@ -357,7 +359,8 @@ def save_table(
     target = _folder(profile, folder)
     paths = [target / f"{name}.csv", target / f"{name}.tex"]
     frame.to_csv(paths[0], float_format="%.4f")
-    paths[1].write_text(frame.to_latex(float_format="%.2f", caption=_about(profile, plan, note)))
+    caption = _about(profile, plan, note).replace("%", r"\%").replace("_", r"\_")
+    paths[1].write_text(frame.to_latex(float_format="%.2f", caption=caption, escape=True))
     return paths
 
 

@@ -248,4 +248,5 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             for r in records
         ]
     )
-    return instability.summarize(epochs_frame(records)).merge(about, on="run")
+    summaries = instability.summarize(epochs_frame(records))
+    return about[["run"]].merge(summaries).merge(about)

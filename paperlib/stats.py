@@ -62,7 +62,12 @@ def kendall(x: ArrayLike, y: ArrayLike, resamples: int = 1000, seed: int = 0) ->
     result = stats.kendalltau(x, y)
     rng = np.random.default_rng(seed)
     drawn = rng.integers(n, size=(resamples, n))
-    values = np.array([stats.kendalltau(x[i], y[i]).statistic for i in drawn])
+    order_x, order_y = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
+    values = []
+    for i in drawn:
+        a, b = order_x[np.ix_(i, i)], order_y[np.ix_(i, i)]
+        ties = np.sqrt((a * a).sum() * (b * b).sum())
+        values.append((a * b).sum() / ties if ties > 0 else np.nan)
     low, high = np.nanpercentile(values, _tails()) if n > 3 else (np.nan, np.nan)
     return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), n)
 
@@ -101,7 +106,9 @@ def summary(runs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """
     groups = runs.groupby("label", sort=False)
     parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
-    return pd.concat(parts, axis=1).assign(n=groups.size())
+    table = pd.concat(parts, axis=1)
+    table["n", ""] = groups.size()
+    return table
 
 
 def pooled_t_test(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:

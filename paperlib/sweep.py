@@ -19,7 +19,7 @@ class SweepError(RuntimeError):
 def default_jobs() -> int:
     """PAPERLIB_JOBS, or one process a core this process may use."""
     given = os.environ.get("PAPERLIB_JOBS", "")
-    if given and not (given.isdigit() and int(given) > 0):
+    if given and not (given.isascii() and given.isdigit() and int(given) > 0):
         raise ValueError(f"PAPERLIB_JOBS must be a positive number, got {given!r}")
     if given:
         return int(given)
@@ -63,14 +63,16 @@ def execute(
 ) -> int:
     """Run what the store lacks; returns how many runs that were.
 
-    executor: any `concurrent.futures.Executor`; by default `jobs` local processes of one thread
-    each, which is both the fastest way to do several runs on a CPU and what keeps their numbers
-    the same however many run at once. A run that fails does not stop the others: SweepError at
-    the end names it. Stopping half-way (Ctrl-C) keeps every finished run.
+    executor: any `concurrent.futures.Executor` (runs in threads of one process take turns); by
+    default `jobs` local processes of one thread each, which is both the fastest way to do several
+    runs on a CPU and what keeps their numbers the same however many run at once. A run that fails
+    does not stop the others: SweepError at the end names it. Stopping half-way (Ctrl-C) keeps
+    every finished run.
     """
     todo = missing(configs.values() if isinstance(configs, dict) else configs, store)
     if not todo:
         return 0
+    _fetch(todo, store)
     store.check_writable()
     if executor is not None:
         _execute(executor, todo, store, device)
@@ -87,6 +89,16 @@ def execute(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return len(todo)
+
+
+def _fetch(todo: list[Config], store: Store) -> None:
+    """Have every data set at hand, once, before workers start; raises where one cannot be had."""
+    specs = {config.data for config in todo} - {"digits"}
+    if specs:
+        from paperlib import data
+
+        for spec in specs:
+            data.load(spec, store.path / "data")
 
 
 def _execute(executor: Executor, todo: list[Config], store: Store, device: str) -> None:

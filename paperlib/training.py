@@ -8,6 +8,7 @@ pairs. All streams are drawn on the CPU, so every device sees the same.
 import hashlib
 import importlib
 import math
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,8 @@ from paperlib.pruning import FilterPruner, WeightPruner
 from paperlib.runs import RunRecord, Store
 
 EVALUATION_BATCH = 500
+# torch's global generators and torch.fx's tracing belong to the process: threads take turns.
+_one_at_a_time = threading.Lock()
 HISTOGRAM_IMAGES = 128
 
 
@@ -229,12 +232,14 @@ def run(
     where = choose_device(device)
     if store is not None:
         store.check_writable()
-    make_pruner(config, build(config))  # raises on names it does not know, before data are read
+    with _one_at_a_time:
+        make_pruner(config, build(config))  # raises on names it does not know, before data are read
     dataset = data.load(config.data, root=None if store is None else store.path / "data")
     # One subset for all seeds: what differs between seeds is the network, not the task.
     dataset = dataset.subset(config.train_per_class, config.test_per_class)
     try:
-        record = _run(config, dataset, where, callback)
+        with _one_at_a_time:
+            record = _run(config, dataset, where, callback)
     except (TrainingError, torch.OutOfMemoryError) as error:
         if store is not None:
             store.fail(config, error)

@@ -99,6 +99,8 @@ def scatter(
 ) -> stats.Estimate:
     """A dot a run by `label`, a regression line with its 95% band, Pearson's r and Kendall's tau.
 
+    The line needs four runs.
+
     Returns Pearson's r with its interval.
     """
     for label, group in runs.groupby("label", sort=False):
@@ -115,7 +117,7 @@ def scatter(
             zorder=3,
         )
     r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y])
-    if r.n > 2 and r.value == r.value:
+    if r.n > 3 and r.value == r.value:
         sns.regplot(
             runs, x=x, y=y, ax=ax, scatter=False, color="0.35", line_kws={"linewidth": 1}, seed=0
         )

@@ -101,7 +101,7 @@ def test_nothing_names_a_machine_or_a_registry():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    host = "|".join(("pypi" + r"\.org", "files.pythonhosted", "/root" + "/", "/home" + "/"))
+    host = "|".join(("pypi" + r"\.org", "files.python" + "hosted", "/root" + "/", "/home" + "/"))
     for name in listed.stdout.split():
         path = ROOT / name
         if path.suffix in {".py", ".ipynb", ".md", ".toml", ".yml", ".lock", ".cff"}:

@@ -287,14 +287,18 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
     open_dots = {"facecolor": "white", "edgecolor": color, "zorder": 3}
     ax.scatter(pruned["at"], pruned.post, s=16, label="just after", **open_dots)
     worst = pruned.loc[pruned.stability.idxmin()]
+    right_half = worst["at"] > (at.min() + at.max()) / 2
     ax.annotate(
         f"instability ({worst.pre:.1f} - {worst.post:.1f}) / {worst.pre:.1f}"
         f" = {1 - worst.stability / 100:.2f}",
-        (worst["at"], worst.post),
-        (0.25, 0.3),
-        textcoords="axes fraction",
+        (worst["at"], 0.2 * worst.pre + 0.8 * worst.post),
+        (-6 if right_half else 6, 0),
+        textcoords="offset points",
+        ha="right" if right_half else "left",
+        va="center",
         fontsize=7,
-        arrowprops={"arrowstyle": "-", "color": "0.5"},
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+        zorder=4,
     )
     ax.set(xlabel=EPOCH, ylabel="test accuracy (%)")
     return worst

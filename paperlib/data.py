@@ -581,7 +581,7 @@ def _opened(path: Path) -> Iterator[list[Member]]:
             raise DataError(f"{path}: not a folder, .zip, {', '.join(TARS)}")
     except (
         *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
-        *(RuntimeError, NotImplementedError),  # an encrypted .zip, an unknown compression
+        RuntimeError,  # an encrypted .zip, an unknown compression
     ) as error:
         raise DataError(f"{path}: cannot be read, truncated or damaged ({error})") from error
 

@@ -146,6 +146,16 @@ class Flatness:
             0 < self.directions <= self.eigenvalues,
             f"{self.directions} directions need as many of the {self.eigenvalues} eigenvalues",
         )
+        _check(
+            0 < self.step <= self.reach,
+            f"a step must be positive and within the reach {self.reach}, got {self.step}",
+        )
+
+    @property
+    def epsilons(self) -> tuple[float, ...]:
+        """Every `step` from -`reach` to `reach`."""
+        steps = round(self.reach / self.step)
+        return tuple(n * self.step for n in range(-steps, steps + 1))
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,8 @@ class Config:
     data: what `data.load` takes. train_per_class, test_per_class: subsets, None for all. model:
     a name of `models.MODELS`, or "package.module:function". learning_rate is multiplied by 0.1 at
     each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. histograms:
-    whether batch norm's outputs are measured before and after training. precision: "float32", or
+    whether batch norm's outputs are measured before and after training or, where single weights
+    are pruned, those weights' magnitudes before, after and at the end. precision: "float32", or
     "bfloat16" for autocast.
     """
 

@@ -198,6 +198,26 @@ class Batches:
             drawn.append(torch.randint(2, (count,), generator=augmentation).bool())
         return self._make([tensor.to(device) for tensor in drawn])
 
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` images (all, where there are fewer), for measurements, and labels.
+
+        Of a set that is sorted by class, as folders are, images at even distances instead.
+        """
+        number = len(self.labels)
+        indices = torch.arange(min(count, number))
+        if count < number and bool((self.labels.diff() >= 0).all()):
+            indices = indices * number // count
+        indices = indices.to(self.labels.device)
+        height, width = self._inner
+        return self._normalise(self.pixels[indices][:, height, width]), self.labels[indices]
+
+    @property
+    def _inner(self) -> tuple[slice, slice]:
+        return (
+            slice(self.padding, self.padding + self.height),
+            slice(self.padding, self.padding + self.width),
+        )
+
     def _make(self, drawn: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for indices, *augmentation in zip(*(t.split(self.size) for t in drawn), strict=True):
             if augmentation:
@@ -211,11 +231,7 @@ class Batches:
 
         What is normalised is kept for the next pass where it is below 256 MB: do not write to it.
         """
-        inner = (
-            slice(self.padding, self.padding + self.height),
-            slice(self.padding, self.padding + self.width),
-        )
-        images = self.pixels[:, *inner]
+        images = self.pixels[:, *self._inner]
         if 4 * images.numel() < KEPT_BYTES and self._normalised is None:
             self._normalised = self._normalise(images)
         for start in range(0, len(images), size):

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 
-from paperlib.config import Config, FilterPruning, Noise, WeightPruning, schedule
+from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning, schedule
 
 TRADEOFF = "tradeoff-2020"
+REGULARIZATION = "regularization-2018"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Profile:
 
     None keeps what the paper has. batch: smaller with the data, so that an epoch still has some
     steps. widths: by network. warmup: epochs trained before the first event at least, where the
-    paper trains as many.
+    paper trains as many. flatness: fields of `Flatness` in place of the paper's.
     """
 
     name: str
@@ -57,13 +59,17 @@ class Profile:
     widths: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
     warmup: int = 0
+    flatness: dict[str, float] = field(default_factory=dict)
 
-    def scale(self, config: Config, data: str | None = None) -> Config:
-        """The configuration at this scale; `data` replaces the profile's own data set."""
+    def scale(
+        self, config: Config, data: str | None = None, precision: str | None = None
+    ) -> Config:
+        """The configuration at this scale; `data` and `precision` replace what it would have."""
         data = data or self.data or config.data
         epochs = self.epochs or config.epochs
         small = config.with_(
             data=data,
+            precision=precision or config.precision,
             train_per_class=self.train_per_class,
             test_per_class=self.test_per_class,
             width=self.widths.get(config.model, config.width),
@@ -71,6 +77,7 @@ class Profile:
             batch=self.batch or config.batch,
             milestones=tuple(round(m * epochs / config.epochs) for m in config.milestones),
             pruning=self._scaled_pruning(config, epochs),
+            flatness=self._scaled_flatness(config, epochs),
             noise=None,
         )
         if config.noise is not None:
@@ -86,6 +93,12 @@ class Profile:
                 pruning, epochs=self._scaled_events((pruning.epochs,), config, epochs)[0]
             )
         return pruning
+
+    def _scaled_flatness(self, config: Config, epochs: int) -> Flatness | None:
+        if config.flatness is None:
+            return None
+        epoch = round(config.flatness.epoch * (epochs - 1) / (config.epochs - 1))
+        return replace(config.flatness, epoch=epoch, **self.flatness)
 
     def _scaled_events(
         self, layers: tuple[tuple[int, ...], ...], config: Config, epochs: int
@@ -198,6 +211,7 @@ PROFILES = {
             },
             seeds=2,
             warmup=1,
+            flatness={"images": 20, "eigenvalues": 5, "directions": 3, "step": 0.1},
         ),
         Profile(
             "demo",
@@ -215,6 +229,7 @@ PROFILES = {
             },
             seeds=3,
             warmup=3,
+            flatness={"images": 50, "eigenvalues": 10, "directions": 9, "step": 0.04, "reach": 0.2},
         ),
         Profile(
             "small",
@@ -231,6 +246,7 @@ PROFILES = {
             },
             seeds=3,
             warmup=3,
+            flatness={"images": 256, "step": 0.02, "reach": 0.20},
         ),
         Profile("paper"),
     )
@@ -254,7 +270,7 @@ VGG_FIRST, VGG_LAST = (3, 4, 5, 6), (150, 150, 150, 275)
 RESNET_FRACTIONS = (0.25, 0.4, 0.25, 0.95)
 RESNET_FIRST, RESNET_LAST = (7, 8, 9, 10), (150, 150, 170, 275)
 
-NO_PRUNING, SCRATCH = "No Pruning", "Scratch"
+NO_PRUNING, SCRATCH, DROPOUT = "No Pruning", "Scratch", "Dropout"
 METHODS = {"smallest": "Prune_S", "random": "Prune_R", "largest": "Prune_L"}
 
 
@@ -271,9 +287,16 @@ def _filters(
     return FilterPruning(tuple(fractions), epochs, score, target, norm=norm)
 
 
+# Figure 2's six settings of VGG11 are measured for figures 6 and E in the runs other figures share.
+FLATNESS = Flatness(epoch=314)
+MEASURED = (("smallest", 4), ("smallest", 40), ("random", 40), ("largest", 40))
+
+
 def _vgg(target: str, period: int, score: str = "l2", norm: bool = True) -> Setting:
     pruning = _filters(VGG_FRACTIONS, VGG_FIRST, VGG_LAST, period, target, score, norm)
-    return Setting("VGG11", METHODS[target], VGG11.with_(pruning=pruning))
+    measured = (target, period) in MEASURED and score == "l2" and norm
+    flatness = FLATNESS if measured else None
+    return Setting("VGG11", METHODS[target], VGG11.with_(pruning=pruning, flatness=flatness))
 
 
 def _resnet18(
@@ -306,10 +329,12 @@ def _table_f1(target: str) -> Setting:
     return Setting("ResNet18", METHODS[target], TABLE_F1.with_(pruning=pruning))
 
 
-VGG_NO_PRUNING = Setting("VGG11", NO_PRUNING, VGG11.with_(histograms=True))
+VGG_NO_PRUNING = Setting("VGG11", NO_PRUNING, VGG11.with_(histograms=True, flatness=FLATNESS))
 RESNET_NO_PRUNING = Setting("ResNet18", NO_PRUNING, RESNET18)
 VGG_SCRATCH = Setting(
-    "VGG11", SCRATCH, VGG11.with_(pruning=FilterPruning(VGG_FRACTIONS, scratch=True))
+    "VGG11",
+    SCRATCH,
+    VGG11.with_(pruning=FilterPruning(VGG_FRACTIONS, scratch=True), flatness=FLATNESS),
 )
 # Figures 5 and D2 mask the weights only: batch norm stays.
 VGG_PRUNE_WEIGHTS = _vgg("largest", 40, norm=False)
@@ -348,6 +373,35 @@ TABLE_F1 = Config(
     milestones=(2000,),
     epochs=4000,
     augment=True,
+)
+
+# The dense layer of conv4 holds 94.3% of its parameters; 90% of it is 85% of the network.
+CONV4 = Config(model="conv4", optimizer="adam", learning_rate=0.001, epochs=150)
+CONV4_DROPOUT = (0.25, 0.5)
+CONV4_FRACTION = 0.9
+CONV4_EVENTS = schedule(0, 99, 1)
+
+
+def _conv4(target: str, fraction: float = CONV4_FRACTION) -> Setting:
+    pruning = WeightPruning(("dense",), (fraction,), CONV4_EVENTS, target)
+    measured = fraction == CONV4_FRACTION
+    return Setting("conv4", METHODS[target], CONV4.with_(pruning=pruning, histograms=measured))
+
+
+def _dropout(after_pool: float, after_dense: float) -> Setting:
+    return Setting("conv4", DROPOUT, CONV4.with_(dropout=(after_pool, after_dense)))
+
+
+CONV4_NO_PRUNING = Setting("conv4", NO_PRUNING, CONV4)
+CONV4_TARGETS = tuple(_conv4(target) for target in METHODS)
+FIGURE_R1 = (CONV4_NO_PRUNING, _dropout(*CONV4_DROPOUT), *CONV4_TARGETS)
+FIGURE_R3 = (
+    CONV4_NO_PRUNING,
+    *(
+        _conv4(target, fraction)
+        for target in METHODS
+        for fraction in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+    ),
 )
 
 FIGURES = {
@@ -392,6 +446,13 @@ FIGURES = {
                 *(_noise("gaussian", batches, "Gaussian") for batches in (0, 51, 1106)),
             ),
             notebook=f"{TRADEOFF}/figure-5",
+        ),
+        Figure(
+            "figure-6",
+            "Less stable pruning, flatter minima",
+            seeds=10,
+            settings=FIGURE_2_VGG,
+            notebook=f"{TRADEOFF}/figure-6",
         ),
         Figure(
             "figure-B1",
@@ -456,6 +517,26 @@ FIGURES = {
             ),
             notebook=f"{TRADEOFF}/figure-D2",
         ),
+        *(
+            Figure(
+                f"figure-E{number}",
+                title,
+                seeds=10,
+                settings=FIGURE_2_VGG,
+                notebook=f"{TRADEOFF}/figure-E",
+            )
+            for number, title in enumerate(
+                (
+                    "The leading eigenvalues by setting",
+                    "The spectrum by rank",
+                    "How far the loss stays low: delta_w",
+                    "The loss along the leading eigenvectors",
+                    "The information criterion TIC",
+                    "Stability and accuracy of all six settings",
+                ),
+                start=1,
+            )
+        ),
         Figure(
             "table-C1",
             "More of ResNet18 pruned",
@@ -482,6 +563,53 @@ FIGURES = {
             ),
             notebook=f"{TRADEOFF}/table-F1",
         ),
+        Figure(
+            "figure-R1",
+            "Pruning large weights against dropout, by epoch",
+            seeds=10,
+            settings=FIGURE_R1,
+            notebook=f"{REGULARIZATION}/figure-R1",
+        ),
+        Figure(
+            "figure-R2",
+            "Pruning large weights against dropout: best accuracy and parameters",
+            seeds=10,
+            settings=FIGURE_R1,
+            notebook=f"{REGULARIZATION}/figure-R2",
+        ),
+        Figure(
+            "figure-R3",
+            "Best accuracy by the fraction of the layer removed",
+            seeds=10,
+            settings=FIGURE_R3,
+            notebook=f"{REGULARIZATION}/figure-R3",
+        ),
+        Figure(
+            "figure-R4",
+            "Dropout at its best",
+            seeds=10,
+            settings=(
+                CONV4_NO_PRUNING,
+                _dropout(CONV4_DROPOUT[0], 0),
+                _dropout(0, CONV4_DROPOUT[1]),
+                _dropout(*CONV4_DROPOUT),
+            ),
+            notebook=f"{REGULARIZATION}/figure-R4",
+        ),
+        Figure(
+            "figure-R5",
+            "Where the weights went",
+            seeds=10,
+            settings=CONV4_TARGETS,
+            notebook=f"{REGULARIZATION}/figure-R5",
+        ),
+        Figure(
+            "figure-R6",
+            "What 85% fewer parameters buys",
+            seeds=1,
+            settings=(CONV4_NO_PRUNING, *CONV4_TARGETS),
+            notebook=f"{REGULARIZATION}/figure-R6",
+        ),
     )
 }
 
@@ -501,13 +629,17 @@ def profile(name: str) -> Profile:
 
 
 def plan(
-    name: str, profile_name: str, data: str | None = None, seeds: int | None = None
+    name: str,
+    profile_name: str,
+    data: str | None = None,
+    seeds: int | None = None,
+    precision: str | None = None,
 ) -> pd.DataFrame:
     """The runs of a figure, one row each; settings that a profile makes equal appear once.
 
-    data: a data set in place of the profile's. seeds: how many, in place of the profile's.
-    Columns: network, method, label (method and its iterative rate), rate (percent an event, NaN
-    where nothing is pruned in training), seed, run (the identity) and config.
+    data, seeds (how many), precision: in place of the profile's. Columns: network, method, label,
+    rate (percent an event, NaN where nothing is pruned in training), fraction (percent of the
+    layer that loses most, 0 where nothing is pruned), seed, run (the identity) and config.
     """
     shown, scale = figure(name), profile(profile_name)
     if seeds is not None and seeds < 1:
@@ -515,8 +647,9 @@ def plan(
     count = seeds or min(scale.seeds or shown.seeds, shown.seeds)
     rows = []
     for setting in shown.settings:
-        config = scale.scale(setting.config, data)
+        config = scale.scale(setting.config, data, precision)
         rate = pruning_rate(config)
+        fractions = config.pruning.fractions if config.pruning is not None else (0,)
         for seed in range(count):
             seeded = config.with_(seed=seed)
             rows.append(
@@ -525,12 +658,15 @@ def plan(
                     "method": setting.method,
                     "label": label(setting.method, config),
                     "rate": rate,
+                    "fraction": 100 * max(fractions),
                     "seed": seed,
                     "run": seeded.identity,
                     "config": seeded,
                 }
             )
-    return pd.DataFrame(rows).drop_duplicates("run", ignore_index=True)
+    frame = pd.DataFrame(rows)
+    same = frame.config.map(lambda c: c.with_(flatness=None, histograms=False).identity)
+    return frame[~same.duplicated()].reset_index(drop=True)
 
 
 def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -552,7 +688,16 @@ def pruning_rate(config: Config) -> float:
 
 
 def label(method: str, config: Config) -> str:
-    """A setting's name in a legend: "Prune_S 13%", or "Zeroing 51" training batches."""
+    """A setting's name in a legend.
+
+    "Prune_S 13%" an event where filters go, "Prune_L 90%" in all where weights do, "Zeroing 51"
+    training batches, "Dropout 0.25/0.5" after pools and after the dense layer.
+    """
+    if config.dropout:
+        after_pool, after_dense = np.broadcast_to(config.dropout, 2)
+        return f"{method} {after_pool:g}/{after_dense:g}"
+    if isinstance(config.pruning, WeightPruning):
+        return f"{method} {100 * max(config.pruning.fractions):g}%"
     if config.noise is not None:
         images = images_of(config)
         return f"{method} {training_batches(config.noise, config.batch, *images) or '1 pass'}"
@@ -560,7 +705,9 @@ def label(method: str, config: Config) -> str:
     return method if math.isnan(rate) else f"{method} {rate:.2g}%"
 
 
-def table(name: str, profile_name: str, data: str | None = None) -> pd.DataFrame:
+def table(
+    name: str, profile_name: str, data: str | None = None, precision: str | None = None
+) -> pd.DataFrame:
     """Every setting of a figure, at the paper's scale and at the profile's, side by side.
 
     One row a setting; the columns have two levels, "paper" and the profile's name.
@@ -569,7 +716,9 @@ def table(name: str, profile_name: str, data: str | None = None) -> pd.DataFrame
     count = min(scale.seeds or shown.seeds, shown.seeds)
     columns = {
         "paper": [_described(s.config, shown.seeds) for s in shown.settings],
-        profile_name: [_described(scale.scale(s.config, data), count) for s in shown.settings],
+        profile_name: [
+            _described(scale.scale(s.config, data, precision), count) for s in shown.settings
+        ],
     }
     index = pd.MultiIndex.from_tuples(
         [(s.network, label(s.method, s.config)) for s in shown.settings],
@@ -599,9 +748,17 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
         "weight decay": config.weight_decay,
         "batch": config.batch,
         "epochs": config.epochs,
+        "dropout": config.dropout,
+        "precision": config.precision,
         "milestones": ", ".join(map(str, config.milestones)),
         "seeds": seeds,
     }
+    if config.flatness is not None:
+        f = config.flatness
+        described["flatness"] = (
+            f"epoch {f.epoch}, {f.images} images, {f.eigenvalues} eigenvalues; {f.directions} "
+            f"directions, eps up to {f.reach:g} by {f.step:g}"
+        )
     if pruning is None:
         return described
     events = pruning.epochs if isinstance(pruning, FilterPruning) else (pruning.epochs,)

@@ -56,6 +56,12 @@ class RunRecord:
     def run(self) -> str:
         return self.config.identity
 
+    @property
+    def parameters(self) -> float:
+        """How many parameters are left at the end: all less those held at zero; NaN if unknown."""
+        counted = self.provenance
+        return counted.get("parameters", np.nan) - counted.get("held", 0)
+
     def summary(self) -> pd.Series:
         """The run's row of `instability.summarize`."""
         return instability.summarize(self.epochs.assign(run=self.run)).iloc[0]
@@ -244,7 +250,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         [
             {"run": r.run}
             | {name: getattr(r.config, name) for name in plain}
-            | {"device": r.provenance.get("device")}
+            | {"device": r.provenance.get("device"), "parameters": r.parameters}
             for r in records
         ]
     )

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from paperlib import data, models, provenance
-from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
+from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, WeightPruner
 from paperlib.runs import RunRecord, Store
@@ -181,6 +182,23 @@ def normalised_outputs(
     return np.stack([densities[norm] for norm in norms])
 
 
+MAGNITUDES = np.logspace(-6, 1, 141)
+
+
+def magnitudes(weight: torch.Tensor) -> np.ndarray:
+    """How many weights that are not zero have a magnitude in each bin of `MAGNITUDES`, (140,).
+
+    The bins are a twentieth of a decade wide; what is smaller or larger counts in the outermost.
+    """
+    sizes = weight.detach().abs().flatten().double().cpu().numpy()
+    return np.histogram(np.clip(sizes[sizes > 0], MAGNITUDES[0], MAGNITUDES[-1]), MAGNITUDES)[0]
+
+
+def weight_histograms(pruner: WeightPruner, moment: str) -> dict[str, np.ndarray]:
+    """`magnitudes` of every layer that is pruned, as "MOMENT.LAYER"."""
+    return {f"{moment}.{name}": magnitudes(m.weight) for name, m in pruner.layers.items()}
+
+
 def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
     """`normalised_outputs` of torchvision's VGG19 on the run's first training images.
 
@@ -192,11 +210,37 @@ def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
     images = data.Batches(
         dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, torch.device("cpu")
     )
-    first = next(images.evaluation(HISTOGRAM_IMAGES))[0]
+    first, _ = images.first(HISTOGRAM_IMAGES)
     with seeded(config.seed, "weights"):
         untrained = models.build("vgg19_bn", num_classes=1000)
     networks = {"untrained": untrained, "trained": trained}
     return {name: normalised_outputs(network, first) for name, network in networks.items()}
+
+
+def measured_flatness(
+    model: nn.Module, test: data.Batches, flatness: Flatness, held: dict[str, torch.Tensor]
+) -> dict[str, np.ndarray]:
+    """What figures 6 and E1 to E5 are drawn from; the network stays as it is.
+
+    eigenvalues (k,), by magnitude, and noise, Tr(C), on the first test images; epsilons (E,), and
+    losses and accuracies (D, E) on the whole test set along the eigenvectors of the D algebraically
+    largest of the eigenvalues (arXiv 1906.03728, section 3 and appendix E).
+    """
+    images, labels = test.first(flatness.images)
+    eigenvalues, vectors = hessian_spectrum(model, images, labels, flatness.eigenvalues, held)
+    directions = vectors[eigenvalues.argsort(descending=True)[: flatness.directions]]
+    del vectors
+    noise = gradient_covariance_trace(model, images, labels, held)
+    batches = list(test.evaluation())
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    losses, accuracies = sharpness(model, images, labels, directions, flatness.epsilons, held)
+    return {
+        "eigenvalues": eigenvalues.cpu().numpy(),
+        "noise": np.array(noise),
+        "epsilons": np.array(flatness.epsilons),
+        "losses": losses.numpy(),
+        "accuracies": accuracies.numpy(),
+    }
 
 
 @dataclass
@@ -275,9 +319,10 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
 
     events = Events(config.pruning)
     rows, arrays = [], {}
-    if config.histograms:
-        first = next(train.evaluation(HISTOGRAM_IMAGES))[0]
-        arrays["untrained"] = normalised_outputs(model, first)
+    of_norms = config.histograms and not isinstance(pruner, WeightPruner)
+    of_weights = config.histograms and isinstance(pruner, WeightPruner)
+    if of_norms:
+        arrays["untrained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
     trained = 0
     for epoch in range(config.epochs):
         start = time.perf_counter()
@@ -302,7 +347,11 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
         removed, post = 0, pre
         if events.at(epoch):
             chooser.generator.manual_seed(stream(config.seed, "filters", epoch))
+            if of_weights and epoch == events.first:
+                arrays |= weight_histograms(pruner, "before") | {"edges": MAGNITUDES}
             removed = pruner.prune(*events.at(epoch))
+            if of_weights and epoch == events.last:
+                arrays |= weight_histograms(pruner, "after")
         if noise is not None and epoch == config.epochs - 1:
             noise.remove()
         if removed or noise is not None:
@@ -321,13 +370,19 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
             "post": post,
             "removed": removed,
         }
-        if callback is not None:
-            with noise.paused() if noise is not None else nullcontext():
+        with noise.paused() if noise is not None else nullcontext():
+            if config.flatness is not None and epoch == config.flatness.epoch:
+                held = pruner.held() if pruner is not None else {}
+                arrays |= measured_flatness(model, test, config.flatness, held)
+            if callback is not None:
                 arrays |= callback(Moment(epoch, row, model, pruner, test, config)) or {}
         rows.append(row | {"seconds": time.perf_counter() - start})
-    if config.histograms:
-        arrays["trained"] = normalised_outputs(model, first)
-    return RunRecord(config, pd.DataFrame(rows), arrays, _provenance(device))
+    if of_norms:
+        arrays["trained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
+    if of_weights:
+        arrays |= weight_histograms(pruner, "end")
+        arrays |= {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
+    return RunRecord(config, pd.DataFrame(rows), arrays, _provenance(device, model, pruner))
 
 
 class Events:
@@ -347,11 +402,23 @@ class Events:
             for i, epoch in enumerate(pruning.epochs):
                 self._at[epoch] = (i + 1, len(pruning.epochs))
 
+    @property
+    def first(self) -> int:
+        return min(self._at)
+
+    @property
+    def last(self) -> int:
+        return max(self._at)
+
     def at(self, epoch: int) -> tuple | None:
         """(event, events) at the end of this epoch, or None."""
         return self._at.get(epoch)
 
 
-def _provenance(device: torch.device) -> dict[str, object]:
+def _provenance(device: torch.device, model: nn.Module, pruner) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return provenance.describe(device.type, name, torch.get_num_threads())
+    held = pruner.held() if pruner is not None else {}
+    return provenance.describe(device.type, name, torch.get_num_threads()) | {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "held": int(sum(mask.sum() for mask in held.values())),
+    }

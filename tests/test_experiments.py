@@ -294,7 +294,7 @@ def test_a_profile_changes_scale_only(name, profile):
 SCHEDULED = {
     name: setting
     for name, setting in SETTINGS.items()
-    if setting.config.pruning is not None and not setting.config.pruning.scratch
+    if isinstance(setting.config.pruning, FilterPruning) and not setting.config.pruning.scratch
 }
 
 

@@ -26,11 +26,15 @@ def notebooks_path() -> Path:
 
 
 def needed(
-    names: Iterable[str], profile: str, data: str | None = None, seeds: int | None = None
+    names: Iterable[str],
+    profile: str,
+    data: str | None = None,
+    seeds: int | None = None,
+    precision: str | None = None,
 ) -> dict[str, pd.DataFrame]:
     """The plan of each figure; all figures where no names are given."""
     names = list(names) or list(experiments.FIGURES)
-    return {name: experiments.plan(name, profile, data, seeds) for name in names}
+    return {name: experiments.plan(name, profile, data, seeds, precision) for name in names}
 
 
 def figures(
@@ -42,6 +46,7 @@ def figures(
     jobs: int | None = None,
     device: str = "auto",
     executor: Executor | None = None,
+    precision: str | None = None,
 ) -> pd.DataFrame:
     """Do the runs that are missing, then every notebook; returns one row a notebook.
 
@@ -49,7 +54,7 @@ def figures(
     error (the cell and its error, or None). A notebook that fails keeps what it had done and does
     not stop the others; neither does a run, which `attrs["failed_runs"]` then names.
     """
-    plans = needed(names, profile, data, seeds)
+    plans = needed(names, profile, data, seeds, precision)
     folder = notebooks_path()
     configs = sweep.unique(config for plan in plans.values() for config in plan.config)
     failed_runs = None
@@ -62,7 +67,7 @@ def figures(
         by_notebook.setdefault(experiments.figure(name).notebook, []).append(name)
     out = figures_path() / profile / "notebooks"
     os.environ["PAPERLIB_RUNS"] = str(store.path.absolute())
-    parameters = {"profile": profile, "data": data, "seeds": seeds}
+    parameters = {"profile": profile, "data": data, "seeds": seeds, "precision": precision}
     context = multiprocessing.get_context("spawn")
     rows = []
     workers = min(AT_ONCE, len(by_notebook))
@@ -112,13 +117,14 @@ def status(
     store: Store,
     data: str | None = None,
     seeds: int | None = None,
+    precision: str | None = None,
 ) -> pd.DataFrame:
     """One row a figure: its runs, and how many are done, failed, damaged and missing.
 
     hours: what those not done will take one after the other, from the mean seconds of the runs of
     the same network in the store; NaN where it holds none.
     """
-    plans = needed(names, profile, data, seeds)
+    plans = needed(names, profile, data, seeds, precision)
     configs = sweep.unique(config for plan in plans.values() for config in plan.config)
     there = set(store.identities())
     done, damaged = {}, set()

@@ -20,6 +20,7 @@ def _options(*, execution: bool) -> Callable:
         ),
         click.option("--data", help="a data set in place of the profile's, as for `paperlib data`"),
         click.option("--seeds", type=int, help="how many, in place of the profile's"),
+        click.option("--precision", help="float32 or bfloat16, in place of the profile's"),
         click.option("--runs", "store", metavar="DIR", help="the run store  [default: runs]"),
         _verbose,
     ]
@@ -65,10 +66,11 @@ def cli(context: click.Context) -> None:
 
 @cli.command("figures")
 @_options(execution=True)
-def figures_command(names, profile, data, seeds, store, jobs, device) -> None:
+def figures_command(names, profile, data, seeds, precision, store, jobs, device) -> None:
     """Regenerate figures (all, or NAME ...): the runs they need, then their notebooks."""
     _check(device)
-    frame = batch.figures(names, profile, runs.Store(store), data, seeds, jobs, device)
+    where = runs.Store(store)
+    frame = batch.figures(names, profile, where, data, seeds, jobs, device, precision=precision)
     click.echo(frame.fillna({"error": ""}).to_string(index=False, float_format="{:.0f}".format))
     click.echo(f"figures are in {runs.figures_path() / profile}")
     if frame.attrs["failed_runs"]:
@@ -79,10 +81,10 @@ def figures_command(names, profile, data, seeds, store, jobs, device) -> None:
 
 @cli.command("sweep")
 @_options(execution=True)
-def sweep_command(names, profile, data, seeds, store, jobs, device) -> None:
+def sweep_command(names, profile, data, seeds, precision, store, jobs, device) -> None:
     """Do the runs of figures (all, or NAME ...), without the notebooks."""
     _check(device)
-    plans = batch.needed(names, profile, data, seeds)
+    plans = batch.needed(names, profile, data, seeds, precision)
     configs = [config for plan in plans.values() for config in plan.config]
     where = runs.Store(store)
     done = sweep.execute(configs, where, device=device, jobs=jobs)
@@ -92,9 +94,9 @@ def sweep_command(names, profile, data, seeds, store, jobs, device) -> None:
 @cli.command("status")
 @_options(execution=False)
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
-def status_command(names, profile, data, seeds, store, as_json) -> None:
+def status_command(names, profile, data, seeds, precision, store, as_json) -> None:
     """Show which runs of which figure are there, failed, damaged or missing."""
-    frame = batch.status(names, profile, runs.Store(store), data, seeds)
+    frame = batch.status(names, profile, runs.Store(store), data, seeds, precision)
     if as_json:
         click.echo(frame.to_json(orient="records", indent=1))
     else:

@@ -41,6 +41,13 @@ WRONG = [
     ("status --profile huge", ["unknown profile 'huge'", "smoke, demo, small, paper"]),
     ("sweep figure-1 --profile huge", ["unknown profile 'huge'", "smoke, demo, small, paper"]),
     ("status figure-1 --seeds 0", ["seeds must be at least 1, got 0"]),
+    *(
+        (
+            f"{command} figure-1 --profile smoke --precision float16",
+            ["unknown precision 'float16': one of float32, bfloat16"],
+        )
+        for command in ("status", "sweep", "figures")
+    ),
     ("data nope", ["unknown data set 'nope'", "digits, cifar10, cifar100, images:PATH"]),
     ("data images:/no/such.zip", ["/no/such.zip: no such file or folder"]),
     ("sweep figure-1 --profile smoke --data nope", ["unknown data set 'nope'", "digits, cifar10"]),

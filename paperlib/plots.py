@@ -338,8 +338,9 @@ def save(
 ) -> list[Path]:
     """Stamp the figure and write FOLDER/PROFILE/NAME.pdf and .png; returns both paths.
 
-    plan: the runs it shows, for its number of seeds and its data. Its face and the metadata say
-    profile, seeds, data and note; the metadata the commit and versions too.
+    plan: the runs it shows, for its number of seeds, data and precision. Its face and the metadata
+    say profile, seeds, data, precision where it is reduced, and note; the metadata the commit and
+    versions too.
     """
     words = _about(profile, plan, note)
     stamp(figure, words)
@@ -372,9 +373,11 @@ def save_table(
 
 def _about(profile: str, plan: pd.DataFrame, note: str) -> str:
     seeds = plan.seed.nunique()
-    data = PurePath(plan.config.iloc[0].data.removeprefix("images:")).name
+    config = plan.config.iloc[0]
+    data = PurePath(config.data.removeprefix("images:")).name
+    precision = "" if config.precision == "float32" else config.precision
     words = [f"profile {profile}", f"{seeds} seed{'s' * (seeds != 1)}", f"data {data}"]
-    return ", ".join([*words, note] if note else words)
+    return ", ".join([*words, *filter(None, [precision, note])])
 
 
 def _folder(profile: str, folder: Path | None) -> Path:

@@ -358,10 +358,9 @@ def test_the_first_of_a_method_is_solid():
 # Files
 
 
-def plan(data: str = "digits", seeds: int = 3) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"seed": range(seeds), "config": [Config(data=data, seed=s) for s in range(seeds)]}
-    )
+def plan(data: str = "digits", seeds: int = 3, **options) -> pd.DataFrame:
+    configs = [Config(data=data, seed=seed, **options) for seed in range(seeds)]
+    return pd.DataFrame({"seed": range(seeds), "config": configs})
 
 
 @pytest.mark.parametrize(
@@ -371,6 +370,10 @@ def plan(data: str = "digits", seeds: int = 3) -> pd.DataFrame:
         (
             plan("images:/a/b/my_images.zip", 1),
             "profile smoke, 1 seed, data my_images.zip, noise spans scaled",
+        ),
+        (
+            plan(precision="bfloat16"),
+            "profile smoke, 3 seeds, data digits, bfloat16, noise spans scaled",
         ),
     ],
 )

@@ -767,6 +767,9 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
     if isinstance(pruning, FilterPruning):
         described["score"] = pruning.score
         described["held at zero"] = "weights, batch norm" if pruning.norm else "weights"
+    else:
+        described["layers"] = ", ".join(pruning.layers)
+        described["schedule"] = pruning.schedule
     scratch = isinstance(pruning, FilterPruning) and pruning.scratch
     described["event epochs"] = "before training" if scratch else _spans(events)
     described["rate (% an event)"] = round(pruning.rate, 2)

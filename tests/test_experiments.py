@@ -4,16 +4,17 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pandas as pd
 import pytest
 
 from paperlib import experiments
-from paperlib.config import Config, FilterPruning, Noise, to_dict
+from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning, to_dict
 from paperlib.experiments import FIGURES, PROFILES
 from paperlib.models import scaled
-from paperlib.pruning import kept_filters
+from paperlib.pruning import kept_filters, kept_weights
 
 SMALLER = [name for name in PROFILES if name != "paper"]
 FIRST: dict[experiments.Setting, str] = {}
@@ -57,6 +58,19 @@ LATE = Config(
     epochs=4000,
     augment=True,
 )
+CONV4 = Config(
+    data="cifar10",
+    model="conv4",
+    width=1,
+    dropout=0,
+    optimizer="adam",
+    learning_rate=0.001,
+    weight_decay=0,
+    milestones=(),
+    epochs=150,
+    batch=128,
+    augment=False,
+)
 VGG, RESNET = ADAM.with_(model="vgg11_bn"), ADAM.with_(model="resnet18")
 S, R, L = ("Prune_S", "smallest"), ("Prune_R", "random"), ("Prune_L", "largest")
 
@@ -93,22 +107,41 @@ def late(method, **pruning) -> tuple[str, Config]:
     return method, LATE.with_(pruning=FilterPruning((0.7,), **pruning))
 
 
+def weights(method, fraction=0.9) -> tuple[str, Config]:
+    pruning = WeightPruning(("dense",), (fraction,), tuple(range(100)), method[1], "linear")
+    return method[0], CONV4.with_(pruning=pruning)
+
+
+def dropout(after_pool, after_dense) -> tuple[str, Config]:
+    return "Dropout", CONV4.with_(dropout=(after_pool, after_dense))
+
+
 NO_PRUNING = ("No Pruning", VGG)
 PRUNE_WEIGHTS = vgg(L, 40, norm=False)
 FIGURE_3 = [vgg(target, p) for target in (S, R, L) for p in (4, 20, 40, 60, 100, 200, 300)]
 RESNETS = (("resnet18", 16), ("resnet20", 18), ("resnet56", 54))
 LATE_EVENTS = {"epochs": epochs((2500,), (3500,), 750), "score": "l1"}
+FIGURE_2_VGG = [
+    NO_PRUNING,
+    vgg(S, 4),
+    vgg(S, 40),
+    vgg(R, 40),
+    vgg(L, 40),
+    (
+        "Scratch",
+        VGG.with_(pruning=FilterPruning((0.3, 0.3, 0.3, 0.9), score="l2", scratch=True)),
+    ),
+]
+REGULARIZED = [
+    ("No Pruning", CONV4),
+    dropout(0.25, 0.5),
+    weights(S),
+    weights(R),
+    weights(L),
+]
 PAPER = {
     "figure-2": [
-        NO_PRUNING,
-        vgg(S, 4),
-        vgg(S, 40),
-        vgg(R, 40),
-        vgg(L, 40),
-        (
-            "Scratch",
-            VGG.with_(pruning=FilterPruning((0.3, 0.3, 0.3, 0.9), score="l2", scratch=True)),
-        ),
+        *FIGURE_2_VGG,
         ("No Pruning", RESNET),
         resnet(S, 4),
         resnet(S, 40),
@@ -155,8 +188,22 @@ PAPER = {
         late("Prune_S", target="smallest", **LATE_EVENTS),
         late("Prune_L", target="largest", **LATE_EVENTS),
     ],
+    "figure-6": FIGURE_2_VGG,
+    **{f"figure-E{number}": FIGURE_2_VGG for number in range(1, 7)},
+    "figure-R1": REGULARIZED,
+    "figure-R2": REGULARIZED,
+    "figure-R3": [
+        ("No Pruning", CONV4),
+        *(weights(m, fraction) for m in (S, R, L) for fraction in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)),
+    ],
+    "figure-R4": [("No Pruning", CONV4), dropout(0.25, 0), dropout(0, 0.5), dropout(0.25, 0.5)],
+    "figure-R5": [weights(S), weights(R), weights(L)],
+    "figure-R6": [("No Pruning", CONV4), weights(S), weights(R), weights(L)],
 }
-SEEDS = {"figure-1": 1, "figure-B1": 1, "figure-3": 5, "figure-C1": 5, "figure-C2": 5}
+SEEDS = {
+    **dict.fromkeys(("figure-1", "figure-B1", "figure-R6"), 1),
+    **dict.fromkeys(("figure-3", "figure-C1", "figure-C2"), 5),
+}
 EVENTS = {
     "figure-2": [0, 179, 19, 19, 19, 0, 0, 180, 20, 20],
     "figure-3": [179, 38, 19, 14, 9, 5, 4] * 3,
@@ -167,19 +214,26 @@ EVENTS = {
     "table-C1": [180, 20, 20],
     "figure-C3": [0, 34, 54],
     "table-F1": [0, 0, 2, 2],
+    "figure-R1": [0, 0, 100, 100, 100],
+    "figure-R3": [0] + [100] * 18,
 }
 NETWORKS = {
     "vgg11_bn": "VGG11",
     "resnet18": "ResNet18",
     "resnet20": "ResNet20",
     "resnet56": "ResNet56",
+    "conv4": "conv4",
 }
+
+
+def unmeasured(config: Config) -> Config:
+    return config.with_(flatness=None, histograms=False)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_settings(name):
     settings = experiments.figure(name).settings
-    shown = [(s.method, s.config.with_(histograms=False)) for s in settings]
+    shown = [(s.method, unmeasured(s.config)) for s in settings]
     for mine, papers in zip(shown, PAPER[name], strict=True):
         assert mine == papers
     assert [s.network for s in settings] == [NETWORKS[s.config.model] for s in settings]
@@ -189,7 +243,21 @@ def test_the_papers_settings(name):
 
 def test_figure_1_is_one_of_the_runs_of_figure_2():
     (setting,) = experiments.figure("figure-1").settings
-    assert (setting.method, setting.config) in PAPER["figure-2"]
+    assert (setting.method, unmeasured(setting.config)) in PAPER["figure-2"]
+
+
+def test_flatness_is_measured_on_the_six_of_figure_2():
+    """At epoch 314 of 325: 512 images, 100 eigenvalues, 10 directions to 0.4 by 0.01."""
+    measured = {s.config for s in SETTINGS.values() if s.config.flatness is not None}
+    assert {unmeasured(config) for config in measured} == {config for _, config in FIGURE_2_VGG}
+    assert len(measured) == 6
+    for config in measured:
+        assert config.flatness == Flatness(314, 512, 100, 10, 0.4, 0.01)
+
+
+def test_histograms_are_measured_where_they_are_shown():
+    measured = {unmeasured(s.config) for s in SETTINGS.values() if s.config.histograms}
+    assert measured == {VGG, *(config for _, config in REGULARIZED[2:])}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -215,7 +283,13 @@ def filters(config: Config) -> list[int]:
 def removed(config: Config) -> dict[int, int]:
     """How many filters go at the end of each epoch on which any goes, in training."""
     out: dict[int, int] = {}
-    if config.pruning is None or config.pruning.scratch:
+    pruning = config.pruning
+    if isinstance(pruning, WeightPruning):
+        dense = 6 * 6 * scaled(64, config.width) * scaled(512, config.width)
+        (fraction,), events = pruning.fractions, len(pruning.epochs)
+        kept = [dense] + [kept_weights(dense, fraction, i + 1, events) for i in range(events)]
+        return {e: a - b for e, (a, b) in zip(pruning.epochs, pairwise(kept), strict=True)}
+    if pruning is None or pruning.scratch:
         return out
     layers = zip(filters(config), config.pruning.fractions, config.pruning.epochs, strict=True)
     for count, fraction, events in layers:
@@ -238,7 +312,8 @@ def test_how_many_events_a_run_has(name):
 def test_every_pruned_network_loses_something(profile):
     scale = experiments.profile(profile).scale
     whole = {name for name, setting in SETTINGS.items() if not removed(scale(setting.config))}
-    assert whole == {name for name in SETTINGS if "No Pruning" in name or "Scratch" in name}
+    without = ("No Pruning", "Scratch", "Dropout")
+    assert whole == {name for name in SETTINGS if any(method in name for method in without)}
 
 
 @pytest.mark.parametrize("period", [4, 20, 40, 60, 100, 200, 300])
@@ -261,6 +336,7 @@ def test_rates_of_the_others():
         "figure-C3": [nan, 6 / 77, 10 / 77],
         "table-C1": [95 / 67, 95 / 7, 95 / 7],
         "table-F1": [nan, nan, 35, 35],
+        "figure-R1": [nan, nan, 0.9, 0.9, 0.9],
     }
     for name, values in expected.items():
         assert rates(name) == pytest.approx(values, nan_ok=True)
@@ -287,7 +363,8 @@ def test_a_profile_changes_scale_only(name, profile):
     if paper.pruning is None:
         assert small.pruning is None
     else:
-        for field in ("fractions", "score", "target", "layers", "scratch", "norm"):
+        assert type(small.pruning) is type(paper.pruning)
+        for field in {f.name for f in fields(paper.pruning)} - {"epochs"}:
             assert getattr(small.pruning, field) == getattr(paper.pruning, field)
 
 
@@ -315,6 +392,37 @@ def test_schedules_scale_with_training(name, profile):
         assert len(events) > 1 or len(theirs) == 1
         assert events[-1] < small.epochs - 1
         assert abs(events[-1] - events[0] - factor * (theirs[-1] - theirs[0])) <= 0.5
+
+
+@pytest.mark.parametrize("profile", SMALLER)
+def test_flatness_is_measured_before_the_end_of_training(profile):
+    scale = experiments.profile(profile).scale
+    for setting in experiments.figure("figure-6").settings:
+        small = scale(setting.config)
+        assert small.flatness.epoch == round(314 / 324 * (small.epochs - 1)) < small.epochs
+        assert small.pruning is None or small.flatness.epoch > max(
+            (events[-1] for events in small.pruning.epochs), default=0
+        )
+
+
+@pytest.mark.parametrize(("profile", "last"), [("smoke", 7), ("demo", 15), ("small", 26)])
+def test_weights_go_every_epoch_of_the_first_two_thirds(profile, last):
+    for name in ("figure-R1", "figure-R3"):
+        for setting in experiments.figure(name).settings:
+            small = experiments.profile(profile).scale(setting.config)
+            if small.pruning is not None:
+                assert small.pruning.epochs == tuple(range(last + 1))
+                assert abs((last + 1) / small.epochs - 2 / 3) < 0.02
+
+
+@pytest.mark.parametrize(("profile", "width"), [("small", 1), ("paper", 1)])
+def test_the_2018_networks_count(profile, width):
+    """94.3% of the network is in the layer, so that 90% of that is the abstract's 85%."""
+    for setting in experiments.figure("figure-R1").settings:
+        config = experiments.profile(profile).scale(setting.config)
+        assert config.width == width
+        gone = sum(removed(config).values())
+        assert 1_250_858 - gone == (189_175 if config.pruning else 1_250_858)
 
 
 @pytest.mark.parametrize("profile", ["demo", "small", "paper"])
@@ -389,7 +497,7 @@ def test_spans_last_for_the_same_part_of_an_epoch_where_they_can():
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_plan(name, profile):
     plan = experiments.plan(name, profile)
-    columns = ["network", "method", "label", "rate", "seed", "run", "config"]
+    columns = ["network", "method", "label", "rate", "fraction", "seed", "run", "config"]
     assert list(plan) == columns
     assert plan.run.tolist() == [config.identity for config in plan.config]
     assert plan.seed.tolist() == [config.seed for config in plan.config]
@@ -397,8 +505,11 @@ def test_every_plan(name, profile):
     for _, group in plan.groupby(["network", "label"]):
         unseeded = {config.with_(seed=0) for config in group.config}
         assert len(unseeded) == 1
-    without = plan.method.isin(["No Pruning", "Scratch"])
+    without = plan.method.isin(["No Pruning", "Scratch", "Dropout"])
     assert plan.rate.isna().equals(without)
+    for fraction, config in zip(plan.fraction, plan.config, strict=True):
+        most = 0 if config.pruning is None else max(config.pruning.fractions)
+        assert fraction == pytest.approx(100 * most)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -412,11 +523,10 @@ def test_no_run_counts_twice_in_a_figure(name, profile):
 
 def what_counts(config: Config) -> Config:
     """Without what cannot change a run's numbers."""
-    changes = {"histograms": False}
     pruning = config.pruning
-    if pruning is not None and pruning.target == "random":
-        changes["pruning"] = FilterPruning(pruning.fractions, pruning.epochs, target="random")
-    return config.with_(**changes)
+    if isinstance(pruning, FilterPruning) and pruning.target == "random":
+        pruning = replace(pruning, score="l2")
+    return unmeasured(config).with_(pruning=pruning)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -435,7 +545,11 @@ def test_what_figures_share_is_one_run(profile):
         ("No Pruning", "VGG11", ["figure-2", "figure-5", "figure-B1", "figure-B2", "figure-D2"]),
         ("No Pruning", "ResNet18", ["figure-2", "figure-B2"]),
         ("Prune_L", "VGG11", ["figure-5", "figure-D2"]),
-        ("Prune_L", "VGG11", ["figure-1", "figure-2"]),
+        ("Prune_L", "VGG11", ["figure-1", "figure-2", "figure-6", "figure-E6"]),
+        ("Scratch", "VGG11", ["figure-2", "figure-6", "figure-E1"]),
+        ("No Pruning", "conv4", ["figure-R1", "figure-R2", "figure-R3", "figure-R4", "figure-R6"]),
+        ("Prune_L", "conv4", ["figure-R1", "figure-R2", "figure-R5", "figure-R6"]),
+        ("Dropout", "conv4", ["figure-R1", "figure-R2"]),
     ],
 )
 def test_shared_runs(method, network, names, profile):
@@ -453,6 +567,51 @@ def test_figure_2s_large_events_are_those_of_figure_3(profile):
     two = experiments.plan("figure-2", profile)
     shared = two[(two.network == "VGG11") & two.method.isin(["Prune_S", "Prune_R", "Prune_L"])]
     assert set(shared[shared.seed < three.seed.nunique()].run) <= set(three.run)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    ("name", "fraction", "method"),
+    [("figure-R3", 90, ["Prune_S", "Prune_R", "Prune_L"]), ("figure-R4", 0, ["Dropout"])],
+)
+def test_figure_r1s_runs_are_in_the_others(name, fraction, method, profile):
+    one, other = experiments.plan("figure-R1", profile), experiments.plan(name, profile)
+    shared = one[one.method.isin(method)]
+    assert shared.fraction.unique().tolist() == [fraction]
+    assert set(shared.run) <= set(other.run)
+
+
+def test_what_is_only_measured_makes_no_other_run(monkeypatch):
+    """Settings that give the same numbers are one, whatever is measured besides."""
+    config = VGG.with_(epochs=400)
+    changes = ({}, {"histograms": True}, {"flatness": Flatness(5)}, {"milestones": (7,)})
+    settings = [experiments.Setting("VGG11", "No Pruning", config.with_(**c)) for c in changes]
+    made = experiments.Figure("figure-0", "", 2, tuple(settings), "none")
+    monkeypatch.setitem(FIGURES, "figure-0", made)
+    plan = experiments.plan("figure-0", "paper")
+    kept = [config, config.with_(seed=1), *(settings[3].config.with_(seed=s) for s in (0, 1))]
+    assert plan.config.tolist() == kept
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", ["figure-2", "figure-D2", "figure-R1"])
+def test_another_precision(name, profile):
+    plan = experiments.plan(name, profile)
+    other = experiments.plan(name, profile, precision="bfloat16")
+    for mine, theirs in zip(plan.config, other.config, strict=True):
+        assert theirs == mine.with_(precision="bfloat16")
+    assert not set(plan.run) & set(other.run)
+    table = experiments.table(name, profile, precision="bfloat16")
+    assert set(table["precision", "paper"]) <= {"float32", "bfloat16"}
+    if profile != "paper":
+        assert set(table["precision", profile]) == {"bfloat16"}
+        assert set(table["precision", "paper"]) == {"float32"}
+
+
+@pytest.mark.parametrize("call", [experiments.plan, experiments.table])
+def test_an_unknown_precision(call):
+    with pytest.raises(ValueError, match="unknown precision 'half': one of float32, bfloat16"):
+        call("figure-R1", "demo", precision="half")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -495,7 +654,8 @@ def test_annotate():
     plan = experiments.plan("figure-5", "demo", seeds=2)
     frame = pd.DataFrame({"run": [*plan.run, "0" * 16], "seed": 99, "post": range(len(plan) + 1)})
     out = experiments.annotate(frame, plan)
-    assert list(out) == ["network", "method", "label", "rate", "seed", "run", "post"]
+    columns = ["network", "method", "label", "rate", "fraction", "seed", "run", "post"]
+    assert list(out) == columns
     assert out.drop(columns="post").equals(plan.drop(columns="config"))
     assert out.post.tolist() == list(range(len(plan)))
 
@@ -534,6 +694,18 @@ def test_tables_tell_every_setting_from_the_others(name, profile):
     table = experiments.table(name, profile)
     for side in {"paper", profile}:
         assert not table.xs(side, axis=1, level=1).astype(str).duplicated().any()
+
+
+def test_a_table_of_pruned_weights():
+    table = experiments.table("figure-R1", "small").loc["conv4", "Prune_L 90%"]
+    for side, events in (("paper", "0 to 99 (100)"), ("small", "0 to 26 (27)")):
+        shown = table.xs(side, level=1)
+        assert shown["event epochs"] == events
+        assert (shown["layers"], shown["schedule"], shown["target"]) == (
+            "dense",
+            "linear",
+            "largest",
+        )
 
 
 def test_a_table_of_another_data_set():

@@ -3,6 +3,7 @@
     STORE/records/IDENTITY.parquet   one row an epoch; configuration and provenance in its metadata
     STORE/records/IDENTITY.npz       arrays measured in the run, where there are any
     STORE/failed/IDENTITY.json       why a run failed
+    STORE/checkpoints/, claims/      unfinished runs: see `checkpoints` and `locks`
     STORE/data/                      decoded images
 
 A file is written under another name and then renamed, so a record is whole or it is not there; the
@@ -124,12 +125,12 @@ class Store:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **record.arrays)
             content["arrays"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-            self._replace(self._arrays_file(record.run), buffer.getvalue())
+            write_whole(self._arrays_file(record.run), buffer.getvalue())
         table = pa.Table.from_pandas(record.epochs, preserve_index=False)
         table = table.replace_schema_metadata({_METADATA: json.dumps(content)})
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
-        self._replace(self._file(record.run), sink.getvalue())
+        write_whole(self._file(record.run), sink.getvalue())
         self._failed_file(record.run).unlink(missing_ok=True)
 
     def read(self, run: str) -> RunRecord:
@@ -150,7 +151,7 @@ class Store:
     def fail(self, config: Config, error: BaseException | str) -> None:
         """Record that a run failed, and why."""
         content = {"config": to_dict(config), "error": str(error)}
-        self._replace(self._failed_file(config.identity), json.dumps(content, indent=1).encode())
+        write_whole(self._failed_file(config.identity), json.dumps(content, indent=1).encode())
 
     def failure(self, run: str) -> str | None:
         """Why a run failed, or None."""
@@ -207,21 +208,23 @@ class Store:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
 
-    def _replace(self, path: Path, content: bytes) -> None:
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, whole or not at all. Raises StoreError where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                with whole.open("xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(whole, path)
-            except BaseException:
-                whole.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error}") from error
+            with whole.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(whole, path)
+        except BaseException:
+            whole.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
 
 
 def _digest(frame: pd.DataFrame) -> str:

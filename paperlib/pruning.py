@@ -535,7 +535,7 @@ class WeightPruner:
         for f in fractions:
             kept_weights(1, f, 1, 1, schedule, mu)  # raises where one of them cannot be
         self.masks = {
-            name: torch.ones_like(module.weight, dtype=torch.bool)
+            name: torch.ones(module.weight.shape, dtype=torch.bool, device=module.weight.device)
             for name, module in self.layers.items()
         }
 

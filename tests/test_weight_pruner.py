@@ -275,6 +275,20 @@ def test_one_fraction_for_several_layers():
     assert pruner.fractions == {"dense": 0.5, "fc": 0.5}
 
 
+@pytest.mark.parametrize("target", ["largest", "random"])
+def test_how_weights_lie_in_memory_does_not_matter(target):
+    """Networks are trained in channels-last format."""
+    masks = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = models.build("conv4", width=0.25).to(memory_format=memory_format)
+        pruner = WeightPruner(network, "features.2", 0.5, target, generator=generator())
+        assert pruner.prune(1, 2) == pruner.prune(2, 2) == 144
+        masks.append(pruner.masks["features.2"])
+        assert torch.equal(network.features[2].weight != 0, masks[-1])
+    assert torch.equal(*masks)
+
+
 class Own(nn.Module):
     """Grouped convolution, a branch in the forward pass: nothing torch.fx could follow."""
 

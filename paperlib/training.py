@@ -199,6 +199,34 @@ def weight_histograms(pruner: WeightPruner, moment: str) -> dict[str, np.ndarray
     return {f"{moment}.{name}": magnitudes(m.weight) for name, m in pruner.layers.items()}
 
 
+def pruned_network(
+    record: RunRecord, classes: int = 10, channels: int = 3
+) -> tuple[nn.Module, WeightPruner]:
+    """The network of a record whose single weights were pruned, at its seed's initial weights.
+
+    The record keeps where the zeros are (histograms=True), not the weights: what depends on the
+    zeros alone, sizes and times, is that of the trained network. Returns the network and its
+    pruner. Raises ValueError where the record has no such masks, or of another network.
+    """
+    run = f"the record of {record.config.title}"
+    if not isinstance(record.config.pruning, WeightPruning):
+        raise ValueError(f"{run} is not of single weights pruned")
+    model = build(record.config, classes, channels)
+    pruner = make_pruner(record.config, model)
+    state = {}
+    for name, mask in pruner.masks.items():
+        packed = record.arrays.get(f"kept.{name}")
+        if packed is None:
+            raise ValueError(f"{run} has no mask of {name!r}: it was not made with histograms=True")
+        if len(packed) != math.ceil(mask.numel() / 8):
+            shape = tuple(mask.shape)
+            raise ValueError(f"{run} has a mask of {len(packed)} bytes of {name!r}, not of {shape}")
+        kept = torch.from_numpy(np.unpackbits(packed, count=mask.numel()).astype(bool))
+        state[f"mask.{name}"] = kept.view(mask.shape)
+    pruner.load_state_dict(state)
+    return model, pruner
+
+
 def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
     """`normalised_outputs` of torchvision's VGG19 on the run's first training images.
 

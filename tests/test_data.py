@@ -502,6 +502,32 @@ def test_evaluation_is_repeatable_and_the_same_unkept(monkeypatch):
     assert batches._normalised is None
 
 
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 7, 12, 99])
+def test_first_images(count, augment):
+    images, labels = random_images(12, size=8), torch.tensor([2, 0, 1] * 4)
+    batches = Batches(images, labels, MEAN, STD, "cpu", augment=augment)
+    x, y = batches.first(count)
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    assert torch.allclose(x, normalise(images[:count]), atol=1e-5)
+    assert torch.equal(y, labels[:count])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(
+    ("count", "chosen"),
+    [(1, [0]), (3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (11, [*range(11)]), (12, [*range(12)])],
+)
+def test_first_images_of_a_set_sorted_by_class(count, chosen, augment):
+    """At even distances: of the first images all would be of one class."""
+    images, labels = random_images(12, size=8), torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
+    batches = Batches(images, labels, MEAN, STD, "cpu", augment=augment)
+    x, y = batches.first(count)
+    assert torch.equal(y, labels[chosen])
+    in_order = torch.cat([x for x, _ in batches.evaluation()])
+    assert torch.equal(x, in_order[chosen])
+
+
 def test_batches_refuse_what_they_cannot_do():
     images, labels = random_images(4), torch.arange(4)
     with pytest.raises(ValueError, match="0 images"):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from paperlib import data, models, training
-from paperlib.config import Config, FilterPruning, WeightPruning, to_dict
+from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
 from paperlib.pruning import PruningError
-from paperlib.runs import Store, StoreError
+from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.training import TrainingError, run
 
 torch.set_num_threads(1)
@@ -295,6 +295,34 @@ def test_scratch_pruning(plain):
     assert not rows.train_loss.isin(plain.train_loss).any()
 
 
+@pytest.mark.parametrize(
+    ("pruning", "first", "last", "at"),
+    [
+        (SCRATCH.pruning, 0, 0, {0: (1, 1)}),
+        (
+            PRUNED.pruning,
+            1,
+            2,
+            {1: ([1, 1, None, 1], [1, 2, 1, 2]), 2: ([None, 2, 1, 2], [1, 2, 1, 2])},
+        ),
+        (FilterPruning((0.5, 0.5), ((4, 6), (2, 9))), 2, 9, {2: ([None, 1], [2, 2])}),
+        (WEIGHTS.pruning, 0, 2, {0: (1, 2), 2: (2, 2)}),
+        (WeightPruning(("dense",), (0.5,), (3, 5, 8)), 3, 8, {5: (2, 3)}),
+    ],
+)
+def test_events_by_epoch(pruning, first, last, at):
+    events = training.Events(pruning)
+    assert (events.first, events.last) == (first, last)
+    assert {epoch: events.at(epoch) for epoch in at} == at
+    assert None not in (events.at(first), events.at(last))
+    assert events.at(last + 1) is None
+    assert first == 0 or events.at(first - 1) is None
+
+
+def test_a_run_without_events():
+    assert all(training.Events(None).at(epoch) is None for epoch in range(9))
+
+
 # Learning rates
 
 
@@ -453,6 +481,141 @@ def test_histograms_of_batch_norms(plain):
     assert np.allclose(record.arrays["untrained"], expected, atol=0.02)
     assert np.allclose(record.arrays["trained"].sum(1) * 10 / 200, 1)
     assert not np.allclose(record.arrays["untrained"], record.arrays["trained"], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "bins"),
+    [
+        ([0.0, 0.0], {}),
+        ([0.0, -1.02, 1.05, 1.01], {120: 3}),
+        ([0.5, -0.5, 0.105, 1.05e-3], {113: 2, 100: 1, 60: 1}),
+        ([1e-9, -1e-30, 2e-6], {0: 2, 6: 1}),
+        ([10.0, 1e9, -9.9], {139: 3}),
+    ],
+)
+def test_magnitudes_by_hand(values, bins):
+    """Bins of a twentieth of a decade from 1e-6 on: the i-th from 10 ** (i / 20 - 6)."""
+    counts = training.magnitudes(torch.tensor(values, dtype=torch.float64).view(1, -1))
+    assert counts.shape == (140,)
+    assert {int(i): int(counts[i]) for i in counts.nonzero()[0]} == bins
+
+
+def test_magnitudes_of_a_layer():
+    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.03
+    weight[:7] = 0
+    found = weight.abs()[weight != 0].double().numpy()
+    expected, _ = np.histogram(np.log10(found), 140, (-6, 1))
+    assert np.array_equal(training.magnitudes(nn.Parameter(weight)), expected)
+    assert training.MAGNITUDES[[0, 20, 140]] == pytest.approx([1e-6, 1e-5, 10])
+
+
+TWO_LAYERS = WeightPruning(("features.2", "dense"), (0.4, 0.5), (0, 2), "smallest")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [WEIGHTS, WEIGHTS.with_(epochs=4, optimizer="adam", pruning=TWO_LAYERS, momentum=0)],
+)
+def test_what_is_recorded_of_pruned_weights(config):
+    seen = []
+
+    def look(moment):
+        layers = {name: layer.weight for name, layer in moment.pruner.layers.items()}
+        seen.append({name: weight.detach().clone() for name, weight in layers.items()})
+
+    record = run(config.with_(histograms=True), None, "cpu", look)
+    last = config.pruning.epochs[-1]
+    names = config.pruning.layers
+    moments = ("before", "after", "end", "kept")
+    assert set(record.arrays) == {"edges"} | {f"{m}.{name}" for m in moments for name in names}
+    assert np.array_equal(record.arrays["edges"], training.MAGNITUDES)
+    for name in names:
+        for moment, epoch in (("after", last), ("end", -1)):
+            expected = training.magnitudes(seen[epoch][name])
+            assert np.array_equal(record.arrays[f"{moment}.{name}"], expected)
+        # Before the first event nothing is zero.
+        weights = seen[0][name].numel()
+        assert record.arrays[f"before.{name}"].sum() == weights
+        assert record.arrays[f"after.{name}"].sum() < weights
+        assert np.array_equal(
+            record.arrays[f"kept.{name}"], np.packbits(seen[-1][name].numpy() != 0)
+        )
+    assert same(record.epochs.drop(columns="seconds"), numbers(config))
+
+
+def test_before_is_just_before_the_first_event():
+    """What the largest target takes of the weights is the upper end of their magnitudes."""
+    pruning = WeightPruning(("dense",), (0.3,), (0,), "largest")
+    config = WEIGHTS.with_(epochs=1, histograms=True, pruning=pruning)
+    arrays = run(config, device="cpu").arrays
+    before, after = arrays["before.dense"], arrays["after.dense"]
+    left = math.ceil(0.7 * before.sum())
+    assert after.sum() == left
+    assert np.array_equal(after, np.diff(np.minimum(np.cumsum(before), left), prepend=0))
+    assert np.array_equal(after, arrays["end.dense"])
+
+
+def test_measuring_flatness_changes_no_other_number(plain):
+    config = VGG.with_(
+        flatness=Flatness(1, images=5, eigenvalues=2, directions=1, reach=0.1, step=0.1)
+    )
+    record = run(config, device="cpu")
+    assert same(record.epochs.drop(columns="seconds"), plain)
+    assert record.arrays["eigenvalues"].shape == (2,)
+    assert record.arrays["losses"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("config", [VGG, PRUNED, SCRATCH, WEIGHTS])
+def test_parameters_that_are_left(config):
+    left = []
+
+    def look(moment):
+        left.append(sum(int(p.count_nonzero()) for p in moment.model.parameters()))
+
+    config = config.with_(train_per_class=2)
+    record = run(config, None, "cpu", look)
+    model = training.build(config)
+    assert record.provenance["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (record.provenance["held"] > 0) == (config.pruning is not None)
+    assert record.parameters == left[-1]
+
+
+# A network from its record
+
+
+@pytest.mark.parametrize("config", [WEIGHTS, WEIGHTS.with_(pruning=TWO_LAYERS)])
+def test_a_network_from_its_record(tmp_path, config):
+    config, store = config.with_(histograms=True), Store(tmp_path)
+    kept = []
+    run(
+        config,
+        store,
+        "cpu",
+        lambda m: kept.append({k: v.clone() for k, v in m.pruner.masks.items()}),
+    )
+    model, pruner = training.pruned_network(store.read(config.identity))
+    assert list(pruner.masks) == list(config.pruning.layers)
+    for name, mask in pruner.masks.items():
+        assert torch.equal(mask, kept[-1][name])
+    initial = dict(training.build(config).named_parameters())
+    held = pruner.held()
+    for name, parameter in model.named_parameters():
+        gone = held.get(name, torch.zeros_like(parameter, dtype=torch.bool))
+        assert torch.equal(parameter, initial[name].masked_fill(gone, 0))
+
+
+@pytest.mark.parametrize(
+    ("config", "arrays", "message"),
+    [
+        (VGG, {}, "is not of single weights pruned"),
+        (PRUNED, {}, "is not of single weights pruned"),
+        (WEIGHTS, {}, "no mask of 'dense': it was not made with histograms=True"),
+        (WEIGHTS, {"kept.dense": np.zeros(3, np.uint8)}, r"3 bytes of 'dense', not of \(32, 144\)"),
+    ],
+)
+def test_a_record_without_masks(config, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        training.pruned_network(RunRecord(config, pd.DataFrame(), arrays))
 
 
 # What cannot be run

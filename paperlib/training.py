@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperlib import data, models, provenance
+from paperlib import checkpoints, data, locks, models, provenance
+from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
 from paperlib.noise import FilterNoise
@@ -288,40 +290,73 @@ def run(
     store: Store | None = None,
     device: str = "auto",
     callback: Callable[[Moment], dict[str, np.ndarray] | None] | None = None,
+    wait: bool = True,
 ) -> RunRecord:
     """Train, prune and measure one network as `config` says; or return the store's record of it.
 
-    store: where the record is looked up and written; None keeps nothing. callback: called at the
-    end of each epoch with a `Moment`; arrays it returns are kept in the record. It must leave the
-    network and torch's generators as they are.
+    store: where the record is looked up and written; None keeps nothing. A run that was stopped
+    goes on from its last checkpoint in the store. callback: called at the end of each epoch with a
+    `Moment`; arrays it returns are kept in the record. It must leave the network and torch's
+    generators as they are, and sees an epoch again whose checkpoint was not written. wait: where
+    another process has the run, wait for its record rather than raise `locks.Claimed`.
 
     Raises ConfigError, PruningError, DataError or ValueError on what cannot be run, before any
-    training, and TrainingError where the loss stops being finite (the store then notes the
-    failure).
+    training, StoreError where the store cannot be written, TrainingError where the loss stops being
+    finite (the store then notes the failure), and `locks.Lost` where another process took the run
+    over from this one.
     """
     if store is not None and config.identity in store:
+        checkpoints.discard(store.path, config.identity)  # its writer may have died before it did
         return store.read(config.identity)
     where = choose_device(device)
     if store is not None:
         store.check_writable()
     with _one_at_a_time:
         make_pruner(config, build(config))  # raises on names it does not know, before data are read
-    dataset = data.load(config.data, root=None if store is None else store.path / "data")
-    # One subset for all seeds: what differs between seeds is the network, not the task.
-    dataset = dataset.subset(config.train_per_class, config.test_per_class)
+    if store is None:
+        return _run(config, _dataset(config), where, callback)
+    with locks.claim(store.path, config.identity, wait) as claim:
+        if config.identity not in store:
+            _run_once(config, store, where, callback, claim)
+        return store.read(config.identity)
+
+
+def _dataset(config: Config, root: Path | None = None) -> data.Dataset:
+    """The run's images: one subset for all seeds, which differ in the network, not the task."""
+    return data.load(config.data, root).subset(config.train_per_class, config.test_per_class)
+
+
+def _run_once(
+    config: Config, store: Store, device: torch.device, callback, claim: locks.Claim
+) -> None:
+    """Run what this process has claimed, and write its record or why it failed."""
+    dataset = _dataset(config, store.path / "data")
+    checkpoint = Checkpoint(store.path, config, claim)
     try:
         with _one_at_a_time:
-            record = _run(config, dataset, where, callback)
+            try:
+                record = _run(config, dataset, device, callback, checkpoint)
+            except checkpoints.UnusableCheckpoint as error:
+                checkpoint.set_aside(error)
+                record = _run(config, dataset, device, callback, checkpoint)
     except (TrainingError, torch.OutOfMemoryError) as error:
-        if store is not None:
-            store.fail(config, error)
+        store.fail(config, error)
+        if isinstance(error, TrainingError):
+            checkpoints.discard(store.path, config.identity)
         raise
-    if store is not None:
+    claim.check()
+    if config.identity not in store:  # one that was copied there meanwhile stays
         store.write(record)
-    return record
+    checkpoints.discard(store.path, config.identity)
 
 
-def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) -> RunRecord:
+def _run(
+    config: Config,
+    dataset: data.Dataset,
+    device: torch.device,
+    callback,
+    checkpoint: Checkpoint | None = None,
+) -> RunRecord:
     channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
     classes, channels = len(dataset.classes), dataset.train_images.shape[1]
     model = build(config, classes, channels).to(device, memory_format=channels_last)
@@ -347,12 +382,14 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
 
     events = Events(config.pruning)
     rows, arrays = [], {}
+    if checkpoint is not None:
+        rows, arrays = checkpoint.restore(model, optimizer, pruner)
     of_norms = config.histograms and not isinstance(pruner, WeightPruner)
     of_weights = config.histograms and isinstance(pruner, WeightPruner)
-    if of_norms:
+    if of_norms and not rows:
         arrays["untrained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
-    trained = 0
-    for epoch in range(config.epochs):
+    trained = sum(row["trained"] for row in rows)
+    for epoch in range(len(rows), config.epochs):
         start = time.perf_counter()
         learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
         for group in optimizer.param_groups:
@@ -398,6 +435,7 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
             "post": post,
             "removed": removed,
         }
+        evaluated = time.perf_counter()
         with noise.paused() if noise is not None else nullcontext():
             if config.flatness is not None and epoch == config.flatness.epoch:
                 held = pruner.held() if pruner is not None else {}
@@ -405,12 +443,18 @@ def _run(config: Config, dataset: data.Dataset, device: torch.device, callback) 
             if callback is not None:
                 arrays |= callback(Moment(epoch, row, model, pruner, test, config)) or {}
         rows.append(row | {"seconds": time.perf_counter() - start})
+        if checkpoint is not None and len(rows) < config.epochs:
+            measured = time.perf_counter() - evaluated
+            checkpoint.save_when_due(model, optimizer, pruner, rows, arrays, measured)
     if of_norms:
         arrays["trained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
     if of_weights:
         arrays |= weight_histograms(pruner, "end")
         arrays |= {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
-    return RunRecord(config, pd.DataFrame(rows), arrays, _provenance(device, model, pruner))
+    about = _provenance(device, model, pruner)
+    if checkpoint is not None and checkpoint.earlier:
+        about["resumed"] = checkpoint.earlier
+    return RunRecord(config, pd.DataFrame(rows), arrays, about)
 
 
 class Events:

@@ -326,23 +326,21 @@ def gradient_covariance_trace(
     Where every parameter belongs to one convolution, dense layer or batch norm, norms come from
     each layer's inputs and output gradients (Goodfellow, arXiv 1510.01799), at about the cost of
     one gradient; elsewhere from a gradient per image, vectorised. Which of the two is settled by
-    comparison on the first images. chunk: 16 on the CPU, else 64.
+    comparison on the first images. chunk: 32 on the CPU, else 64.
     """
     images, labels = _checked(model, images, labels, chunk)
     holds = _holds(model, held)
     weights, _ = _parameters(model)
-    chunk = chunk or (16 if images.device.type == "cpu" else 64)
-    first = min(chunk, len(images))
+    chunk = chunk or (32 if images.device.type == "cpu" else 64)
     with _measuring(model):
-        norms = _layer_norms(model, weights, images[:first], labels[:first], holds)
-        layered = norms is not None and torch.allclose(
-            norms[:CHECK], _norms_one_by_one(model, weights, images, labels, holds), rtol=1e-3
-        )
-        measure = _layer_norms if layered else _vectorised_norms
-        total = 0.0
+        measure, total = _layer_norms, 0.0
         pieces = _chunks(images, labels, chunk)
-        for x, y in tqdm(pieces, desc="Tr(C)", unit="chunk", disable=not progress):
-            total += float(measure(model, weights, x, y, holds).sum())
+        for i, (x, y) in enumerate(tqdm(pieces, "Tr(C)", unit="chunk", disable=not progress)):
+            norms = measure(model, weights, x, y, holds)
+            if i == 0 and not _trustworthy(norms, model, weights, x, y, holds):
+                measure = _vectorised_norms
+                norms = measure(model, weights, x, y, holds)
+            total += float(norms.sum())
             _finite(total)
         if centered:
             total -= _squared_gradient_sum(model, weights, pieces, holds) / len(images)
@@ -357,6 +355,14 @@ def tic(covariance_trace: float, eigenvalues: Tensor) -> float:
 def _squared_norm(gradients: Mapping[str, Tensor], holds: Held) -> Tensor:
     free = (g.masked_fill(holds[name], 0) if name in holds else g for name, g in gradients.items())
     return sum(g.square().sum() for g in free)
+
+
+def _trustworthy(norms: Tensor | None, model, weights, images, labels, holds) -> bool:
+    """Whether the first of the layers' norms are those of whole gradients."""
+    if norms is None:
+        return False
+    expected = _norms_one_by_one(model, weights, images, labels, holds)
+    return torch.allclose(norms[:CHECK], expected, rtol=1e-3)
 
 
 def _norms_one_by_one(model, weights, images, labels, holds) -> Tensor:
@@ -460,28 +466,89 @@ def _conv2d_layer(
     if groups != 1 or isinstance(padding, str) or x.dim() != 4:
         return None
 
+    places = tuple(_pair(n) for n in (stride, padding, dilation))
+
     def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
-        g = gradient.flatten(2)
-        biases = _bias_norms(g, bias, bias_held)
-        if g.shape[2] >= len(weight) and g.device.type == "cpu":
-            images, size = len(gradient), gradient.shape[2:]
-            alone = torch.ops.aten.convolution_backward(
-                gradient.reshape(1, -1, *size),
-                x.reshape(1, -1, *x.shape[2:]),
-                weight.repeat(images, 1, 1, 1),
-                None,
-                *(_pair(n) for n in (stride, padding, dilation)),
-                False,
-                [0, 0],
-                images,
-                [False, True, False],
-            )[1].view(images, *weight.shape)
-            return _sum_of_squares(alone, held) + biases
-        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
-        held = held if held is None else held.flatten(1)
-        return _product_norms(g, patches, held) + biases
+        biases = _bias_norms(gradient.flatten(2), bias, bias_held)
+        if held is not None and (held == held[:, :1, :1, :1]).all():
+            gradient, held = gradient.masked_fill(held[:, :1, 0, 0, None], 0), None
+        if held is None and _few_places(gradient, x, weight):
+            return _gram_norms(gradient, x, weight.shape[2:], *places) + biases
+        if gradient.device.type == "cpu" and gradient[0, 0].numel() >= len(weight):
+            alone = _each_weight_gradient(gradient, x, weight, *places)
+        else:
+            steps, margins, spacing = places
+            patches = F.unfold(x, weight.shape[2:], spacing, margins, steps)
+            alone = (gradient.flatten(2) @ patches.mT).view(-1, *weight.shape)
+        return _sum_of_squares(alone, held) + biases
 
     return _present(weight, bias), norms
+
+
+def _few_places(gradient: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether `_gram_norms` costs less than the gradients themselves."""
+    places, kernel = gradient[0, 0].numel(), weight[0, 0].numel()
+    filters, channels = weight.shape[:2]
+    inputs = x[0, 0].numel()
+    gram = places**2 * (filters + 2 * kernel) + 2 * inputs**2 * channels
+    return gram < places * filters * channels * kernel
+
+
+def _gram_norms(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """|sum over places p of g_p patch_p^T|^2 = sum over p, q of (g_p . g_q) (patch_p . patch_q).
+
+    A patch's products are sums of its pixels' products, so no patch is ever written out.
+    """
+    n, _, *size = gradient.shape
+    g = gradient.flatten(2)
+    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    height, width = padded.shape[2:]
+    pixels = padded.flatten(2)
+    products = (pixels.mT @ pixels).view(n, height, width, height, width)
+    patches = torch.zeros_like(products[:, : size[0], : size[1], : size[0], : size[1]])
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            rows, columns = (
+                slice(at * far, at * far + (count - 1) * step + 1, step)
+                for at, far, count, step in zip((i, j), dilation, size, stride, strict=True)
+            )
+            patches += products[:, rows, columns, rows, columns]
+    return ((g.mT @ g).view_as(patches) * patches).sum((1, 2, 3, 4))
+
+
+def _each_weight_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """The weight's gradient by image, (N, *weight.shape), by a convolution with a group an image.
+
+    The weights themselves do not enter: only their shape does.
+    """
+    images = len(gradient)
+    return torch.ops.aten.convolution_backward(
+        gradient.reshape(1, -1, *gradient.shape[2:]),
+        x.reshape(1, -1, *x.shape[2:]),
+        weight.new_empty(1).expand(images * len(weight), *weight.shape[1:]),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        images,
+        [False, True, False],
+    )[1].view(images, *weight.shape)
 
 
 def _batch_norm_layer(

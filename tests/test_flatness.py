@@ -326,6 +326,52 @@ def test_trace_of_networks_it_does_not_know(model, shape):
     assert actual == pytest.approx(plain_trace(model, images, labels), rel=1e-4)
 
 
+GEOMETRIES = [
+    # filters, kernel, stride, padding, dilation, pixels
+    (12, (3, 3), 1, 1, 1, 4),
+    (12, (3, 3), (2, 1), (1, 2), 1, 5),
+    (12, (2, 3), 2, (0, 1), (1, 2), 6),
+    (12, (1, 1), 2, 0, 1, 4),
+    (3, (3, 3), 1, 1, 1, 8),
+    (3, (5, 3), (1, 2), (2, 0), (2, 1), 12),
+]
+
+
+@pytest.mark.parametrize("holding", [None, "filters", "weights"])
+@pytest.mark.parametrize(("filters", "kernel", "stride", "padding", "dilation", "size"), GEOMETRIES)
+def test_norms_of_convolutions(filters, kernel, stride, padding, dilation, size, holding):
+    """By the layer, not by the vectorised gradients that would stand in for a wrong one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(11, filters, kernel, stride, padding, dilation), nn.Tanh(), nn.Flatten()
+    )
+    images, labels = torch.randn(5, 11, size, size), torch.arange(5) % 3
+    held = {}
+    if holding:
+        shape = model[0].weight.shape
+        chosen = torch.rand(shape if holding == "weights" else (filters, 1, 1, 1)) < 0.4
+        held = {"0.weight": chosen.expand(shape)}
+    weights, _ = flatness._parameters(model)
+    norms = flatness._layer_norms(model, weights, images, labels, held)
+    for norm, image, label in zip(norms, images, labels, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        if holding:
+            gradients[0][held["0.weight"]] = 0
+        assert float(norm) == pytest.approx(
+            sum(float(g.square().sum()) for g in gradients), rel=1e-4
+        )
+
+
+def test_both_ways_to_the_norms_of_a_convolution_are_taken():
+    few, many = (
+        [torch.empty(1, c, size, size) for c in (f, 11)] + [torch.empty(f, 11, 3, 3)]
+        for f, size in ((12, 4), (3, 8))
+    )
+    assert flatness._few_places(*few)
+    assert not flatness._few_places(*many)
+
+
 def test_tic():
     assert flatness.tic(6.0, torch.tensor([5.0, -2.0])) == 2.0
 

@@ -201,9 +201,13 @@ def weight_histograms(pruner: WeightPruner, moment: str) -> dict[str, np.ndarray
     return {f"{moment}.{name}": magnitudes(m.weight) for name, m in pruner.layers.items()}
 
 
-def pruned_network(
-    record: RunRecord, classes: int = 10, channels: int = 3
-) -> tuple[nn.Module, WeightPruner]:
+def initial_network(record: RunRecord) -> nn.Module:
+    """The network of a record at the initial weights of its seed."""
+    counted = record.provenance
+    return build(record.config, counted.get("classes", 10), counted.get("channels", 3))
+
+
+def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
     """The network of a record whose single weights were pruned, at its seed's initial weights.
 
     The record keeps where the zeros are (histograms=True), not the weights: what depends on the
@@ -213,7 +217,7 @@ def pruned_network(
     run = f"the record of {record.config.title}"
     if not isinstance(record.config.pruning, WeightPruning):
         raise ValueError(f"{run} is not of single weights pruned")
-    model = build(record.config, classes, channels)
+    model = initial_network(record)
     pruner = make_pruner(record.config, model)
     state = {}
     for name, mask in pruner.masks.items():
@@ -451,7 +455,7 @@ def _run(
     if of_weights:
         arrays |= weight_histograms(pruner, "end")
         arrays |= {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
-    about = _provenance(device, model, pruner)
+    about = _provenance(device, model, pruner) | {"classes": classes, "channels": channels}
     if checkpoint is not None and checkpoint.earlier:
         about["resumed"] = checkpoint.earlier
     return RunRecord(config, pd.DataFrame(rows), arrays, about)

@@ -10,6 +10,7 @@ def pytest_configure(config):
     os.environ.setdefault("PAPERLIB_PROFILE", "smoke")
     os.environ.setdefault("PAPERLIB_RUNS", f"{folder.name}/runs")
     os.environ.setdefault("PAPERLIB_FIGURES", f"{folder.name}/figures")
+    os.environ.setdefault("PAPERLIB_RESULTS", f"{folder.name}/results")
 
 
 def pytest_collection_modifyitems(items):

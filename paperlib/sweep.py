@@ -9,7 +9,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from paperlib.config import Config
-from paperlib.runs import Store, StoreError, epochs_frame, runs_frame
+from paperlib.runs import Store, StoreError
 
 
 class SweepError(RuntimeError):
@@ -40,8 +40,7 @@ def collect(
     store = store or Store()
     configs = unique(configs)
     execute(configs, store, executor, device, jobs)
-    records = store.records(configs)
-    return epochs_frame(records), runs_frame(records)
+    return store.frames(configs)
 
 
 def unique(configs: Iterable[Config]) -> dict[str, Config]:
@@ -51,7 +50,9 @@ def unique(configs: Iterable[Config]) -> dict[str, Config]:
 
 def missing(configs: Iterable[Config], store: Store) -> list[Config]:
     """The configurations that have no whole record in the store."""
-    return [config for run, config in unique(configs).items() if run not in store]
+    configs = unique(configs)
+    whole = store.whole(configs)
+    return [config for run, config in configs.items() if run not in whole]
 
 
 def execute(

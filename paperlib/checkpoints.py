@@ -90,23 +90,25 @@ class Checkpoint:
     def __init__(self, store: str | os.PathLike, config: Config, claim: Claim) -> None:
         self.path, self.config, self.claim = file(store, config.identity), config, claim
         self.earlier: list[dict] = []
+        self._usable = True
         self._cost, self._since = 0.0, time.monotonic()
 
     def restore(
         self, model: "nn.Module", optimizer: "Optimizer", pruner: Any
-    ) -> tuple[list[dict], dict[str, np.ndarray]]:
+    ) -> tuple[list[dict], dict[str, np.ndarray]] | None:
         """Bring all three, made anew, to where the run was; returns its rows and arrays so far.
 
-        Without a checkpoint they stay as they are, and there are no rows and arrays. Raises
-        UnusableCheckpoint where the file is damaged, or of another configuration or version; the
-        three are then of no use.
+        None without a checkpoint: all stays as it is. Raises UnusableCheckpoint where the file is
+        damaged, or of another configuration or version; the three are then of no use.
         """
+        if not self._usable:
+            return None
         for half_written in self.path.parent.glob(f".{self.path.name}.*"):
             half_written.unlink(missing_ok=True)
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
-            return [], {}
+            return None
         except OSError as error:
             raise UnusableCheckpoint(f"it cannot be read: {error}") from error
         about, tensors = self._verified(content)
@@ -132,6 +134,7 @@ class Checkpoint:
         """Rename the file and warn: the run starts afresh."""
         aside = self.path.with_name(f"{self.config.identity}.damaged.safetensors")
         self.claim.check()
+        self._usable = False
         try:
             os.replace(self.path, aside)
             what = f"is set aside as {aside.name}"

@@ -364,9 +364,6 @@ def _run(
     channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
     classes, channels = len(dataset.classes), dataset.train_images.shape[1]
     model = build(config, classes, channels).to(device, memory_format=channels_last)
-    pruner = make_pruner(config, model)
-    hold = pruner.hold if pruner is not None else lambda: None
-    optimizer = make_optimizer(config, model)
     train = data.Batches(
         dataset.train_images,
         dataset.train_labels,
@@ -377,6 +374,16 @@ def _run(
         config.augment,
     )
     test = data.Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
+    rows, arrays = [], {}
+    of_weights = config.histograms and isinstance(config.pruning, WeightPruning)
+    of_norms = config.histograms and not of_weights
+    if of_norms:  # before there is a pruner, which may count or watch forward passes
+        arrays["untrained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
+    pruner = make_pruner(config, model)
+    hold = pruner.hold if pruner is not None else lambda: None
+    optimizer = make_optimizer(config, model)
+    if checkpoint is not None:
+        rows, arrays = checkpoint.restore(model, optimizer, pruner) or (rows, arrays)
     noise = pruner if isinstance(pruner, FilterNoise) else None
     chooser = pruner if noise is None else noise.pruner
     evaluation_batch = EVALUATION_BATCH if noise is None else config.noise.evaluation_batch
@@ -385,13 +392,6 @@ def _run(
         return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
     events = Events(config.pruning)
-    rows, arrays = [], {}
-    if checkpoint is not None:
-        rows, arrays = checkpoint.restore(model, optimizer, pruner)
-    of_norms = config.histograms and not isinstance(pruner, WeightPruner)
-    of_weights = config.histograms and isinstance(pruner, WeightPruner)
-    if of_norms and not rows:
-        arrays["untrained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
     trained = sum(row["trained"] for row in rows)
     for epoch in range(len(rows), config.epochs):
         start = time.perf_counter()

@@ -251,7 +251,7 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("residual", 20), ("gaussian", 60)])
+@pytest.mark.parametrize(("name", "epochs"), [("residual", 12), ("gaussian", 40)])
 def test_ten_kills_at_random_moments(name, epochs, tmp_path):
     store, seed = Store(tmp_path / "runs"), 7
     command = [sys.executable, "-c", KILLED, str(store.path), name, str(epochs), str(seed)]
@@ -261,7 +261,7 @@ def test_ten_kills_at_random_moments(name, epochs, tmp_path):
     (record,) = store.records()
     assert same(record, Store(tmp_path / "runs-unbroken").read(record.run))
     assert len(record.epochs) == epochs
-    assert record.provenance["resumed"]
+    assert len({part["epochs"] for part in record.provenance["resumed"]}) > 1
     assert not list((store.path / "checkpoints").iterdir())
 
 
@@ -395,6 +395,15 @@ def test_of_a_network_that_changed(bias, store, always, monkeypatch):
     afresh(config, store, "does not fit")
 
 
+def test_one_that_cannot_be_set_aside(store, always, monkeypatch):
+    path = stop(VGG, store, 2)
+    path.write_bytes(b"damaged")
+    path.with_name(f"{VGG.identity}.damaged.safetensors").mkdir()
+    with pytest.warns(UserWarning, match="cannot be set aside"):
+        record = run(VGG, store, "cpu")
+    assert same(record, run(VGG, None, "cpu"))
+
+
 # Where nothing can be written
 
 
@@ -415,7 +424,7 @@ def test_a_full_disk(store, always, monkeypatch):
     assert path.exists()
     assert len(written) == 4
     with warnings.catch_warnings(action="ignore"):
-        assert same(run(VGG, store, "cpu"), run(VGG, None, "cpu"))
+        assert same(run(VGG, store, "cpu", weights), run(VGG, None, "cpu", weights))
 
 
 def test_without_a_store(tmp_path, always, monkeypatch):
@@ -424,17 +433,26 @@ def test_without_a_store(tmp_path, always, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_run_leaves_none(store, always):
-    config = CONV.with_(learning_rate=100.0, epochs=40)
-    seen = []
+@pytest.mark.parametrize(
+    ("error", "left"), [(TrainingError("nan"), None), (torch.OutOfMemoryError("full"), 2)]
+)
+def test_what_a_failed_run_leaves(error, left, store, always, monkeypatch):
+    """To be tried from its start where its numbers failed; to go on where the machine did."""
+    real, calls = training.train_epoch, []
 
-    def look(moment):
-        seen.append(checkpoints.progress(store.path, config.identity))
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise error
+        return real(*arguments)
 
-    with pytest.raises(TrainingError):
-        run(config, store, "cpu", look)
-    assert seen[-1] is not None
-    assert checkpoints.progress(store.path, config.identity) is None
+    monkeypatch.setattr(training, "train_epoch", fails)
+    with pytest.raises(type(error)):
+        run(VGG, store, "cpu")
+    assert checkpoints.progress(store.path, VGG.identity) == left
+    assert store.failure(VGG.identity) is not None
+    assert same(run(VGG, store, "cpu"), run(VGG, None, "cpu"))
+    assert len(calls) == 3 + (3 if left else 5) + 5
 
 
 # Descriptions
@@ -458,7 +476,7 @@ assert not {{"torch", "safetensors"}} & set(sys.modules)
     assert about["epochs"] == 3
     assert about["seconds"] > 0
     assert about["device"] == "cpu"
-    assert about["torch"] == torch.__version__
+    assert torch.__version__.startswith(about["torch"])
 
 
 def test_no_pickle_in_it(store, always):
@@ -469,7 +487,7 @@ def test_no_pickle_in_it(store, always):
     tensors = load(content)
     assert tensors["row.train_loss"].dtype == np.float64
     assert tensors["row.epoch"].tolist() == [0, 1, 2]
-    assert tensors["pruner.passes"] == 3 * 4
+    assert tensors["pruner.passes"] == 3 * 4  # of training, none for the histograms before it
 
 
 def test_a_signal_is_not_caught(store, always, monkeypatch):

@@ -464,6 +464,11 @@ def test_arrays_of_a_callback(tmp_path, pruned):
     assert not np.array_equal(kept["weights 0"], kept["weights 2"])
 
 
+def test_histograms_change_no_number():
+    config = VGG.with_(pruning=FilterPruning((0.5,), ((1,),), "activation"), batch=7)
+    assert same(numbers(config), numbers(config.with_(histograms=True)))
+
+
 def test_histograms_of_batch_norms(plain):
     record = run(VGG.with_(histograms=True), device="cpu")
     assert same(record.epochs.drop(columns="seconds"), plain)

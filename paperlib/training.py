@@ -305,9 +305,9 @@ def run(
     another process has the run, wait for its record rather than raise `locks.Claimed`.
 
     Raises ConfigError, PruningError, DataError or ValueError on what cannot be run, before any
-    training, StoreError where the store cannot be written, TrainingError where the loss stops being
-    finite (the store then notes the failure), and `locks.Lost` where another process took the run
-    over from this one.
+    training; StoreError where the store cannot be written; TrainingError where the loss stops being
+    finite, which the store then notes, or where the process that was waited for failed; and
+    `locks.Lost` where another process took the run over from this one.
     """
     if store is not None and config.identity in store:
         checkpoints.discard(store.path, config.identity)  # its writer may have died before it did
@@ -319,7 +319,11 @@ def run(
         make_pruner(config, build(config))  # raises on names it does not know, before data are read
     if store is None:
         return _run(config, _dataset(config), where, callback)
+    earlier = store.failure(config.identity)
     with locks.claim(store.path, config.identity, wait) as claim:
+        failure = store.failure(config.identity)
+        if failure != earlier and failure is not None:
+            raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config.identity not in store:
             _run_once(config, store, where, callback, claim)
         return store.read(config.identity)

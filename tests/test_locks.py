@@ -17,6 +17,7 @@ from paperlib import checkpoints, locks, training
 from paperlib.config import Config
 from paperlib.locks import Claimed, Lost, claim
 from paperlib.runs import Store, StoreError
+from paperlib.training import TrainingError
 
 torch.set_num_threads(1)
 
@@ -256,6 +257,26 @@ def test_a_run_that_is_claimed(tmp_path):
     record = training.run(QUICK, store, "cpu", wait=False)
     with claim(tmp_path, QUICK.identity):
         assert training.run(QUICK, store, "cpu", wait=False).provenance == record.provenance
+
+
+def test_a_run_that_failed_while_it_was_waited_for(tmp_path):
+    """It is not tried again; one that had failed before is."""
+    store = Store(tmp_path)
+
+    def fail(claim_):
+        time.sleep(0.5)
+        store.fail(QUICK, "the loss is nan")
+        claim_.__exit__(None, None, None)
+
+    held = claim(tmp_path, QUICK.identity)
+    held.__enter__()
+    timer = threading.Thread(target=fail, args=(held,))
+    timer.start()
+    with pytest.raises(TrainingError, match="failed in another process: the loss is nan"):
+        training.run(QUICK, store, "cpu")
+    timer.join()
+    training.run(QUICK, store, "cpu")
+    assert store.failure(QUICK.identity) is None
 
 
 @pytest.mark.parametrize("saving", [True, False])

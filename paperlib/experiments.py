@@ -219,7 +219,7 @@ PROFILES = {
             train_per_class=15,
             test_per_class=20,
             batch=16,
-            epochs=24,
+            epochs=20,
             widths={
                 "vgg11_bn": 1 / 4,
                 "resnet18": 1 / 8,

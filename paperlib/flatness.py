@@ -26,6 +26,10 @@ from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
+from paperlib.landscape import RISE
+from paperlib.landscape import delta_w as delta_w
+from paperlib.landscape import tic as tic
+
 log = logging.getLogger(__name__)
 
 Held = Mapping[str, Tensor]
@@ -347,11 +351,6 @@ def gradient_covariance_trace(
     return total / len(images)
 
 
-def tic(covariance_trace: float, eigenvalues: Tensor) -> float:
-    """TIC, Tr(C) / Tr(H), from `gradient_covariance_trace` and the leading eigenvalues."""
-    return float(covariance_trace / eigenvalues.sum())
-
-
 def _squared_norm(gradients: Mapping[str, Tensor], holds: Held) -> Tensor:
     free = (g.masked_fill(holds[name], 0) if name in holds else g for name, g in gradients.items())
     return sum(g.square().sum() for g in free)
@@ -641,20 +640,6 @@ def sharpness(
     return out[0], out[1]
 
 
-def delta_w(
-    losses: Tensor, epsilons: Tensor | Sequence[float], loss: float, rise: float = 0.1
-) -> float | None:
-    """The smallest |eps| at which any direction's loss has risen by at least `rise`.
-
-    losses: (D, E) of `sharpness`, at epsilons (E,), both signs. loss: that of the weights
-    themselves. None where it never rises so far. A loss that is not a number has risen.
-    """
-    losses = torch.as_tensor(losses, dtype=torch.float64)
-    risen = ~(losses - loss < rise).all(0)
-    distances = torch.as_tensor(epsilons, dtype=torch.float64).abs()[risen]
-    return float(distances.min()) if len(distances) else None
-
-
 def find_delta_w(
     model: nn.Module,
     images: Tensor,
@@ -662,11 +647,11 @@ def find_delta_w(
     directions: Tensor,
     held: Held | None = None,
     *,
-    rise: float = 0.1,
+    rise: float = RISE,
     step: float = 0.01,
     limit: float = 0.4,
     chunk: int | None = None,
-) -> float | None:
+) -> float:
     """`delta_w` by walking outward, both signs, `step` by `step`, no farther than needed.
 
     The same value as `delta_w` of the `sharpness` at the multiples of `step` up to `limit`.
@@ -681,7 +666,7 @@ def find_delta_w(
                 moved, _ = _moved(model, images, labels, direction, sign * n * step, chunk)
                 if not moved - loss < rise:
                     return n * step
-    return None
+    return math.nan
 
 
 def _moved(model, images, labels, direction, epsilon, chunk) -> tuple[float, float]:

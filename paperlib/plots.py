@@ -32,11 +32,19 @@ PALETTE = {
     "Dropout": "#E69F00",
 }
 LINES = ("-", "--", ":", "-.")
+HATCHES = ("", "////", "....", "xxxx")
 MARKERS = ("o", "^", "s", "D")
 PANEL = (3.4, 2.7)
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 STABILITY = "mean stability (%)"
 BEST = "best test accuracy (%)"
 GAP = "generalization gap (%)"
+FLATNESS = {
+    "curvature": "curvature, Tr(H)",
+    "noise": "noise, Tr(C)",
+    "tic": "TIC, Tr(C) / Tr(H)",
+    "delta_w": r"$\delta_w$ (smallest $|\epsilon|$, loss + 0.1)",
+}
 EPOCH = "epoch"
 PACKAGES = ("paperlib", "matplotlib", "numpy", "pandas")
 
@@ -121,11 +129,11 @@ def scatter(
         sns.regplot(
             runs, x=x, y=y, ax=ax, scatter=False, color="0.35", line_kws={"linewidth": 1}, seed=0
         )
-    ax.set(
-        xlabel=xlabel,
-        ylabel=ylabel,
-        title=f"r = {r.value:.2f} (p = {p_value(r.p)}),  $\\tau$ = {tau.value:.2f}"
-        f" (p = {p_value(tau.p)}),  n = {r.n}",
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(
+        f"r = {r.value:.2f} (p = {p_value(r.p)}), $\\tau$ = {tau.value:.2f}"
+        f" (p = {p_value(tau.p)}), n = {r.n}",
+        fontsize=7.5,
     )
     return r
 
@@ -219,6 +227,68 @@ def stability_against(
     return figure, estimates
 
 
+def pairs(
+    runs: pd.DataFrame, axes: Iterable[tuple[str, str]], names: dict[str, str], columns: int = 2
+) -> tuple[Figure, dict[tuple[str, str], stats.Estimate]]:
+    """A panel a pair of columns (x, y) of `runs`, a dot a run; runs that lack one are left out.
+
+    names: column -> axis label. Returns the figure, and Pearson's r by pair.
+    """
+    axes = list(axes)
+    figure, grid = panels(-(-len(axes) // columns), min(columns, len(axes)))
+    style = looks(runs)
+    estimates = {}
+    for ax, (x, y) in zip([ax for row in grid for ax in row], axes, strict=True):
+        there = runs[runs[[x, y]].notna().all(axis=1)]
+        estimates[x, y] = scatter(ax, there, x, y, style, names[x], names[y])
+    grid[0][0].legend()
+    return figure, estimates
+
+
+def bars_by_rank(ax: Axes, spectra: pd.DataFrame, ranks: int, ylabel: str) -> None:
+    """Mean eigenvalue, signed, of the leading ranks with its 95% interval, a bar a `label`."""
+    style = looks(spectra)
+    width = 0.8 / len(style)
+    for i, (label, group) in enumerate(spectra.groupby("label", sort=False)):
+        line = stats.band(group[group["rank"] <= ranks], "rank", "eigenvalue")
+        ax.bar(
+            line["rank"] + (i - (len(style) - 1) / 2) * width,
+            line["mean"],
+            width,
+            yerr=[line["mean"] - line.low, line.high - line["mean"]],
+            error_kw={"linewidth": 0.6},
+            color=style[label]["color"],
+            hatch=HATCHES[LINES.index(style[label]["linestyle"])],
+            edgecolor="white",
+            linewidth=0.3,
+            label=label,
+        )
+    ax.axhline(0, color="0.3", linewidth=0.6)
+    ax.set(xlabel="rank by magnitude", ylabel=ylabel, xticks=range(1, ranks + 1))
+    focus(ax, [0, *spectra[spectra["rank"] <= ranks].groupby(["label", "rank"]).eigenvalue.mean()])
+
+
+def lines(
+    ax: Axes, frame: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str, log: bool = False
+) -> None:
+    """Mean of `y` at every `x` (log: on a log axis) and its 95% band over seeds, a line a `label`.
+
+    The axis is fitted to the means: bands of few seeds may leave it.
+    """
+    style = looks(frame)
+    for label, group in frame.groupby("label", sort=False):
+        line = stats.band(group, x, y)
+        look = {key: style[label][key] for key in ("color", "linestyle")}
+        ax.plot(line[x], line["mean"], **look, linewidth=1.2, label=label)
+        ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.12, lw=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    means = frame.groupby(["label", x])[y].mean()
+    if log:
+        ax.set(yscale="log", ylim=(means.min() / 1.3, means.max() * 1.3))
+    else:
+        focus(ax, means)
+
+
 def by_rate(
     ax: Axes, runs: pd.DataFrame, y: str, style: dict[str, dict[str, str]], ylabel: str
 ) -> None:
@@ -227,14 +297,92 @@ def by_rate(
     The axis is fitted to the means: intervals of few seeds may leave it.
     """
     lines = {method: stats.band(g, "rate", y) for method, g in runs.groupby("method", sort=False)}
+    _bands(ax, lines, "rate", style)
+    rate_axis(ax)
+    ax.set_ylabel(ylabel)
+
+
+def by_fraction(
+    ax: Axes, runs: pd.DataFrame, y: str, style: dict[str, dict[str, str]], ylabel: str
+) -> None:
+    """Mean of `y` and its 95% interval by the fraction removed, a line a method.
+
+    runs: `fraction` in percent; the runs at 0 belong to all lines. The axis is logarithmic in what
+    is left, and fitted to the means: intervals of few seeds may leave it.
+    """
+    whole, pruned = runs[runs.fraction == 0], runs[runs.fraction > 0]
+    lines = {}
+    for method, group in pruned.groupby("method", sort=False):
+        line = stats.band(pd.concat([whole, group]), "fraction", y)
+        lines[method] = line.assign(left=100 - line.fraction)
+    _bands(ax, lines, "left", style)
+    removed = np.sort(runs.fraction.unique())
+    ax.set_xscale("log")
+    ax.set_xticks(100 - removed, [f"{fraction:g}" for fraction in removed])
+    ax.minorticks_off()
+    ax.set_xlim(110, 0.9 * (100 - removed[-1]))
+    ax.set(xlabel="weights of the layer removed (%)", ylabel=ylabel)
+
+
+def _bands(
+    ax: Axes, lines: dict[str, pd.DataFrame], x: str, style: dict[str, dict[str, str]]
+) -> None:
+    """A line and a band a method, from frames of columns `x`, mean, low and high."""
     for method, line in lines.items():
         look = style[method]
         plain = {"color": look["color"], "marker": look["marker"], "markersize": 3}
-        ax.plot(line.rate, line["mean"], **plain, linewidth=1.2, label=method)
-        ax.fill_between(line.rate, line.low, line.high, color=look["color"], alpha=0.15, lw=0)
-    rate_axis(ax)
-    ax.set_ylabel(ylabel)
+        ax.plot(line[x], line["mean"], **plain, linewidth=1.2, label=method)
+        ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.15, lw=0)
     focus(ax, pd.concat([line["mean"] for line in lines.values()]), margin=0.3)
+
+
+def by_setting(
+    ax: Axes,
+    runs: pd.DataFrame,
+    y: str,
+    style: dict[str, dict[str, str]],
+    ylabel: str,
+    names: dict[str, str] | None = None,
+) -> None:
+    """A dot a run by `label`, and to its right the mean with its 95% interval.
+
+    Thin lines join the runs of one seed. names: what the axis calls a label.
+    """
+    wide = runs.pivot(index="seed", columns="label", values=y)[runs.label.unique()]
+    at = np.arange(wide.shape[1])
+    shift = 0.3 * (np.arange(len(wide)) + 0.5) / len(wide) - 0.3  # equal values stay apart
+    ax.plot(np.add.outer(at, shift), wide.T, color="0.85", lw=0.7, zorder=1)
+    for i, label in enumerate(wide):
+        color, marker = style[label]["color"], style[label]["marker"]
+        dots = {"s": 18, "color": color, "marker": marker, "edgecolor": "white", "linewidth": 0.5}
+        ax.scatter(i + shift, wide[label], **dots, zorder=3)
+        mean = stats.mean(wide[label].dropna())
+        error = [[mean.value - mean.low], [mean.high - mean.value]] if mean.n > 1 else None
+        ax.errorbar(i + 0.2, mean.value, error, fmt="_", ms=7, color=color, lw=1.2, capsize=2.5)
+    ax.set_xticks(at, [(names or {}).get(label, label) for label in wide], fontsize=7)
+    ax.set(xlim=(-0.5, len(at) - 0.5), ylabel=ylabel)
+
+
+def differences(ax: Axes, estimates: dict[str, stats.Estimate], xlabel: str) -> None:
+    """Paired differences with their intervals, one below the other, and zero."""
+    at = np.arange(len(estimates))[::-1]
+    ax.axvline(0, color="0.7", linewidth=0.8)
+    for y, estimate in zip(at, estimates.values(), strict=True):
+        ax.plot([estimate.low, estimate.high], [y, y], color="0.2", lw=1.2)
+        ax.plot(estimate.value, y, "o", ms=4.5, color="0.2")
+        ax.annotate(
+            f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]",
+            (estimate.value, y),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            bbox=BEHIND_TEXT,
+        )
+    ax.set_yticks(at, list(estimates))
+    ax.set(ylim=(-0.5, len(at) - 0.3), xlabel=xlabel)
+    ax.spines["left"].set_visible(False)
+    ax.tick_params("y", length=0)
 
 
 def inset_by_rate(
@@ -297,7 +445,7 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
         ha="right" if right_half else "left",
         va="center",
         fontsize=7,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+        bbox=BEHIND_TEXT,
         zorder=4,
     )
     ax.set(xlabel=EPOCH, ylabel="test accuracy (%)")
@@ -321,6 +469,78 @@ def densities(figure_axes: list[list[Axes]], columns: dict[str, np.ndarray], rea
         figure_axes[0][column].set_title(name)
         figure_axes[-1][column].set_xlabel("normalised output (standard deviations)")
     figure_axes[0][0].legend(loc="upper left", fontsize=6)
+
+
+MOMENTS = {"before": ("-", "0.45"), "after": ("--", None), "end": ("-", None)}
+
+
+def magnitudes(
+    ax: Axes, edges: np.ndarray, counts: dict[str, np.ndarray], names: dict[str, str], color: str
+) -> None:
+    """Histograms of weight magnitudes on a log axis, as percent of the weights that were there.
+
+    edges: (bins + 1,); counts: (bins,) by moment, "before" the first event, "after" the last, at
+    the "end" of training; what is left of "before" is filled at the end. names: in the legend.
+    """
+    whole = counts["before"].sum()
+    for moment, (line, shade) in MOMENTS.items():
+        values, shade = 100 * counts[moment] / whole, shade or color
+        ax.stairs(values, edges, color=shade, ls=line, lw=1.2, label=names[moment])
+        if moment == "end":
+            ax.stairs(values, edges, color=shade, alpha=0.2, fill=True, lw=0)
+    ax.set_xscale("log")
+    ax.set(xlabel="weight magnitude", ylabel="weights (%, a bin)")
+
+
+def common_range(edges: np.ndarray, counts: Iterable[np.ndarray], left_out: float = 0.001) -> tuple:
+    """Limits that hold all but a share of the counts below, and all above: (low, high)."""
+    total = np.sum(list(counts), axis=0)
+    low = np.searchsorted(np.cumsum(total), left_out * total.sum())
+    return edges[low], edges[total.nonzero()[0][-1] + 1]
+
+
+def shares(
+    ax: Axes,
+    table: pd.DataFrame,
+    columns: dict[str, str],
+    baseline: str,
+    colors: dict[str, str],
+) -> None:
+    """What each row of a table is of its row `baseline`, in percent: a bar a row and column.
+
+    columns: column of `table` -> what the axis calls it; colors: by row. The bars are labelled
+    with the values themselves.
+    """
+    others = [name for name in table.index if name != baseline]
+    height = 0.8 / len(others)
+    for group, column in enumerate(columns):
+        for nth, name in enumerate(others):
+            value = table.loc[name, column]
+            share = 100 * value / table.loc[baseline, column]
+            y = group + (nth - (len(others) - 1) / 2) * height
+            label = name if group == 0 else None
+            ax.barh(y, share, 0.92 * height, color=colors[name], label=label)
+            ax.annotate(
+                readable(value),
+                (share, y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.5,
+                bbox=BEHIND_TEXT,
+            )
+    ax.axvline(100, color=colors[baseline], lw=1, label=baseline)
+    values = table.loc[baseline]
+    ticks = [f"{name}\n{baseline}: {readable(values[c])}" for c, name in columns.items()]
+    ax.set_yticks(range(len(columns)), ticks, fontsize=7)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set(xlabel=f"% of {baseline}", xlim=(0, None))
+
+
+def readable(value: float) -> str:
+    """A number of any size in few characters: 0.34, 27.1, 189,175."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def stamp(figure: Figure, words: str) -> None:

@@ -522,7 +522,7 @@ def shares(
             ax.barh(y, share, 0.92 * height, color=colors[name], label=label)
             ax.annotate(
                 readable(value),
-                (share, y),
+                (share if share < 80 else max(share, 100), y),  # beside the line, not on it
                 (3, 0),
                 textcoords="offset points",
                 va="center",

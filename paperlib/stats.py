@@ -1,5 +1,6 @@
 """Correlations, means and paired differences, each with its interval. No plotting, no torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,13 @@ def paired_difference(frame: pd.DataFrame, value: str, by: str, a: str, b: str) 
     return mean((wide[a] - wide[b]).dropna()) if {a, b} <= set(wide) else mean([])
 
 
+def paired_differences(
+    frame: pd.DataFrame, value: str, by: str, pairs: Iterable[tuple[str, str]]
+) -> dict[str, Estimate]:
+    """`paired_difference` of each pair (a, b), by "a - b"."""
+    return {f"{a} - {b}": paired_difference(frame, value, by, a, b) for a, b in pairs}
+
+
 def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """Mean of `y` with its t interval at every `x`: columns `x`, mean, low, high, n."""
     rows = [{x: at, **_named(mean(group))} for at, group in frame.groupby(x)[y]]
@@ -128,6 +136,17 @@ def distance_to_normal(densities: np.ndarray, reach: float) -> np.ndarray:
     expected = np.diff(stats.norm.cdf(edges))
     measured = densities * (edges[1] - edges[0])
     return 0.5 * (np.abs(measured - expected / expected.sum())).sum(axis=1)
+
+
+def histogram_quantile(counts: np.ndarray, edges: np.ndarray, q: float = 0.5) -> float:
+    """The q-quantile of what a histogram counted, on a log scale within its bin.
+
+    counts: (bins,), edges: (bins + 1,), positive. NaN where nothing was counted.
+    """
+    below = np.concatenate([[0], np.cumsum(counts)])
+    if below[-1] == 0:
+        return np.nan
+    return float(np.exp(np.interp(q * below[-1], below, np.log(edges))))
 
 
 def _named(estimate: Estimate) -> dict[str, float]:

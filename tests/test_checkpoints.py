@@ -234,34 +234,34 @@ checkpoints.SECONDS, checkpoints.SHARE = 0.0, float("inf")
 path, name, epochs, seed = sys.argv[1:]
 config = CONFIGS[name].with_(epochs=int(epochs))
 store, chance = Store(path), random.Random(int(seed))
-start = time.perf_counter()
 training.run(config, Store(path + "-unbroken"), "cpu")
-whole = time.perf_counter() - start
-killed = 0
 for _ in range(10):
+    before = checkpoints.progress(path, config.identity) or 0
     child = os.fork()
     if not child:
         training.run(config, store, "cpu")
         os._exit(0)
-    time.sleep(chance.uniform(0.1, 0.2) * whole)
+    further = chance.choice([0, 1, 1, 2])
+    while (checkpoints.progress(path, config.identity) or 0) < before + further:
+        assert os.waitpid(child, os.WNOHANG)[0] == 0
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.1))
     os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
 training.run(config, store, "cpu")
-print(killed)
 """
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("residual", 12), ("gaussian", 40)])
+@pytest.mark.parametrize(("name", "epochs"), [("residual", 40), ("gaussian", 80)])
 def test_ten_kills_at_random_moments(name, epochs, tmp_path):
     store, seed = Store(tmp_path / "runs"), 7
     command = [sys.executable, "-c", KILLED, str(store.path), name, str(epochs), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 5
     (record,) = store.records()
     assert same(record, Store(tmp_path / "runs-unbroken").read(record.run))
     assert len(record.epochs) == epochs
-    assert len({part["epochs"] for part in record.provenance["resumed"]}) > 1
+    assert len({part["epochs"] for part in record.provenance["resumed"]}) > 4
     assert not list((store.path / "checkpoints").iterdir())
 
 

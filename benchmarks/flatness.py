@@ -251,7 +251,7 @@ def machine(device: str) -> dict:
 PARTS = {f.__name__: f for f in (compare, trace, cost, vgg)}
 
 
-def main(argv: list[str] | None = None) -> dict:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, help="default: all but vgg")
     parser.add_argument("--vgg", action="store_true", help="the full vgg11_bn as well")
@@ -261,7 +261,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=100, help="training steps beforehand")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    arguments = parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=".*create_graph=True.*")
     parts = arguments.only or ["compare", "trace", "cost"]
     parts += ["vgg"] if arguments.vgg and "vgg" not in parts else []

@@ -244,18 +244,27 @@ def test_chunks_and_rebuilt_graphs_give_the_same_product():
         assert torch.allclose(matvec(v), expected, atol=1e-10)
 
 
-def test_the_operator_is_symmetric_and_repeats_itself():
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
+def test_the_operator_is_symmetric_and_repeats_itself(device):
     torch.manual_seed(0)
-    model = models.build("resnet20", width=0.25)
+    model = models.build("resnet20", width=0.25).to(device)
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     matvec, size = flatness.hessian_operator(model, images, labels)
-    u, v = torch.randn(2, size)
+    u, v = torch.randn(2, size, device=device)
     product = matvec(v)
     difference = torch.dot(u, product) - torch.dot(v, matvec(u))
     assert abs(difference) <= 1e-5 * u.norm() * product.norm()
     assert torch.equal(product, matvec(v))
     first, again = (
-        flatness.hessian_spectrum(network(torch.float32), *batch(torch.float32), 3)
+        flatness.hessian_spectrum(network(torch.float32).to(device), *batch(torch.float32), 3)
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

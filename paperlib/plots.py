@@ -534,7 +534,7 @@ def shares(
     ticks = [f"{name}\n{baseline}: {readable(values[c])}" for c, name in columns.items()]
     ax.set_yticks(range(len(columns)), ticks, fontsize=7)
     ax.invert_yaxis()
-    ax.margins(x=0.15)
+    ax.margins(x=0.2)
     ax.set(xlabel=f"% of {baseline}", xlim=(0, None))
 
 

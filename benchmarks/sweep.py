@@ -1,7 +1,8 @@
 """How long many stored runs take to open: `python -m benchmarks.sweep`.
 
 Cold: no index, every record is read and checked. Warm: by the index. Again: the same store object,
-as in a notebook whose cell is run a second time.
+as in a notebook whose cell is run a second time. Names in _cpu: this process's own seconds, which
+a machine that others use leaves alone.
 """
 
 import argparse
@@ -29,9 +30,9 @@ from paperlib.runs import Store
 configs, store = bench.configurations(int(sys.argv[2])), Store(sys.argv[1])
 seconds = []
 for _ in range(2):
-    start = time.perf_counter()
+    start, work = time.perf_counter(), time.process_time()
     epochs, runs = sweep.collect(configs, store)
-    seconds.append(time.perf_counter() - start)
+    seconds += [time.perf_counter() - start, time.process_time() - work]
 assert len(runs) == len(configs)
 print(json.dumps([*seconds, len(epochs)]))
 """
@@ -83,14 +84,17 @@ def compare(count: int, epochs: int) -> dict[str, float]:
             command = [sys.executable, "-c", OPEN, str(store.path), str(count)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             rows.append(json.loads(done.stdout))
-        (cold, _, _), (warm, again, lines) = rows
+        (cold, cold_cpu, *_), (warm, warm_cpu, again, again_cpu, lines) = rows
         return {
             "runs": count,
             "epochs": lines,
             "write": written,
             "cold": cold,
+            "cold_cpu": cold_cpu,
             "warm": warm,
+            "warm_cpu": warm_cpu,
             "again": again,
+            "again_cpu": again_cpu,
             "index_MB": (store.path / "index.parquet").stat().st_size / 1e6,
         }
     finally:

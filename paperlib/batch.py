@@ -1,8 +1,10 @@
 """Figures in batch: the runs they need, then their notebooks by papermill, several at a time."""
 
+import math
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -10,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from paperlib import experiments, sweep
-from paperlib.runs import DamagedRecord, Store, figures_path
+from paperlib import costs, experiments, sweep
+from paperlib.runs import Store, figures_path
 
 AT_ONCE = 2  # kernels that start together race for ports; two notebooks keep two cores busy
 TRIES = 3
@@ -47,19 +49,21 @@ def figures(
     device: str = "auto",
     executor: Executor | None = None,
     precision: str | None = None,
+    **options: object,
 ) -> pd.DataFrame:
     """Do the runs that are missing, then every notebook; returns one row a notebook.
 
     Columns: figures, seconds, file (the executed notebook, under figures/PROFILE/notebooks/) and
     error (the cell and its error, or None). A notebook that fails keeps what it had done and does
-    not stop the others; neither does a run, which `attrs["failed_runs"]` then names.
+    not stop the others; neither does a run, which `attrs["failed_runs"]` then names. options: of
+    `sweep.execute`.
     """
     plans = needed(names, profile, data, seeds, precision)
     folder = notebooks_path()
     configs = sweep.unique(config for plan in plans.values() for config in plan.config)
     failed_runs = None
     try:
-        sweep.execute(configs, store, executor, device, jobs)
+        sweep.execute(configs, store, executor, device, jobs, **options)
     except sweep.SweepError as error:
         failed_runs = str(error)
     by_notebook: dict[str, list[str]] = {}
@@ -119,37 +123,30 @@ def status(
     seeds: int | None = None,
     precision: str | None = None,
 ) -> pd.DataFrame:
-    """One row a figure: its runs, and how many are done, failed, damaged and missing.
+    """One row a figure: its runs, and how many are done, partial, failed, damaged and missing.
 
-    hours: what those not done will take one after the other, from the mean seconds of the runs of
-    the same network in the store; NaN where it holds none.
+    hours: what those not done will take one after the other on this machine, as far as its store
+    has measured runs alike; NaN where it holds none. unknown: how many of them that leaves out.
+    `attrs["states"]` has the `sweep.State` of every run, by figure.
     """
     plans = needed(names, profile, data, seeds, precision)
     configs = sweep.unique(config for plan in plans.values() for config in plan.config)
-    there = set(store.identities())
-    done, damaged = {}, set()
-    for run in configs.keys() & there:
-        try:
-            done[run] = store.read(run).epochs.seconds.sum()
-        except DamagedRecord:
-            damaged.add(run)
-    failed = {
-        run for run in configs.keys() - done.keys() - damaged if store.failure(run) is not None
-    }
-    measured = pd.Series(done, dtype=float).groupby(lambda run: configs[run].model).mean()
-    rows = []
-    for name, plan in plans.items():
-        runs = set(plan.run)
-        left = [configs[run].model for run in runs - done.keys()]
+    states = {state.run: state for state in sweep.states(configs, store)}
+    speeds, rows = costs.speeds(store), []
+    by_figure = {name: [states[run] for run in dict.fromkeys(plans[name].run)] for name in plans}
+    for name, mine in by_figure.items():
+        counts = Counter(state.state for state in mine)
+        left = [state for state in mine if state.state != "done"]
+        seconds = [speeds.epoch(s.config) * (s.config.epochs - s.epochs) for s in left]
+        known = [value for value in seconds if not math.isnan(value)]
         rows.append(
-            {
-                "figure": name,
-                "runs": len(runs),
-                "done": len(runs & done.keys()),
-                "failed": len(runs & failed),
-                "damaged": len(runs & damaged),
-                "missing": len(runs - done.keys() - failed - damaged),
-                "hours": sum(measured.get(model, float("nan")) for model in left) / 3600,
+            {"figure": name, "runs": len(mine)}
+            | {state: counts[state] for state in sweep.STATES}
+            | {
+                "hours": sum(known) / 3600 if known or not left else float("nan"),
+                "unknown": len(left) - len(known),
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs["states"] = by_figure
+    return frame

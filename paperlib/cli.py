@@ -1,22 +1,26 @@
 """The command line: `paperlib`, or `python -m paperlib`. Nothing but arguments."""
 
+import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import click
+import pandas as pd
 
-from paperlib import __version__, batch, runs, sweep
+from paperlib import __version__, archive, batch, costs, executors, runs, sweep
 
 FAILED, WRONG = 1, 2
 
 
-def _options(*, execution: bool) -> Callable:
+def _options(*, execution: bool, profile: str | None = "demo") -> Callable:
     """The options the commands share; those that only make sense where runs are executed."""
     shared = [
         click.argument("names", nargs=-1, metavar="[NAME]..."),
         click.option(
-            "--profile", default="demo", show_default=True, help="smoke, demo, small, paper"
+            "--profile", default=profile, show_default=True, help="smoke, demo, small, paper"
         ),
         click.option("--data", help="a data set in place of the profile's, as for `paperlib data`"),
         click.option("--seeds", type=int, help="how many, in place of the profile's"),
@@ -32,6 +36,16 @@ def _options(*, execution: bool) -> Callable:
             click.option(
                 "--device", default="auto", show_default=True, help="auto, cpu, cuda, mps"
             ),
+            click.option(
+                "--per-device",
+                type=click.IntRange(1),
+                help="runs at once on each GPU  [default: 1]",
+            ),
+            click.option("--cluster", metavar="ADDRESS", help="Dask: tcp://HOST:PORT or local:N"),
+            click.option(
+                "--send-back", is_flag=True, help="a cluster's workers do not share this run store"
+            ),
+            click.option("--retry-failed", is_flag=True, help="runs that failed before, too"),
         ]
 
     def decorate(command: Callable) -> Callable:
@@ -66,11 +80,11 @@ def cli(context: click.Context) -> None:
 
 @cli.command("figures")
 @_options(execution=True)
-def figures_command(names, profile, data, seeds, precision, store, jobs, device) -> None:
+def figures_command(names, profile, data, seeds, precision, store, **how) -> None:
     """Regenerate figures (all, or NAME ...): the runs they need, then their notebooks."""
-    _check(device)
     where = runs.Store(store)
-    frame = batch.figures(names, profile, where, data, seeds, jobs, device, precision=precision)
+    with _execution(**how) as options:
+        frame = batch.figures(names, profile, where, data, seeds, precision=precision, **options)
     click.echo(frame.fillna({"error": ""}).to_string(index=False, float_format="{:.0f}".format))
     click.echo(f"figures are in {runs.figures_path() / profile}")
     if frame.attrs["failed_runs"]:
@@ -81,26 +95,170 @@ def figures_command(names, profile, data, seeds, precision, store, jobs, device)
 
 @cli.command("sweep")
 @_options(execution=True)
-def sweep_command(names, profile, data, seeds, precision, store, jobs, device) -> None:
+def sweep_command(names, profile, data, seeds, precision, store, **how) -> None:
     """Do the runs of figures (all, or NAME ...), without the notebooks."""
-    _check(device)
     plans = batch.needed(names, profile, data, seeds, precision)
     configs = [config for plan in plans.values() for config in plan.config]
     where = runs.Store(store)
-    done = sweep.execute(configs, where, device=device, jobs=jobs)
+    with _execution(**how) as options:
+        done = sweep.execute(configs, where, **options)
     click.echo(f"{done} runs done, {len(sweep.unique(configs))} in {where.path}")
 
 
 @cli.command("status")
 @_options(execution=False)
-@click.option("--json", "as_json", is_flag=True, help="as JSON")
-def status_command(names, profile, data, seeds, precision, store, as_json) -> None:
-    """Show which runs of which figure are there, failed, damaged or missing."""
+@click.option("--json", "as_json", is_flag=True, help="as JSON, with every run")
+@click.pass_context
+def status_command(context, names, profile, data, seeds, precision, store, as_json) -> None:
+    """Show which runs of which figure are there; with -v, why each would or would not be run."""
     frame = batch.status(names, profile, runs.Store(store), data, seeds, precision)
+    states = frame.attrs["states"]
+    if as_json:
+        rows = json.loads(frame.to_json(orient="records"))
+        for row in rows:
+            row["states"] = [
+                {name: getattr(state, name) for name in ("run", "state", "epochs", "why", "error")}
+                for state in states[row["figure"]]
+            ]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    click.echo(frame.to_string(index=False, float_format="{:.2f}".format, na_rep="?"))
+    every = context.find_root().obj.get("verbose")
+    shown = {
+        state.run: state
+        for mine in states.values()
+        for state in mine
+        if every or state.state in ("partial", "failed", "damaged")
+    }
+    for state in shown.values():
+        why = f"{state.why}: {state.error}" if state.error else state.why
+        click.echo(f"{state.state}: {state.config.title}: {why}")
+
+
+@cli.group("runs")
+def runs_group() -> None:
+    """List, show, export, import and clear up the records of runs."""
+
+
+_store = click.option("--runs", "store", metavar="DIR", help="the run store  [default: runs]")
+
+
+@runs_group.command("list")
+@_options(execution=False, profile=None)
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def list_command(names, profile, data, seeds, precision, store, as_json) -> None:
+    """List the runs that are there: all, or those of figures (NAME ...) or a profile."""
+    where = runs.Store(store)
+    frame = archive.table(where, _chosen(where, names, profile, data, seeds, precision))
     if as_json:
         click.echo(frame.to_json(orient="records", indent=1))
-    else:
-        click.echo(frame.to_string(index=False, float_format="{:.2f}".format, na_rep="?"))
+        return
+    columns = ["run", "title", "data", "epochs", "best_accuracy", "mean_stability", "seconds"]
+    shown = [name for name in (*columns, "damaged") if name in frame]
+    click.echo(frame[shown].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
+
+
+@runs_group.command("show")
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+@_store
+@_verbose
+def show_command(run, as_json, store) -> None:
+    """Show one run, which the start of its identity names: configuration, origin, epochs."""
+    where = runs.Store(store)
+    content = archive.describe(where, archive.resolve(where, run))
+    if as_json:
+        click.echo(json.dumps(content, indent=1))
+        return
+    epochs = content.pop("rows", None)
+    for name, value in content.items():
+        click.echo(f"{name}: {json.dumps(value)}")
+    if epochs:
+        click.echo(pd.DataFrame(epochs).to_string(index=False, float_format="{:.4g}".format))
+
+
+@runs_group.command("export")
+@click.argument("file", type=click.Path(dir_okay=False))
+@_options(execution=False, profile=None)
+@click.option(
+    "--arrays/--no-arrays", default=True, help="what was measured in runs  [default: yes]"
+)
+def export_command(file, names, profile, data, seeds, precision, store, arrays) -> None:
+    """Write runs, all or those of figures or a profile, to one Parquet FILE, as results/ holds."""
+    where = runs.Store(store)
+    chosen = _chosen(where, names, profile, data, seeds, precision)
+    count = archive.export(where, Path(file), chosen, arrays)
+    click.echo(f"{count} runs in {file}, {costs.size(Path(file).stat().st_size)}")
+
+
+@runs_group.command("import")
+@click.argument("sources", nargs=-1, required=True, metavar="FILE|STORE...")
+@_store
+@_verbose
+def import_command(sources, store) -> None:
+    """Take over the runs of exported files or other stores; none in place of a better one."""
+    where, problems = runs.Store(store), 0
+    for source in sources:
+        frame = archive.merge(where, Path(source))
+        counts = frame.outcome.str.partition(":")[0].value_counts()
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        click.echo(f"{source}: {told}")
+        refused = frame[~frame.outcome.isin(["new", "mended", "better", "same", "shorter"])]
+        problems += len(refused)
+        for row in refused.itertuples():
+            what = "has other numbers than ours, which stay"
+            click.echo(f"  {row.run} {what if row.outcome == 'different' else row.outcome}")
+    if problems:
+        raise SystemExit(FAILED)
+
+
+@runs_group.command("prune")
+@click.option("--yes", is_flag=True, help="do not ask")
+@_store
+@_verbose
+def prune_command(yes, store) -> None:
+    """Remove what no current setting refers to, and what unfinished or failed runs left."""
+    where = runs.Store(store)
+    unused = archive.leftovers(where)
+    if not unused:
+        click.echo(f"nothing to remove in {where.path}")
+        return
+    for leftover in unused:
+        click.echo(f"{leftover.run}: {leftover.why}, {costs.size(leftover.bytes)}")
+    total = costs.size(sum(leftover.bytes for leftover in unused))
+    if not yes:
+        click.confirm(f"remove these {len(unused)}, {total}, from {where.path}?", abort=True)
+    archive.remove(unused)
+    click.echo(f"{len(unused)} removed, {total}")
+
+
+def _chosen(store, names, profile, data, seeds, precision) -> list[str] | None:
+    """The runs that are there of those asked for; None where all are."""
+    if not (names or profile or data or seeds or precision):
+        return None
+    plans = batch.needed(names, profile or "demo", data, seeds, precision)
+    wanted = dict.fromkeys(run for plan in plans.values() for run in plan.run)
+    return list(store.find(wanted))
+
+
+@contextmanager
+def _execution(device, jobs, per_device, cluster, send_back, retry_failed) -> Iterator[dict]:
+    """What `sweep.execute` takes, from the options."""
+    options = {"device": device, "retry_failed": retry_failed, "tell": _tell}
+    if cluster is None:
+        if send_back:
+            raise click.UsageError("--send-back is for a --cluster")
+        _check(device)
+        yield options | {"jobs": jobs, "per_device": per_device}
+        return
+    if jobs or per_device:
+        raise click.UsageError("a --cluster has as many runs at once as its workers have threads")
+    with executors.cluster(cluster, gpu=device.startswith("cuda")) as executor:
+        yield options | {"executor": executor, "send_back": send_back}
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
 
 
 @cli.command("data")

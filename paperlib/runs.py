@@ -126,7 +126,6 @@ class Store:
         self.results = Path(results) if results is not None else results_path()
         self._known: dict[str, tuple[str, Entry]] = {}
         self._index_read = ""
-        self._records = f"{self.path}{os.sep}records{os.sep}"
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
@@ -233,10 +232,7 @@ class Store:
         for path, pack in self._layer():
             if entry.run in pack.entries:
                 try:
-                    content = packs.read_arrays(path, entry.run)
-                    if hashlib.sha256(content).hexdigest() == checksum:
-                        return content
-                    problem = f"{path}: the arrays of run {entry.run} do not match their checksum"
+                    return packs.read_arrays(path, entry)
                 except UNREADABLE as error:
                     problem = f"{path}: {error}"
         raise DamagedRecord(problem)
@@ -311,7 +307,7 @@ class Store:
         new = 0
         for run in runs:
             signature = self._signature(run)
-            if signature is None:
+            if not signature:
                 continue
             known = self._known.get(run)
             if known is not None and known[0] == signature:
@@ -340,8 +336,8 @@ class Store:
     def _read_file(self, run: str) -> Entry:
         """A record of the store itself, checked, its arrays too."""
         path = self._file(run)
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             file = pq.ParquetFile(pa.BufferReader(content))
             about = file.schema_arrow.metadata[_METADATA].decode()
             if from_dict(json.loads(about)["config"]).identity != run:
@@ -349,26 +345,25 @@ class Store:
             table = file.read()
             entry = Entry(run, about, {n: table[n].to_numpy() for n in table.column_names})
             entry.check()
-            if entry.content.get("arrays") is not None:
+            # Older records have none.
+            provenance = packs.text_digest(entry.content["provenance"])
+            if entry.content.get("about", provenance) != provenance:
+                raise ValueError("its provenance does not match its checksum")
+            if entry.has_arrays:
                 arrays = self._arrays_file(run).read_bytes()
                 if hashlib.sha256(arrays).hexdigest() != entry.content["arrays"]:
                     raise ValueError(f"{self._arrays_file(run)} does not match its record")
-            entry.content["provenance"]
         except (*UNREADABLE, AttributeError, ConfigError) as error:
+            if isinstance(error, FileNotFoundError) and not path.exists():
+                raise
             raise DamagedRecord(f"{path} is not a whole record: {error}") from error
         return entry
 
-    def _signature(self, run: str) -> str | None:
-        """What changes with a record's files; None where there is no record."""
-        parts = []
-        for path in (self._file(run), self._arrays_file(run)):
-            try:
-                about = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                parts.append("")
-                continue
-            parts.append(f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}")
-        return ", ".join(parts) if parts[0] else None
+    def _signature(self, run: str) -> str:
+        """What changes with a record's files; empty where there is no record."""
+        folder = f"{self.path}{os.sep}records{os.sep}{run}"
+        record = _stamp(f"{folder}.parquet")
+        return record and f"{record}, {_stamp(f'{folder}.npz')}"
 
     @property
     def _index_file(self) -> Path:

@@ -1,15 +1,36 @@
-"""Which runs are missing, and their execution in parallel, with progress."""
+"""Which runs are missing, and their execution in parallel, with progress.
 
-import multiprocessing
+A run is done once however many sweeps, processes and hosts share a store: who trains it has claimed
+it, and others wait for its record. What dies is tried again from its checkpoint; what fails is
+noted, and left alone until somebody asks for it again.
+"""
+
+import math
 import os
-from collections.abc import Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from paperlib.config import Config
+from paperlib import checkpoints, costs, executors, locks
+from paperlib.config import Config, to_dict
+from paperlib.packs import Entry
 from paperlib.runs import Store, StoreError
+
+TRIES = 3  # how often a run is begun whose process dies
+DEATHS = 9  # so many in a row, and something else is wrong
+POLL = 1.0  # seconds between looks at what others do
+ASK = 5.0  # seconds until a run that others have claimed is tried for again
+RETRY = "but for --retry-failed (retry_failed=True)"
+STATES = ("done", "partial", "failed", "damaged", "missing")
+TO_RUN = ("partial", "damaged", "missing")
 
 
 class SweepError(RuntimeError):
@@ -32,20 +53,64 @@ def collect(
     executor: Executor | None = None,
     device: str = "auto",
     jobs: int | None = None,
+    **options: object,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The records of all configurations: (one row an epoch, one row a run), keyed by `run`.
 
-    What the store lacks is run first, by `execute`.
+    What the store lacks is run first, by `execute`, which the options are for.
     """
     store = store or Store()
     configs = unique(configs)
-    execute(configs, store, executor, device, jobs)
+    execute(configs, store, executor, device, jobs, **options)
     return store.frames(configs)
 
 
 def unique(configs: Iterable[Config]) -> dict[str, Config]:
     """Configurations by identity: those that are the same run appear once."""
     return {config.identity: config for config in configs}
+
+
+@dataclass
+class State:
+    """What a store knows of a run: `state` is done, partial, failed, damaged or missing.
+
+    epochs: how many are done. why: why it would or would not be run, for people. error: the note
+    of a failure, or what is wrong with a record.
+    """
+
+    run: str
+    config: Config
+    state: str
+    epochs: int
+    why: str
+    error: str | None = None
+
+
+def states(configs: Iterable[Config] | dict[str, Config], store: Store) -> list[State]:
+    """The state of each configuration, in order. Imports no torch."""
+    configs = configs if isinstance(configs, dict) else unique(configs)
+    found, failures = store.find(configs), store.failures()
+    own = set(store.own())
+    return [_state(run, config, found, failures, own, store) for run, config in configs.items()]
+
+
+def _state(run, config, found, failures, own, store) -> State:
+    record = found.get(run)
+    if isinstance(record, Entry):
+        where = "in the store" if run in own else "in results"
+        return State(run, config, "done", config.epochs, f"not run: {where}")
+    epochs = checkpoints.progress(store.path, run) or 0
+    resumed = f"goes on from epoch {epochs}" if epochs else "starts from its first epoch"
+    if record is not None:
+        return State(run, config, "damaged", epochs, "run: its record is damaged", str(record))
+    if run in failures:
+        why = "not run: it failed before; --retry-failed runs it again"
+        return State(run, config, "failed", epochs, why, failures[run])
+    holder = locks.holder(store.path, run)
+    if holder:
+        resumed += f"; process {holder['pid']} on {holder['host']} is at it"
+    state = "partial" if epochs else "missing"
+    return State(run, config, state, epochs, f"run: {resumed}")
 
 
 def missing(configs: Iterable[Config], store: Store) -> list[Config]:
@@ -55,41 +120,106 @@ def missing(configs: Iterable[Config], store: Store) -> list[Config]:
     return [config for run, config in configs.items() if run not in whole]
 
 
+def forecast(todo: list[State], again: int, slots: int | None, speeds: costs.Speeds) -> str:
+    """What is about to be run and why, and what it will take, in a line for people.
+
+    again: how many of them failed before. slots: runs at once, None where that is open.
+    """
+    counts = Counter(state.state for state in todo)
+    new = counts["missing"] + counts["failed"] - again
+    parts = [f"{new} new"] if new else []
+    parts += [f"{counts['partial']} resumed"] if counts["partial"] else []
+    parts += [f"{again} tried again"] if again else []
+    parts += [f"{counts['damaged']} damaged"] if counts["damaged"] else []
+    seconds = [speeds.epoch(s.config) * (s.config.epochs - s.epochs) for s in todo]
+    known = [value for value in seconds if not math.isnan(value)]
+    left = len(seconds) - len(known)
+    if not known:
+        time_needed = "time unknown: nothing alike was measured here"
+    elif slots is None:
+        time_needed = f"about {costs.duration(sum(known))} one after the other"
+    else:
+        wall = max(sum(known) / slots, max(known))
+        time_needed = f"about {costs.duration(wall)}, {slots} at once"
+    if known and left:
+        time_needed += f", and {left} of unknown length"
+    space = costs.size(costs.disk([s.config for s in todo], slots or len(todo)))
+    return f"{len(todo)} runs ({', '.join(parts)}): {time_needed}; up to {space} of disk"
+
+
 def execute(
     configs: Iterable[Config] | dict[str, Config],
     store: Store,
     executor: Executor | None = None,
     device: str = "auto",
     jobs: int | None = None,
+    *,
+    retry_failed: bool = False,
+    per_device: int | None = None,
+    send_back: bool = False,
+    tell: Callable[[str], object] = lambda text: None,
 ) -> int:
     """Run what the store lacks; returns how many runs that were.
 
     executor: any `concurrent.futures.Executor` (runs in threads of one process take turns); by
-    default `jobs` local processes of one thread each, which is both the fastest way to do several
-    runs on a CPU and what keeps their numbers the same however many run at once. A run that fails
-    does not stop the others: SweepError at the end names it. Stopping half-way (Ctrl-C) keeps
-    every finished run.
+    default local processes of one thread each, which is both the fastest way to do several runs
+    on a CPU and what keeps their numbers the same however many run at once: `jobs` of them, or
+    `per_device` on each GPU. send_back: workers keep a store of their own and send the records.
+    tell: is given lines for people, before anything is run.
+
+    Runs that failed before are left alone unless retry_failed. A run that fails does not stop the
+    others: SweepError at the end names it, and those left alone. Raises StoreError where the store
+    cannot be written, or its disk is too small. Stopping half-way (Ctrl-C) keeps every finished
+    run, and what the checkpoints hold of the others.
     """
-    todo = missing(configs.values() if isinstance(configs, dict) else configs, store)
-    if not todo:
-        return 0
-    _fetch(todo, store)
-    store.check_writable()
-    if executor is not None:
-        _execute(executor, todo, store, device)
-        return len(todo)
-    workers = min(jobs or default_jobs(), len(todo))
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
-    try:
-        _execute(pool, todo, store, device)
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    todo, alone = [], []
+    for state in states(configs, store):
+        if state.state in TO_RUN or (state.state == "failed" and retry_failed):
+            todo.append(state)
+        elif state.state == "failed":
+            alone.append(state)
+    failed: list[str] = []
+    if todo:
+        failed = _execute(todo, store, executor, device, jobs, per_device, send_back, tell)
+    problems = []
+    if failed:
+        problems.append(f"{len(failed)} of {len(todo)} runs failed:")
+        problems += [f"  {line}" for line in failed]
+    if alone:
+        problems.append(f"{len(alone)} runs failed before and are left alone, {RETRY}:")
+        problems += [f"  {state.config.title}: {state.error}" for state in alone]
+    if problems:
+        raise SweepError("\n".join(problems))
     return len(todo)
+
+
+def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -> list[str]:
+    devices = []
+    if executor is None:
+        devices = executors.devices(device, jobs, per_device, default_jobs())[: len(todo)]
+    if not send_back:
+        _fetch([state.config for state in todo], store)
+    store.check_writable()
+    at_once = len(devices) or getattr(executor, "slots", 0) or None
+    costs.check_disk([s.config for s in todo], at_once or 1, store.path)
+    speeds = costs.speeds(store, device if executor is None else None)
+    again = sum(state.state == "failed" for state in todo)
+    tell(forecast(todo, again, at_once, speeds))
+    for state in todo:
+        if state.state == "damaged":
+            tell(f"run again: {state.error}")
+    pool = executor or executors.Processes(devices)
+    work = _Sweep(pool, todo, store, device, send_back, speeds)
+    try:
+        work.run()
+    except BaseException:
+        work.cancel()
+        if executor is None:
+            pool.kill()
+        raise
+    if executor is None:
+        pool.shutdown(wait=True)
+    return work.failed
 
 
 def _fetch(todo: list[Config], store: Store) -> None:
@@ -102,35 +232,217 @@ def _fetch(todo: list[Config], store: Store) -> None:
             data.load(spec, store.path / "data")
 
 
-def _execute(executor: Executor, todo: list[Config], store: Store, device: str) -> None:
-    futures = {executor.submit(_work, config, str(store.path), device): config for config in todo}
-    failed = []
-    with tqdm(total=len(todo), desc="runs", unit="run") as bar:
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except Exception as error:
-                failed.append(f"{futures[future].title}: {error or type(error).__name__}")
-            bar.update()
-    if failed:
-        raise SweepError(f"{len(failed)} of {len(todo)} runs failed:\n  " + "\n  ".join(failed))
+class _Sweep:
+    """Runs on their way through an executor."""
+
+    def __init__(self, executor, todo, store, device, send_back, speeds) -> None:
+        self.executor, self.store, self.device, self.send_back = executor, store, device, send_back
+        self.todo: dict[str, State] = {state.run: state for state in todo}
+        self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self.pending: dict[Future, State] = {}
+        self.elsewhere: dict[str, float] = {}  # when each was found claimed
+        self.tries, self.deaths = Counter(), 0
+        self.failed: list[str] = []
+        self.bar = _Bar(self.todo, store.path, speeds)
+
+    def run(self) -> None:
+        """Until every run is done, here or elsewhere, or has failed."""
+        with self.bar:
+            for state in self.todo.values():
+                self._submit(state)
+            while self.pending or self.elsewhere:
+                with suppress(queue.Empty):
+                    if self.pending:
+                        self._take(self.finished.get(timeout=POLL))
+                    else:
+                        time.sleep(POLL)
+                if self.elsewhere and self.finished.empty():
+                    self._look_elsewhere()
+                self.bar.show()
+
+    def cancel(self) -> None:
+        """Take back what was not begun."""
+        for future in self.pending:
+            future.cancel()
+
+    def _submit(self, state: State) -> None:
+        if self.send_back:
+            future = self.executor.submit(_work_and_send, state.config, self.device)
+        else:
+            places = str(self.store.path.absolute()), self.store.results
+            future = self.executor.submit(_work, state.config, *places, self.device)
+        self.pending[future] = state
+        future.add_done_callback(self.finished.put)
+
+    def _take(self, future: Future) -> None:
+        state = self.pending.pop(future)
+        try:
+            result = future.result()
+            if result is not None and self.send_back:
+                entry, arrays = result
+                self.store.put(entry, arrays)
+                result = float(entry.columns["seconds"].mean())
+        except (Exception, CancelledError) as error:
+            self._failed(state, error)
+            return
+        self.deaths = 0
+        if result is None:
+            self.elsewhere[state.run] = time.monotonic()
+        else:
+            self.bar.done(state, result)
+
+    def _failed(self, state: State, error: BaseException) -> None:
+        if executors.died(error):
+            self.tries[state.run] += 1
+            self.deaths += 1
+            if self.deaths >= DEATHS:
+                raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
+            if self.tries[state.run] < TRIES:
+                try:
+                    self._submit(state)
+                    return
+                except RuntimeError:  # an executor that is broken takes nothing more
+                    pass
+            else:
+                error = f"{error or type(error).__name__}, {TRIES} times"
+                self.store.fail(state.config, error)
+        elif isinstance(error, StoreError):
+            self.store.check_writable()
+        self.failed.append(f"{state.config.title}: {error or type(error).__name__}")
+        self.bar.gave_up(state)
+
+    def _look_elsewhere(self) -> None:
+        """Runs that others had claimed: done by now, or free again."""
+        whole = self.store.whole(self.elsewhere)
+        for run, since in list(self.elsewhere.items()):
+            if run in whole:
+                self.bar.done(self.todo[run], None)
+            elif time.monotonic() - since > ASK:
+                self._submit(self.todo[run])
+            else:
+                continue
+            del self.elsewhere[run]
 
 
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
+class _Bar:
+    """Epochs done of all, runs done of all, and the time left by the speed measured so far."""
 
-    torch.set_num_threads(1)
+    def __init__(self, todo: dict[str, State], store: Path, speeds: costs.Speeds) -> None:
+        self.todo, self.folder, self.speeds = todo, store / "progress", speeds
+        self.left = {run: state.config.epochs - state.epochs for run, state in todo.items()}
+        self.runs = self.epochs = 0
+        self.total = sum(self.left.values())
+        self.done_weight = 0.0
+        self.start = self.looked = time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        shown = (
+            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {rate_fmt}"
+            "{postfix}]"
+        )
+        self.bar = tqdm(total=self.total, unit=" epochs", bar_format=shown)
+        self.show()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.show(look=True)
+        self.bar.close()
+
+    def done(self, state: State, seconds: float | None) -> None:
+        """A run is done; seconds: what its epochs took on average."""
+        if seconds is not None:
+            self.speeds.observe(to_dict(state.config), seconds)
+        self.runs += 1
+        left = self.left.pop(state.run)
+        self.epochs += left
+        self.done_weight += self._weight(state, left)
+
+    def gave_up(self, state: State) -> None:
+        """A run failed: its epochs will not be done."""
+        self.total -= self.left.pop(state.run)
+
+    def show(self, look: bool = False) -> None:
+        """Bring the bar up to date; looks at unfinished runs at most once a `POLL`."""
+        if not look and time.monotonic() - self.looked < POLL and self.runs:
+            return
+        self.looked = time.monotonic()
+        running = self._running()
+        weight = self.done_weight + sum(self._weight(self.todo[r], n) for r, n in running.items())
+        remaining = sum(self._weight(self.todo[run], n) for run, n in self.left.items())
+        remaining += self.done_weight - weight
+        self.bar.total = self.total
+        self.bar.set_description_str(f"runs {self.runs}/{len(self.todo)}", refresh=False)
+        if weight > 0 and remaining > 0:
+            left = (self.looked - self.start) * remaining / weight
+            self.bar.set_postfix_str(f"{costs.duration(left)} left", refresh=False)
+        else:
+            self.bar.set_postfix_str("", refresh=False)
+        self.bar.n = self.epochs + sum(running.values())
+        self.bar.refresh()
+
+    def _weight(self, state: State, epochs: int) -> float:
+        """What epochs of a run cost, in seconds where all networks' are known."""
+        seconds = self.speeds.epoch(state.config)
+        return epochs * (1.0 if math.isnan(seconds) else seconds)
+
+    def _running(self) -> dict[str, int]:
+        """Epochs done of each run that is at work, by the notes of whoever shares the store."""
+        running = {}
+        with suppress(OSError):
+            for name in os.listdir(self.folder):
+                if name in self.left:
+                    with suppress(OSError, ValueError):
+                        epochs = int((self.folder / name).read_text())
+                        done = epochs - self.todo[name].epochs
+                        running[name] = min(max(done, 0), self.left[name])
+        return running
 
 
-def _work(config: Config, store: str, device: str) -> str:
-    """In a worker: do one run. What a caller can put right comes back as a StoreError or so."""
+class _Note:
+    """Notes in the store, about once a `POLL`, how many epochs of a run are done."""
+
+    def __init__(self, store: Path, run: str) -> None:
+        self.path, self.last = store / "progress" / run, time.monotonic()
+
+    def __call__(self, moment) -> None:
+        if time.monotonic() - self.last >= POLL:
+            self.last = time.monotonic()
+            with suppress(OSError):
+                self.path.parent.mkdir(exist_ok=True)
+                self.path.write_text(str(moment.epoch + 1))
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def _work(config: Config, store: str, results: Path | None, device: str) -> float | None:
+    """In a worker: do one run; returns mean seconds an epoch, None where others have claimed it.
+
+    What a caller can put right comes back as a StoreError or so.
+    """
     from paperlib import training
 
+    note = _Note(Path(store), config.identity)
     try:
-        return training.run(config, Store(store), device).run
+        where = executors.mine(device)
+        record = training.run(config, Store(store, results), where, note, wait=False)
+        return float(record.epochs.seconds.mean())
+    except locks.Claimed:
+        return None
     except StoreError:
         raise
     except Exception as error:
         # Some exceptions cannot be sent between processes; their text always can.
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    finally:
+        note.remove()
+
+
+def _work_and_send(config: Config, device: str) -> tuple[Entry, bytes | None] | None:
+    """In a worker with a store of its own: do one run; returns what `Store.put` takes."""
+    store = Store()
+    if _work(config, str(store.path), store.results, device) is None:
+        return None
+    (entry,) = store.entries([config.identity])
+    return entry, store.arrays(entry)

@@ -1,0 +1,281 @@
+"""Where runs are executed: processes of this machine, or a Dask cluster.
+
+Both are executors as `concurrent.futures` has them. Imports neither torch nor Dask by itself.
+"""
+
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+LEAVE = 3.0  # seconds a process has to end when it is told to
+CLOSE = 15.0  # and a cluster of ours
+
+
+class WorkerDied(RuntimeError):
+    """The process that had the work ended without an answer; the message says how."""
+
+
+class ClusterError(RuntimeError):
+    """A cluster that cannot be reached or used."""
+
+
+class Processes(Executor):
+    """Local processes, one for each of `devices`, spawned when there is work for them.
+
+    A process has one thread, and its device is what `mine` gives there. One that dies fails its own
+    work only, with WorkerDied, and is replaced. All end with this process, even if it is killed.
+    They leave Ctrl-C to this process, which calls `kill`.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._context = get_context("spawn")
+        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._processes: set[Any] = set()
+        self._closed = self._killed = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(device,), daemon=True) for device in devices
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """Have function(*args, **kwargs) called in one of the processes."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("no work is taken after shutdown")
+            future: Future = Future()
+            self._work.put((future, partial(function, *args, **kwargs)))
+            return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work, and end the processes when what there is has been done."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+        if cancel_futures:
+            with suppress(queue.Empty):
+                while True:
+                    work = self._work.get_nowait()
+                    if work is not None:
+                        work[0].cancel()
+            first = True
+        if first:
+            for _ in self._threads:
+                self._work.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def kill(self) -> None:
+        """End all processes now; work not done is cancelled or fails with WorkerDied."""
+        with self._lock:
+            self._killed = True
+            processes = list(self._processes)
+        for process in processes:
+            process.terminate()
+        self.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.join(LEAVE)
+            if process.is_alive():
+                process.kill()
+        for thread in self._threads:
+            thread.join(LEAVE)
+
+    def _serve(self, device: str) -> None:
+        """In a thread of this process: one process's work, and its replacement when it dies."""
+        process = pipe = None
+        while (work := self._work.get()) is not None:
+            future, call = work
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if process is None or not process.is_alive():
+                    process, pipe = self._start(device)
+                pipe.send(call)
+                connection.wait([pipe, process.sentinel])
+                if not pipe.poll():
+                    raise EOFError
+                worked, result = pipe.recv()
+            except (EOFError, OSError):
+                self._forget(process)
+                future.set_exception(WorkerDied(_ending(process)))
+                process = None
+            except Exception as error:  # what cannot be sent
+                future.set_exception(error)
+            else:
+                (future.set_result if worked else future.set_exception)(result)
+        if process is not None:
+            with suppress(OSError):
+                pipe.send(None)
+            self._forget(process)
+
+    def _start(self, device: str) -> tuple[Any, connection.Connection]:
+        pipe, theirs = self._context.Pipe()
+        process = self._context.Process(target=_worker, args=(theirs, device), daemon=True)
+        with self._lock:
+            if self._killed:
+                raise EOFError
+            process.start()
+            self._processes.add(process)
+        theirs.close()
+        return process, pipe
+
+    def _forget(self, process: Any) -> None:
+        if process is not None:
+            process.join(LEAVE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            with self._lock:
+                self._processes.discard(process)
+
+
+def _ending(process: Any) -> str:
+    code = None if process is None else process.exitcode
+    if code is not None and code < 0:
+        hint = ": out of memory?" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{hint}"
+    return f"its process ended with code {code}"
+
+
+def _worker(pipe: connection.Connection, device: str) -> None:
+    global _device
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _device = device
+    with suppress(EOFError, OSError):
+        while (call := pipe.recv()) is not None:
+            try:
+                answer = (True, alone(call))
+            except BaseException as error:
+                answer = (False, error)
+            pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+_device = ""
+
+
+def mine(asked: str) -> str:
+    """The device of this process where one was given to it and `asked` leaves the choice."""
+    return _device if _device and asked in ("auto", "cuda") else asked
+
+
+def alone(function: Callable, *args: Any) -> Any:
+    """Call function with one thread: fastest for several runs on a CPU, and always the same sum."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    return function(*args)
+
+
+def gpus() -> int:
+    """How many CUDA devices there are; imports torch only where there may be some."""
+    if not list(Path("/dev").glob("nvidia[0-9]*")) and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def devices(asked: str, jobs: int | None, per_device: int | None, cores: int) -> list[str]:
+    """The device of each process: all GPUs in turn, `per_device` processes on each, or the CPU.
+
+    jobs: how many processes, whatever there is; by default one a GPU, or one of `cores`.
+    """
+    count = gpus() if asked in ("auto", "cuda") else 0
+    if count:
+        return [f"cuda:{i % count}" for i in range(jobs or count * (per_device or 1))]
+    if asked.startswith("cuda"):
+        return [asked] * (jobs or per_device or 1)
+    return [asked] * (jobs or per_device or cores)
+
+
+class Cluster(Executor):
+    """A Dask cluster as an executor: one run a worker slot, of one thread.
+
+    Work whose worker goes away is given to another by the cluster. See `cluster`.
+    """
+
+    def __init__(self, client: Any, gpu: bool) -> None:
+        resources = {"resources": {"GPU": 1}} if gpu else {}
+        self.client = client
+        self._executor = client.get_executor(pure=False, **resources)
+
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """Have function(*args, **kwargs) called by one of the workers."""
+        return self._executor.submit(alone, partial(function, *args, **kwargs))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work."""
+        self._executor.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    @property
+    def slots(self) -> int:
+        """How many runs it does at once, as it is now."""
+        return sum(
+            worker["nthreads"] for worker in self.client.scheduler_info(-1)["workers"].values()
+        )
+
+
+@contextmanager
+def cluster(address: str, gpu: bool = False) -> Iterator[Cluster]:
+    """The Dask cluster at "tcp://HOST:PORT", or one of N processes here, "local:N".
+
+    gpu: each run takes one of a worker's resource GPU. Raises ClusterError where Dask is not
+    installed or nobody answers, and ValueError where `address` is neither.
+    """
+    kind, _, rest = address.partition(":")
+    if kind == "local" and not (rest.isascii() and rest.isdigit() and int(rest) > 0):
+        raise ValueError(f"a local cluster is local:N, with N processes, got {address!r}")
+    if kind not in ("local", "tcp", "tls"):
+        raise ValueError(f"a cluster is tcp://HOST:PORT or local:N, got {address!r}")
+    try:
+        import dask
+        import distributed
+    except ImportError as error:
+        hint = "pip install 'distributed>=2024.8'"
+        raise ClusterError(f"--cluster needs Dask, which is not installed: {hint}") from error
+    with dask.config.set({"distributed.comm.timeouts.connect": "10s"}):
+        try:
+            if kind == "local":
+                resources = {"resources": {"GPU": 1}} if gpu else {}
+                scheduler = distributed.LocalCluster(
+                    n_workers=int(rest),
+                    threads_per_worker=1,
+                    dashboard_address=None,
+                    silence_logs=50,
+                    **resources,
+                )
+                client = distributed.Client(scheduler)
+            else:
+                scheduler, client = None, distributed.Client(address)
+        except (OSError, TimeoutError) as error:
+            raise ClusterError(f"no cluster answers at {address}: {error}") from error
+    try:
+        yield Cluster(client, gpu)
+    finally:
+        with suppress(TimeoutError, OSError):
+            client.close(timeout=LEAVE)
+        if scheduler is not None:
+            with suppress(TimeoutError, OSError):
+                scheduler.close(timeout=CLOSE)
+
+
+def died(error: BaseException) -> bool:
+    """Whether work failed because of who had it, not because of itself."""
+    killed = type(error).__name__ == "KilledWorker"  # Dask's, after several workers
+    return killed or isinstance(error, WorkerDied | BrokenExecutor)

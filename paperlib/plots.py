@@ -370,8 +370,9 @@ def differences(ax: Axes, estimates: dict[str, stats.Estimate], xlabel: str) -> 
     for y, estimate in zip(at, estimates.values(), strict=True):
         ax.plot([estimate.low, estimate.high], [y, y], color="0.2", lw=1.2)
         ax.plot(estimate.value, y, "o", ms=4.5, color="0.2")
+        interval = f" [{estimate.low:+.2f}, {estimate.high:+.2f}]" if estimate.n > 1 else ""
         ax.annotate(
-            f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]",
+            f"{estimate.value:+.2f}{interval}",
             (estimate.value, y),
             (0, 6),
             textcoords="offset points",

@@ -129,10 +129,56 @@ def rate_frame() -> pd.DataFrame:
     )
 
 
+FRACTIONS = (50, 70, 90, 98)
+
+
+def fraction_frame() -> pd.DataFrame:
+    """One row a run of three methods at each fraction, and the unpruned ones."""
+    rows = [
+        {"method": method, "fraction": fraction, "steep": steep}
+        for method, steep in [("Prune_S", 1), ("Prune_R", 2), ("Prune_L", 4)]
+        for fraction in FRACTIONS
+    ]
+    rows.insert(0, {"method": "No Pruning", "fraction": 0, "steep": 0})
+    return pd.DataFrame(
+        row
+        | {
+            "label": row["method"],
+            "seed": seed,
+            "best_accuracy": 80 - row["steep"] * row["fraction"] / 50 + 0.4 * wave(i, seed),
+        }
+        for i, row in enumerate(rows)
+        for seed in range(SEEDS)
+    )
+
+
+EDGES = np.logspace(-4, 0, 41)
+
+
+def magnitude_counts() -> dict[str, np.ndarray]:
+    """Before: a hump; after: its lower half; at the end: the same, spread out."""
+    x = np.arange(40)
+    before = np.round(1000 * np.exp(-(((x - 25) / 6) ** 2)))
+    after = np.where(x < 24, before, 0)
+    return {"before": before, "after": after, "end": np.convolve(after, np.ones(9) / 9, "same")}
+
+
+COSTS = pd.DataFrame(
+    {"nonzero": [1000, 150, 150], "bytes": [4321.0, 4321.0, 800.0], "ms": [0.5, 0.6, 0.45]},
+    index=["dense", "masked", "compact"],
+)
+COST_COLORS = {"dense": "black", "masked": "tan", "compact": plots.PALETTE["Prune_L"]}
+
 RUNS = run_frame()
 PICTURE_EPOCHS = epoch_frame(RUNS)
 BY_RATE = rate_frame()
 BY_METHOD = plots.looks(BY_RATE.assign(label=BY_RATE.method))
+BY_FRACTION = fraction_frame()
+GAINS = {
+    "Prune_L - Dropout": stats.Estimate(0.5, 0.2, 0.8, 0.01, 3),
+    "Prune_L - Prune_S": stats.Estimate(-0.3, -1.1, 0.5, 0.3, 3),
+    "Prune_L - No Pruning": stats.Estimate(0.1, np.nan, np.nan, np.nan, 1),
+}
 
 
 # Pictures
@@ -215,7 +261,93 @@ def test_densities():
     return figure
 
 
+@picture
+def test_by_fraction():
+    figure, [[ax]] = plots.panels(1, 1)
+    plots.by_fraction(ax, BY_FRACTION, "best_accuracy", plots.looks(BY_FRACTION), plots.BEST)
+    return figure
+
+
+@picture
+def test_by_setting():
+    figure, [[ax]] = plots.panels(1, 1)
+    mine = RUNS[RUNS.network == "VGG11"]
+    plots.by_setting(ax, mine, "best_accuracy", plots.looks(mine), plots.BEST)
+    return figure
+
+
+@picture
+def test_differences():
+    figure, [[ax]] = plots.panels(1, 1)
+    plots.differences(ax, GAINS, "points")
+    return figure
+
+
+@picture
+def test_magnitudes():
+    figure, [[ax]] = plots.panels(1, 1)
+    names = {"before": "before", "after": "after", "end": "end"}
+    plots.magnitudes(ax, EDGES, magnitude_counts(), names, plots.PALETTE["Prune_L"])
+    return figure
+
+
+@picture
+def test_shares():
+    figure, [[ax]] = plots.panels(1, 1)
+    columns = {"nonzero": "parameters", "bytes": "bytes", "ms": "ms"}
+    plots.shares(ax, COSTS, columns, "dense", COST_COLORS)
+    return figure
+
+
 # What a picture says
+
+
+def spectrum_frame() -> pd.DataFrame:
+    """One row an eigenvalue, as `landscape.spectra` and a plan give it."""
+    runs = run_frame(("VGG11",))
+    ranks = pd.DataFrame({"rank": range(1, 9)})
+    frame = runs[["network", "method", "label", "seed"]].merge(ranks, how="cross")
+    sizes = [
+        (10 + seed + 3 * wave(i, seed)) / rank
+        for i, (rank, seed) in enumerate(zip(frame["rank"], frame.seed, strict=True))
+    ]
+    signs = np.where(frame["rank"] % 3 == 2, -1, 1)
+    return frame.assign(magnitude=sizes, eigenvalue=sizes * signs)
+
+
+@picture
+def test_pairs():
+    runs = run_frame(("VGG11",))
+    runs["curvature"] = 2 * runs.mean_stability + [wave(i) for i in range(len(runs))]
+    names = dict.fromkeys(("mean_stability", "curvature", "best_accuracy"), "")
+    axes = [("mean_stability", "curvature"), ("curvature", "best_accuracy")]
+    return plots.pairs(runs, axes, names)[0]
+
+
+@picture
+def test_bars_by_rank():
+    figure, [[ax]] = plots.panels(1, 1)
+    plots.bars_by_rank(ax, spectrum_frame(), 5, "")
+    return figure
+
+
+@picture
+def test_lines():
+    figure, [[linear, log]] = plots.panels(1, 2)
+    plots.lines(linear, spectrum_frame(), "rank", "eigenvalue", "", "")
+    plots.lines(log, spectrum_frame(), "rank", "magnitude", "", "", log=True)
+    return figure
+
+
+def test_pairs_leave_out_runs_that_lack_a_value():
+    runs = run_frame(("VGG11",))
+    runs["delta_w"] = np.where(runs.seed == 0, np.nan, runs.mean_stability)
+    names = dict.fromkeys(("mean_stability", "delta_w"), "")
+    figure, estimates = plots.pairs(runs, [("mean_stability", "delta_w")], names)
+    r = estimates["mean_stability", "delta_w"]
+    assert r.n == (runs.seed > 0).sum()
+    assert r.value == pytest.approx(1)
+    assert f"n = {r.n}" in figure.axes[0].get_title()
 
 
 def test_the_scatter_says_its_correlations():
@@ -277,6 +409,113 @@ def test_the_event_marked_is_the_least_stable():
     before, after = (dots.get_offsets() for dots in ax.collections)
     assert list(before[:, 0]) == list(after[:, 0]) == [3, 6, 9, 12]
     assert (before[:, 1] > after[:, 1]).all()
+
+
+def test_runs_at_0_belong_to_every_line():
+    _, [[ax]] = plots.panels(1, 1)
+    plots.by_fraction(ax, BY_FRACTION, "best_accuracy", plots.looks(BY_FRACTION), plots.BEST)
+    whole = BY_FRACTION[BY_FRACTION.fraction == 0].best_accuracy.mean()
+    assert [line.get_label() for line in ax.lines] == ["Prune_S", "Prune_R", "Prune_L"]
+    for line in ax.lines:
+        mine = BY_FRACTION[BY_FRACTION.method == line.get_label()]
+        means = [whole, *mine.groupby("fraction").best_accuracy.mean()]
+        at = dict(zip(*line.get_data(), strict=True))
+        expected = dict(zip([100, *(100 - np.array(FRACTIONS))], means, strict=True))
+        assert at == pytest.approx(expected)
+        assert line.get_color() == plots.PALETTE[line.get_label()]
+    assert ax.get_xscale() == "log"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "50", "70", "90", "98"]
+    left, right = ax.get_xlim()
+    assert left > 100 > 2 > right  # more removed is further right
+
+
+def test_a_setting_shows_every_run_and_its_mean():
+    _, [[ax]] = plots.panels(1, 1)
+    mine = RUNS[RUNS.network == "VGG11"].sample(frac=1, random_state=1)
+    order = list(mine.label.unique())
+    plots.by_setting(
+        ax, mine, "best_accuracy", plots.looks(mine), plots.BEST, {order[1]: "another"}
+    )
+    names = [order[0], "another", *order[2:]]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == names
+    dots = [dots for dots in ax.collections if len(dots.get_offsets()) == SEEDS]
+    for i, (label, shown) in enumerate(zip(order, dots, strict=True)):
+        values = mine[mine.label == label].set_index("seed").best_accuracy.sort_index()
+        x, y = np.array(shown.get_offsets()).T
+        assert y.tolist() == values.tolist()
+        assert len(set(x)) == SEEDS
+        assert np.all(np.abs(x - i) < 0.5)
+        estimate = stats.mean(values)
+        (bar,) = ax.containers[i].lines[2]
+        assert bar.get_segments()[0][:, 1] == pytest.approx([estimate.low, estimate.high])
+    joined = ax.lines[:SEEDS]
+    for seed, line in enumerate(joined):
+        by_label = mine[mine.seed == seed].set_index("label").best_accuracy
+        assert line.get_ydata().tolist() == by_label[order].tolist()
+
+
+def test_a_setting_of_one_run_has_no_interval():
+    _, [[ax]] = plots.panels(1, 1)
+    one = RUNS[(RUNS.network == "VGG11") & (RUNS.seed == 0)]
+    plots.by_setting(ax, one, "best_accuracy", plots.looks(one), plots.BEST)
+    assert not any(container.has_yerr for container in ax.containers)
+
+
+def test_differences_say_their_numbers():
+    _, [[ax]] = plots.panels(1, 1)
+    plots.differences(ax, GAINS, "points")
+    ticks = dict(zip(ax.get_yticks(), [t.get_text() for t in ax.get_yticklabels()], strict=True))
+    assert [ticks[y] for y in sorted(ticks, reverse=True)] == list(GAINS)  # the first on top
+    shown = [text.get_text() for text in ax.texts]
+    assert shown == ["+0.50 [+0.20, +0.80]", "-0.30 [-1.10, +0.50]", "+0.10"]
+    dots = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
+    assert dots == [0.5, -0.3, 0.1]
+
+
+def test_magnitudes_are_percent_of_what_was_there():
+    _, [[ax]] = plots.panels(1, 1)
+    counts = magnitude_counts()
+    names = {"before": "then", "after": "later", "end": "now"}
+    plots.magnitudes(ax, EDGES, counts, names, "red")
+    outlines = {
+        patch.get_label(): patch for patch in ax.patches if patch.get_label() in names.values()
+    }
+    assert list(outlines) == ["then", "later", "now"]
+    for moment, name in names.items():
+        values, edges, _ = outlines[name].get_data()
+        assert values == pytest.approx(100 * counts[moment] / counts["before"].sum())
+        assert np.array_equal(edges, EDGES)
+    assert ax.get_xscale() == "log"
+
+
+def test_a_common_range_holds_the_counts():
+    edges = np.arange(11.0)
+    one, other = np.zeros(10), np.zeros(10)
+    one[[2, 5]], other[7] = [4, 500], 500
+    assert plots.common_range(edges, [one, other], left_out=0.001) == (2, 8)
+    assert plots.common_range(edges, [one, other], left_out=0.01) == (5, 8)
+
+
+def test_shares_say_percent_and_values():
+    _, [[ax]] = plots.panels(1, 1)
+    plots.shares(ax, COSTS, {"bytes": "size", "ms": "time"}, "dense", COST_COLORS)
+    bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in ax.containers[:2]}
+    assert bars == {"masked": [pytest.approx(100)], "compact": [pytest.approx(100 * 800 / 4321)]}
+    widths = [bar.get_width() for bars in ax.containers for bar in bars]
+    assert widths == pytest.approx([100, 100 * 800 / 4321, 120, 90])
+    assert [text.get_text() for text in ax.texts] == ["4,321", "800", "0.6", "0.45"]
+    ticks = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert ticks == ["size\ndense: 4,321", "time\ndense: 0.5"]
+    low, high = ax.get_ylim()
+    assert low > high  # the first column on top
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.0123"), (0.5, "0.5"), (27.14, "27.1"), (189_175, "189,175"), (100.4, "100")],
+)
+def test_readable_numbers(value, text):
+    assert plots.readable(value) == text
 
 
 @pytest.mark.parametrize(
@@ -345,7 +584,7 @@ def test_a_method_looks_alike_everywhere(name):
         looks = plots.looks(mine)
         for method, label in mine[["method", "label"]].itertuples(index=False):
             assert looks[label]["color"] == plots.PALETTE[method]
-        if name not in ("figure-3", "figure-C1", "figure-C2"):
+        if name not in ("figure-3", "figure-C1", "figure-C2", "figure-R3"):  # a line a method
             assert len({tuple(look.values()) for look in looks.values()}) == len(looks)
 
 

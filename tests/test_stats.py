@@ -139,6 +139,15 @@ def test_a_seed_that_lacks_one_side_is_left_out():
     assert stats.paired_difference(frame, "accuracy", "method", "L", "S") == stats.mean([1, 3])
 
 
+def test_differences_of_several_pairs():
+    pairs = [("L", "S"), ("S", "L"), ("L", "X")]
+    found = stats.paired_differences(RUNS, "accuracy", "method", pairs)
+    assert list(found) == ["L - S", "S - L", "L - X"]
+    for (a, b), estimate in list(zip(pairs, found.values(), strict=True))[:2]:
+        assert estimate == stats.paired_difference(RUNS, "accuracy", "method", a, b)
+    assert found["L - X"].n == 0
+
+
 @pytest.mark.parametrize("b", ["S", "X"])
 def test_no_difference_without_pairs(b):
     frame = RUNS[(RUNS.method == "L") | (RUNS.seed > 9)]
@@ -231,3 +240,19 @@ def test_distance_to_normal_of_a_shifted_normal():
     """The total variation between two normals d apart is 2 Phi(d / 2) - 1."""
     distance = stats.distance_to_normal(histogram(1, 1, 8, 4000)[None], 8)
     assert distance == pytest.approx(2 * scipy_stats.norm.cdf(0.5) - 1, abs=1e-3)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
+def test_quantiles_of_what_a_histogram_counted(q):
+    values = np.exp(np.random.default_rng(0).normal(-4, 1, 100_000))
+    counts, edges = np.histogram(values, np.logspace(-6, 1, 141))
+    quantile = stats.histogram_quantile(counts, edges, q)
+    assert quantile == pytest.approx(np.quantile(values, q), rel=0.02)
+
+
+def test_quantiles_by_hand():
+    edges = np.array([1.0, 10, 100, 1000])
+    assert stats.histogram_quantile(np.array([0, 8, 0]), edges) == pytest.approx(10**1.5)
+    assert stats.histogram_quantile(np.array([2, 2, 0]), edges) == pytest.approx(10)
+    assert stats.histogram_quantile(np.array([1, 1, 2]), edges, 0.75) == pytest.approx(10**2.5)
+    assert math.isnan(stats.histogram_quantile(np.array([0, 0, 0]), edges))

@@ -583,6 +583,7 @@ def test_parameters_that_are_left(config):
     assert record.provenance["parameters"] == sum(p.numel() for p in model.parameters())
     assert (record.provenance["held"] > 0) == (config.pruning is not None)
     assert record.parameters == left[-1]
+    assert (record.provenance["classes"], record.provenance["channels"]) == (10, 3)
 
 
 # A network from its record
@@ -607,6 +608,16 @@ def test_a_network_from_its_record(tmp_path, config):
     for name, parameter in model.named_parameters():
         gone = held.get(name, torch.zeros_like(parameter, dtype=torch.bool))
         assert torch.equal(parameter, initial[name].masked_fill(gone, 0))
+
+
+def test_a_network_for_other_images_from_its_record():
+    kept = np.packbits(np.arange(32 * 144) % 3 == 0)
+    about = {"classes": 3, "channels": 1}
+    record = RunRecord(WEIGHTS, pd.DataFrame(), {"kept.dense": kept}, about)
+    model, pruner = training.pruned_network(record)
+    assert (model.fc.out_features, model.features[0].in_channels) == (3, 1)
+    assert torch.equal(pruner.masks["dense"].flatten(), torch.arange(32 * 144) % 3 == 0)
+    assert training.initial_network(record).dense.weight.all()
 
 
 @pytest.mark.parametrize(
@@ -663,7 +674,17 @@ def test_a_store_that_cannot_be_written(tmp_path):
         ({"pruning": FilterPruning((0.5,), ((1,),), layers=("x",))}, PruningError, "layer 'x'"),
         ({"pruning": FilterPruning((0.5,) * 9, ((1,),) * 9)}, PruningError, "9 fractions.* 8"),
         ({"pruning": FilterPruning((0.5,), ((1,),), "math:nothing")}, ValueError, "math:nothing"),
-        ({"pruning": WeightPruning(("x",), (0.5,), (1,))}, PruningError, "layer 'x'"),
+        ({"pruning": WeightPruning(("x",), (0.5,), (1,))}, PruningError, "layer 'x': one of f"),
+        (
+            {"model": "conv4", "pruning": WeightPruning(("dense",), (0.5,), (1,), "most")},
+            PruningError,
+            "unknown target 'most': one of",
+        ),
+        (
+            {"model": "conv4", "pruning": WeightPruning(("dense",), (0.5,), (1,), schedule="x")},
+            PruningError,
+            "'x': one of linear, annealing",
+        ),
     ],
 )
 def test_what_cannot_be_run(tmp_path, changes, error, message):

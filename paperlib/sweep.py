@@ -307,7 +307,9 @@ class _Sweep:
                 error = f"{error or type(error).__name__}, {TRIES} times"
                 self.store.fail(state.config, error)
         elif isinstance(error, StoreError):
+            # What the next runs would come to, too; better now than after hours.
             self.store.check_writable()
+            costs.check_disk([state.config], 1, self.store.path)
         self.failed.append(f"{state.config.title}: {error or type(error).__name__}")
         self.bar.gave_up(state)
 
@@ -337,7 +339,7 @@ class _Bar:
 
     def __enter__(self) -> "_Bar":
         shown = (
-            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {rate_fmt}"
+            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {rate_noinv_fmt}"
             "{postfix}]"
         )
         self.bar = tqdm(total=self.total, unit=" epochs", bar_format=shown)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paperlib import instability, runs
+from paperlib import archive, instability, packs, runs
 from paperlib.config import Config, FilterPruning, Flatness, Noise
 from paperlib.runs import DamagedRecord, RunRecord, Store, StoreError
 
@@ -357,7 +357,302 @@ def test_a_damaged_note_is_still_a_failure(store, content):
     assert "damaged" in store.failure(PRUNED.identity)
 
 
+# The index
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Records that were just written count as settled, and few are worth an index."""
+    monkeypatch.setattr(runs, "SETTLED", -(10**12))
+    monkeypatch.setattr(runs, "INDEXED", 3)
+
+
+@pytest.fixture
+def indexed(store, settled) -> Store:
+    for seed in range(5):
+        store.write(record(PRUNED.with_(seed=seed), arrays=seed % 2 == 0))
+    store.runs()
+    assert (store.path / "index.parquet").exists()
+    return store
+
+
+def reads(store: Store, monkeypatch) -> list[str]:
+    """The runs whose records are read from now on."""
+    calls, real = [], Store._read_file
+    monkeypatch.setattr(Store, "_read_file", lambda s, run: calls.append(run) or real(s, run))
+    return calls
+
+
+def frames_of_records(store: Store) -> list[pd.DataFrame]:
+    """As `Store.frames`, from records read one by one."""
+    records = [store.read(run) for run in store.identities()]
+    epochs = pd.concat([r.epochs.assign(run=r.run) for r in records], ignore_index=True)
+    return [epochs, instability.summarize(epochs)]
+
+
+def test_the_index_saves_reading(indexed, monkeypatch):
+    fresh = Store(indexed.path)
+    calls = reads(fresh, monkeypatch)
+    epochs, table = fresh.frames()
+    assert calls == []
+    expected_epochs, expected = frames_of_records(indexed)
+    pd.testing.assert_frame_equal(epochs, expected_epochs, check_exact=True)
+    pd.testing.assert_frame_equal(table[list(expected)], expected, check_exact=True)
+    for run in fresh.identities():
+        assert same(fresh.read(run), indexed.read(run))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npz"])
+@pytest.mark.parametrize("tenth", range(10))
+def test_damage_after_the_index_was_written(indexed, kind, tenth):
+    path = indexed.path / "records" / f"{PRUNED.identity}.{kind}"
+    content = path.read_bytes()
+    cut = len(content) * tenth // 10
+    for damage in (content[:cut], content[:cut] + bytes(len(content) - cut)):
+        path.write_bytes(damage)
+        for store in (indexed, Store(indexed.path)):
+            assert PRUNED.identity not in store.whole(store.identities())
+            with pytest.raises(DamagedRecord, match=PRUNED.identity):
+                store.frames()
+    path.unlink()
+    assert PRUNED.identity not in Store(indexed.path).whole([PRUNED.identity])
+
+
+def test_a_record_that_changes_within_the_same_tick(store, monkeypatch):
+    """Same size and times as when it was read: only young files could be so, and are read anew."""
+    monkeypatch.setattr(runs, "INDEXED", 1)
+    store.write(record())
+    assert len(store.runs()) == 1
+    path = store.path / "records" / f"{PRUNED.identity}.parquet"
+    about = os.stat(path)
+    path.write_bytes(bytes(about.st_size))
+    monkeypatch.setattr(
+        Store, "_signature", lambda *_: f"{about.st_size} {about.st_mtime_ns} 0 0, "
+    )
+    assert PRUNED.identity not in store
+
+
+def test_a_replaced_record_is_read_anew(indexed):
+    other = record(PRUNED.with_(seed=7))
+    other.config = PRUNED
+    Store(indexed.path).write(other)
+    rows = indexed.epochs([PRUNED.identity, *indexed.identities()[:3]])
+    mine = rows[rows.run == PRUNED.identity].post.iloc[:20]
+    assert mine.tolist() == other.epochs.post.tolist()
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "zeros", "half", "text", "foreign"])
+def test_a_damaged_index_is_written_anew(indexed, damage, monkeypatch):
+    path = indexed.path / "index.parquet"
+    content = path.read_bytes()
+    expected = indexed.frames()
+    new = {"empty": b"", "zeros": bytes(len(content)), "half": content[: len(content) // 2]}
+    path.unlink()
+    if damage == "foreign":
+        pd.DataFrame({"epoch": [0]}).to_parquet(path)
+    elif damage != "gone":
+        path.write_bytes(new.get(damage, b"not an index"))
+    for frame, other in zip(Store(indexed.path).frames(), expected, strict=True):
+        pd.testing.assert_frame_equal(frame, other, check_exact=True)
+    fresh = Store(indexed.path)
+    calls = reads(fresh, monkeypatch)
+    fresh.frames()
+    assert calls == []
+
+
+def test_a_changed_byte_of_the_index_changes_no_number(indexed):
+    path = indexed.path / "index.parquet"
+    content = path.read_bytes()
+    expected = indexed.frames()
+    for place in range(0, len(content), max(1, len(content) // 150)):
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        for frame, other in zip(Store(indexed.path).frames(), expected, strict=True):
+            pd.testing.assert_frame_equal(frame, other, check_exact=True)
+
+
+def test_a_store_that_is_only_read_has_no_index(indexed, monkeypatch):
+    (indexed.path / "index.parquet").unlink()
+    refuse = StoreError("read-only")
+    monkeypatch.setattr(runs, "write_whole", lambda *_: (_ for _ in ()).throw(refuse))
+    assert len(Store(indexed.path).runs()) == 5
+
+
+def test_columns_that_differ_between_runs(store, settled):
+    for seed, name in enumerate(["a", "b", "removed"]):
+        one = record(PRUNED.with_(seed=seed))
+        one.epochs[name] = one.epochs.post / 3
+        store.write(one)
+    expected = {run: store.read(run).epochs for run in store.identities()}
+    store.runs()
+    fresh = Store(store.path)
+    for entry in fresh.entries():
+        pd.testing.assert_frame_equal(entry.epochs, expected[entry.run])
+    assert fresh.epochs().a.notna().sum() == 20
+
+
+# The layer below, export and import
+
+
+@pytest.fixture
+def below(tmp_path) -> Store:
+    """A store with nothing of its own, above a file of three runs."""
+    other = Store(tmp_path / "other")
+    for seed in range(3):
+        other.write(record(PRUNED.with_(seed=seed), arrays=seed != 1))
+    (tmp_path / "results").mkdir()
+    assert archive.export(other, tmp_path / "results" / "all.parquet") == 3
+    return Store(tmp_path / "runs", tmp_path / "results")
+
+
+def test_results_are_found(below):
+    assert PRUNED.identity in below
+    assert len(below.identities()) == len(below.runs()) == 3
+    for seed in range(3):
+        config = PRUNED.with_(seed=seed)
+        assert same(below.read(config.identity), record(config, arrays=seed != 1))
+    assert not below.path.exists()
+
+
+def test_what_is_in_the_store_goes_before_results(below):
+    ours = record(PRUNED.with_(seed=9))
+    ours.config = PRUNED
+    below.write(ours)
+    assert same(below.read(PRUNED.identity), ours)
+    path = below.path / "records" / f"{PRUNED.identity}.parquet"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert same(below.read(PRUNED.identity), record())
+
+
+@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize("how", ["cut", "zeros", "flipped"])
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+def test_damaged_results_are_left_out(below, tenth, how):
+    path = below.results / "all.parquet"
+    content = bytearray(path.read_bytes())
+    cut = len(content) * tenth // 10
+    if how == "flipped":
+        content[cut] ^= 0x10
+    else:
+        content[cut:] = b"" if how == "cut" else bytes(len(content) - cut)
+    path.write_bytes(content)
+    for seed in range(3):
+        config = PRUNED.with_(seed=seed)
+        try:
+            read = below.read(config.identity)
+        except (KeyError, DamagedRecord):
+            continue
+        assert same(read, record(config, arrays=seed != 1))
+
+
+def test_damaged_results_are_named(below):
+    path = below.results / "all.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.warns(UserWarning, match="all.parquet cannot be read and is left out"):
+        assert PRUNED.identity not in below
+
+
+def test_an_export_without_arrays(below, tmp_path):
+    thin = tmp_path / "thin" / "all.parquet"
+    archive.export(below, thin, arrays=False)
+    store = Store(tmp_path / "empty", thin.parent)
+    read = store.read(PRUNED.identity)
+    pd.testing.assert_frame_equal(read.epochs, record().epochs)
+    with pytest.raises(StoreError, match=f"arrays of run {PRUNED.identity} were left out"):
+        read.arrays["eigenvalues"]
+    mine = Store(tmp_path / "mine")
+    assert archive.merge(mine, thin).outcome.tolist() == ["new"] * 3
+    assert PRUNED.identity in mine
+    whole = archive.merge(mine, below.results / "all.parquet").set_index("run").outcome
+    assert whole[PRUNED.identity] == "better"
+    assert whole[PRUNED.with_(seed=1).identity] == "same"
+    assert same(mine.read(PRUNED.identity), record())
+    assert archive.merge(mine, thin).outcome.tolist() == ["same"] * 3
+    assert same(mine.read(PRUNED.identity), record())
+
+
+def test_exported_epochs_are_a_tidy_frame(below):
+    frame = pd.read_parquet(below.results / "all.parquet")
+    for seed in range(3):
+        config = PRUNED.with_(seed=seed)
+        mine = frame[frame.run == config.identity]
+        assert mine.post.tolist() == record(config).epochs.post.tolist()
+        assert json.loads(mine.about.dropna().item())["config"].get("seed", 0) == seed
+
+
+def test_merging_keeps_what_is_better_or_different(below, tmp_path):
+    store = Store(tmp_path / "mine")
+    different = record(PRUNED.with_(seed=9))
+    different.config = PRUNED
+    store.write(different)
+    short = record(PRUNED.with_(seed=1), arrays=False)
+    short.epochs = short.epochs[:10]
+    store.write(short)
+    damaged = record(PRUNED.with_(seed=0))
+    store.write(damaged)
+    (store.path / "records" / f"{damaged.run}.parquet").write_bytes(b"half")
+    outcome = archive.merge(store, below.results / "all.parquet").set_index("run").outcome
+    assert outcome[PRUNED.identity] == "different"
+    assert outcome[short.run] == "better"
+    assert outcome[damaged.run] == "mended"
+    assert same(store.read(PRUNED.identity), different)
+    assert same(store.read(short.run), record(PRUNED.with_(seed=1), arrays=False))
+    assert same(store.read(damaged.run), damaged)
+    # and from a store to another; a damaged record is not taken
+    other = Store(tmp_path / "third")
+    (store.path / "records" / f"{damaged.run}.npz").write_bytes(b"")
+    outcome = archive.merge(other, store.path).set_index("run").outcome
+    assert outcome[damaged.run].startswith("damaged: ")
+    assert sorted(other.own()) == sorted({PRUNED.identity, short.run})
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", None])
+def test_what_cannot_be_imported(store, tmp_path, content):
+    path = tmp_path / "some.parquet"
+    if content is None:
+        pd.DataFrame({"a": [1]}).to_parquet(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"cannot import .*some.parquet"):
+        archive.merge(store, path)
+    with pytest.raises(StoreError, match="no run store"):
+        archive.merge(store, tmp_path)
+
+
+def test_a_worse_record_replaces_none(written):
+    worse = record(arrays=False)
+    with pytest.raises(StoreError, match="a better record"):
+        written.write(worse)
+    worse = record()
+    worse.epochs = worse.epochs[:-1]
+    with pytest.raises(StoreError, match="a better record"):
+        written.write(worse)
+    assert same(written.read(PRUNED.identity), record())
+
+
+def test_a_changed_provenance_is_damage(written):
+    path = written.path / "records" / f"{PRUNED.identity}.parquet"
+    entry = written.entries([PRUNED.identity])[0]
+    about = json.dumps(entry.content | {"provenance": {"parameters": 7}})
+    written.put(packs.Entry(entry.run, about, entry.columns), written.arrays(entry))
+    with pytest.raises(DamagedRecord, match="provenance"):
+        written.read(PRUNED.identity)
+    assert path.exists()
+
+
 # Where it is
+
+
+def test_where_results_are(tmp_path, monkeypatch):
+    monkeypatch.delenv("PAPERLIB_RESULTS")
+    for folder in ("notebooks", "paperlib", "results"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert runs.results_path() == tmp_path / "results"
+    monkeypatch.setenv("PAPERLIB_RESULTS", str(tmp_path / "none"))
+    assert runs.results_path() == tmp_path / "none"
+    assert Store(tmp_path).identities() == []
 
 
 def test_where_runs_are_kept(tmp_path, monkeypatch):
@@ -375,6 +670,7 @@ def test_where_runs_are_kept(tmp_path, monkeypatch):
 
 def test_reading_imports_no_torch(written):
     names = ("runs", "experiments", "instability", "config", "stats", "claims", "plots")
+    names += ("sweep", "batch", "archive", "cli")
     modules = [f"paperlib.{name}" for name in names if find_spec(f"paperlib.{name}")]
     code = f"""
 import sys

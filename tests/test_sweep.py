@@ -1,18 +1,21 @@
 """Sweeps: what is missing is run, once, and nothing stops the rest."""
 
+import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from paperlib import sweep
+from paperlib import archive, costs, executors, sweep
 from paperlib.config import Config, FilterPruning
 from paperlib.runs import Store, StoreError
 from paperlib.sweep import SweepError
@@ -29,6 +32,7 @@ QUICK = Config(
     batch=32,
     pruning=FilterPruning((0.5,), ((0, 1),)),
 )
+DISK = f"up to {costs.size(costs.disk([QUICK], 1))} of disk"
 DIVERGING = QUICK.with_(optimizer="sgd", learning_rate=1e30, seed=5)
 
 
@@ -134,12 +138,153 @@ def test_several_threads_at_once(store, tmp_path):
     )
 
 
+def test_failed_runs_are_left_alone(store, threads):
+    configs = [DIVERGING, *seeds(1)]
+    with pytest.raises(SweepError, match="1 of 2 runs failed"):
+        sweep.collect(configs, store, threads)
+    note = store.path / "failed" / f"{DIVERGING.identity}.json"
+    before = note.stat().st_mtime_ns
+    for again in (configs, [*configs, QUICK.with_(seed=1)]):
+        with pytest.raises(SweepError) as caught:
+            sweep.collect(again, store, threads)
+        headline, line = str(caught.value).splitlines()
+        assert headline.startswith("1 runs failed before and are left alone, but for --retry-fail")
+        assert DIVERGING.identity in line
+        assert "nan" in line
+    assert note.stat().st_mtime_ns == before
+    assert QUICK.with_(seed=1).identity in store
+    told = []
+    with pytest.raises(SweepError, match="1 of 1 runs failed"):
+        sweep.execute(configs, store, threads, retry_failed=True, tell=told.append)
+    assert note.stat().st_mtime_ns > before
+    assert told[0].startswith("1 runs (1 tried again): ")
+
+
+def test_what_is_told_before(store, threads):
+    told = []
+    sweep.execute(seeds(1), store, threads, tell=told.append)
+    assert told == [f"1 runs (1 new): time unknown: nothing alike was measured here; {DISK}"]
+    path = store.path / "records" / f"{QUICK.identity}.parquet"
+    path.write_bytes(b"half a record")
+    sweep.execute(seeds(2), store, threads, tell=told.append)
+    assert told[1].startswith("2 runs (1 new, 1 damaged): time unknown")
+    assert told[2].startswith(f"run again: {path} is not a whole record")
+    sweep.execute(seeds(3), store, threads, tell=told.append)
+    assert told[3].startswith("1 runs (1 new): about 0 s one after the other; up to ")
+    sweep.execute(seeds(3), store, threads, tell=told.append)
+    assert len(told) == 4
+
+
+def test_states(store, threads):
+    with pytest.raises(SweepError):
+        sweep.collect([*seeds(2), DIVERGING], store, threads)
+    damaged, new = seeds(3)[1:]
+    (store.path / "records" / f"{damaged.identity}.parquet").write_bytes(b"")
+    found = sweep.states([*seeds(3), DIVERGING], store)
+    assert [s.state for s in found] == ["done", "damaged", "missing", "failed"]
+    assert [s.config for s in found] == [*seeds(2), new, DIVERGING]
+    assert found[0].epochs == QUICK.epochs
+    assert "not a whole record" in found[1].error
+    assert "nan" in found[3].error
+    store.results = store.path / "below"
+    archive.export(store, store.results / "a.parquet", [QUICK.identity])
+    (store.path / "records" / f"{QUICK.identity}.parquet").unlink()
+    (state,) = sweep.states([QUICK], store)
+    assert (state.state, state.why) == ("done", "not run: in results")
+    assert sweep.execute([QUICK], store, threads) == 0
+
+
 @pytest.mark.parametrize("path", ["file", "file/runs"])
 def test_a_store_that_cannot_be_written(tmp_path, threads, path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StoreError, match=f"cannot write to the run store .*{path}"):
         sweep.collect([QUICK], Store(tmp_path / path), threads)
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+# Disks
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """Mounts a disk of its own at a folder, of so many bytes."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("only root may mount a disk")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small(threads, monkeypatch, store):
+    monkeypatch.setattr(costs, "free", lambda path: 10_000)
+    with pytest.raises(StoreError, match=r"is too small: these runs need 4\..* MB, 10.0 kB free"):
+        sweep.collect([QUICK], store, threads)
+    assert store.identities() == []
+
+
+def test_a_small_disk_is_refused(tmpfs, threads):
+    store = Store(tmpfs(2 << 20) / "runs")
+    with pytest.raises(StoreError, match="is too small: these runs need"):
+        sweep.collect([QUICK], store, threads)
+
+
+def test_a_disk_that_fills_up(tmpfs, threads, monkeypatch):
+    """The sweep ends, says why, keeps what is done, and goes on when there is room again."""
+    disk = tmpfs(6 << 20)
+    store = Store(disk / "runs")
+    sweep.collect(seeds(1), store, threads)
+
+    class Fill:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, moment):
+            with suppress(OSError), (disk / "filler").open("wb", 0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+        def remove(self):
+            pass
+
+    monkeypatch.setattr(sweep, "_Note", Fill)
+    with pytest.raises(StoreError, match=r"disk of .* is too small: these runs need"):
+        sweep.collect(seeds(4), store, threads)
+    assert len(store.runs()) == 1
+    monkeypatch.undo()
+    (disk / "filler").unlink()
+    epochs, _ = sweep.collect(seeds(4), store, threads)
+    assert len(epochs) == 8
+
+
+def test_no_space_while_a_record_is_written(store, threads, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises((SweepError, StoreError), match="No space left on device"):
+        sweep.collect(seeds(2), store, threads)
+    monkeypatch.undo()
+    assert store.identities() == []
+    assert len(sweep.collect(seeds(2), store, threads)[1]) == 2
+
+
+def test_a_store_that_is_only_read(tmpfs, threads):
+    folder = tmpfs(20 << 20)
+    store = Store(folder / "runs")
+    expected = sweep.collect(seeds(2), store, threads)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    for frame, other in zip(sweep.collect(seeds(2), store, threads), expected, strict=True):
+        pd.testing.assert_frame_equal(frame, other)
+    assert [s.state for s in sweep.states(seeds(3), store)] == ["done", "done", "missing"]
+    with pytest.raises(StoreError, match=r"cannot write to the run store .*Read-only"):
+        sweep.collect(seeds(3), store, threads)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5"])
@@ -154,6 +299,172 @@ def test_bad_number_of_jobs(store, monkeypatch, jobs):
 def test_number_of_jobs(monkeypatch, given, expected):
     monkeypatch.setenv("PAPERLIB_JOBS", given)
     assert sweep.default_jobs() == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "jobs", "per_device", "gpus", "expected"),
+    [
+        ("auto", None, None, 0, ["auto"] * 5),
+        ("cpu", None, None, 2, ["cpu"] * 5),
+        ("auto", 3, None, 0, ["auto"] * 3),
+        ("auto", None, 2, 0, ["auto"] * 2),
+        ("auto", None, None, 2, ["cuda:0", "cuda:1"]),
+        ("cuda", None, 2, 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
+        ("cuda", 3, None, 2, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", None, 2, 2, ["cuda:1"] * 2),
+    ],
+)
+def test_devices(monkeypatch, asked, jobs, per_device, gpus, expected):
+    monkeypatch.setattr(executors, "gpus", lambda: gpus)
+    assert executors.devices(asked, jobs, per_device, cores=5) == expected
+
+
+# Workers that die
+
+DYING = """
+import os, signal
+from pathlib import Path
+from paperlib import models
+
+def build(num_classes, in_channels):
+    lives = Path(__file__).with_name("lives")
+    left = int(lives.read_text())
+    if left:
+        lives.write_text(str(left - 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return models.build("conv4", num_classes, in_channels, 1 / 16)
+"""
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch) -> Config:
+    """A run whose process dies as often as the file `lives` says."""
+    (tmp_path / "dying_network.py").write_text(DYING)
+    (tmp_path / "lives").write_text("1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return QUICK.with_(model="dying_network:build", width=1.0)
+
+
+def test_a_worker_that_dies_is_replaced(store, dying):
+    assert sweep.execute([dying, *seeds(2)], store, jobs=1) == 3
+    assert len(store.runs()) == 3
+
+
+def test_a_run_that_kills_its_workers_fails(store, dying, tmp_path):
+    (tmp_path / "lives").write_text("9")
+    with pytest.raises(SweepError, match="1 of 3 runs failed") as caught:
+        sweep.collect([dying, *seeds(2)], store, jobs=1)
+    assert "ended by SIGKILL: out of memory?, 3 times" in str(caught.value)
+    assert (tmp_path / "lives").read_text() == "6"
+    assert sorted(store.identities()) == sorted(c.identity for c in seeds(2))
+    assert "SIGKILL" in store.failure(dying.identity)
+    (tmp_path / "lives").write_text("0")
+    assert sweep.execute([dying], store, jobs=1, retry_failed=True) == 1
+    assert store.failure(dying.identity) is None
+
+
+def test_processes_take_any_work():
+    with executors.Processes(["cpu"]) as pool:
+        assert pool.submit(max, 3, 7).result(60) == 7
+        with pytest.raises(ZeroDivisionError):
+            pool.submit(divmod, 1, 0).result(60)
+        with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+            pool.submit(lambda: 0).result(60)
+        with pytest.raises(executors.WorkerDied, match="ended with code 3"):
+            pool.submit(os._exit, 3).result(60)
+        assert pool.submit(max, 3, 8).result(60) == 8
+    with pytest.raises(RuntimeError, match="shutdown"):
+        pool.submit(max, 1, 2)
+
+
+# Several at one store
+
+COUNTED = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from paperlib import sweep
+from paperlib.config import Config, FilterPruning
+from paperlib.runs import Store
+
+def score(conv):
+    with open(Path(__file__).with_name("events"), "a") as file:
+        file.write("event\\n")
+    return conv.weight.abs().sum((1, 2, 3))
+
+def configs():
+    pruning = FilterPruning((0.5,), ((0, 1),), "counted_runs:score")
+    return [
+        Config(data="digits", train_per_class=20, test_per_class=5, model="conv4", width=1 / 16,
+               epochs=2, batch=32, pruning=pruning, seed=seed)
+        for seed in range(6)
+    ]
+
+if __name__ == "__main__":
+    import torch
+    torch.set_num_threads(1)
+    while not Path(__file__).with_name("go").exists():
+        time.sleep(0.01)
+    with ThreadPoolExecutor(1) as threads:
+        _, runs = sweep.collect(configs(), Store(sys.argv[1]), threads)
+    assert len(runs) == 6
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_share_a_store(store, tmp_path, count):
+    """Nothing is computed twice, and nothing is lost."""
+    script = tmp_path / "counted_runs.py"
+    script.write_text(COUNTED)
+    command = [sys.executable, str(script), str(store.path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    time.sleep(5)
+    (tmp_path / "go").touch()
+    assert [process.wait(200) for process in processes] == [0] * count
+    assert len((tmp_path / "events").read_text().splitlines()) == 6 * 2
+    assert len(store.runs()) == 6
+
+
+def test_a_cluster_with_a_worker_that_is_killed(store, tmp_path, threads):
+    pytest.importorskip("distributed")
+    configs = seeds(5, epochs=15)
+    with executors.cluster("local:3") as cluster:
+        pids = list(cluster.client.run(os.getpid).values())
+        assert len(pids) == cluster.slots == 3
+
+        def kill():
+            assert wait_for(store.identities, 120)
+            os.kill(pids[0], signal.SIGKILL)
+
+        with ThreadPoolExecutor(1) as other:
+            killing = other.submit(kill)
+            measured = sweep.collect(configs, store, cluster)
+            killing.result()
+    alone = sweep.collect(configs, Store(tmp_path / "alone"), threads)
+    for frame, expected in zip(measured, alone, strict=True):
+        pd.testing.assert_frame_equal(
+            frame.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True
+        )
+
+
+def test_records_that_are_sent_back(store, tmp_path, threads, monkeypatch):
+    theirs = Store(tmp_path / "theirs")
+    monkeypatch.setenv("PAPERLIB_RUNS", str(theirs.path))
+    config = QUICK.with_(model="vgg11_bn", pruning=None, histograms=True)
+    _, frame = sweep.collect([config], store, threads, send_back=True)
+    assert len(frame) == 1
+    assert store.read(config.identity).arrays.keys() == {"untrained", "trained"}
+    assert theirs.identities() == store.identities()
+
+
+def test_dask_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with (
+        pytest.raises(executors.ClusterError, match="pip install 'distributed"),
+        executors.cluster("local:2"),
+    ):
+        pass
 
 
 # Stopping
@@ -193,9 +504,9 @@ def wait_for(condition, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("to", ["process", "group"])
+@pytest.mark.parametrize("to", ["process", "group", "kill", "term"])
 def test_ctrl_c(store, tmp_path, to):
-    """Alone, as a scheduler interrupts; and with its workers, as a terminal does."""
+    """Alone, as a scheduler interrupts; with its workers, as a terminal does; and killed."""
     script = tmp_path / "long_sweep.py"
     script.write_text(LONG_SWEEP)
     command = [sys.executable, str(script), str(store.path)]
@@ -203,7 +514,11 @@ def test_ctrl_c(store, tmp_path, to):
     try:
         assert wait_for(lambda: store.identities(), 120)
         assert len(group_members(process.pid)) > 1
-        (os.kill if to == "process" else os.killpg)(process.pid, signal.SIGINT)
+        if to == "group":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            kinds = {"process": signal.SIGINT, "kill": signal.SIGKILL, "term": signal.SIGTERM}
+            os.kill(process.pid, kinds[to])
         assert process.wait(15) != 0
         assert wait_for(lambda: not group_members(process.pid), 5)
     finally:

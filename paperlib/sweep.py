@@ -339,8 +339,8 @@ class _Bar:
 
     def __enter__(self) -> "_Bar":
         shown = (
-            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}, {rate_noinv_fmt}"
-            "{postfix}]"
+            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs "
+            "[{elapsed}, {rate_noinv_fmt}{postfix}]"
         )
         self.bar = tqdm(total=self.total, unit=" epochs", bar_format=shown)
         self.show()

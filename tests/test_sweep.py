@@ -256,8 +256,11 @@ def test_a_disk_that_fills_up(tmpfs, threads, monkeypatch):
             pass
 
     monkeypatch.setattr(sweep, "_Note", Fill)
-    with pytest.raises(StoreError, match=r"disk of .* is too small: these runs need"):
-        sweep.collect(seeds(4), store, threads)
+    with (
+        pytest.raises(StoreError, match=r"disk of .* is too small: these runs need"),
+        ThreadPoolExecutor(1) as others,
+    ):
+        sweep.collect(seeds(4), store, others)
     assert len(store.runs()) == 1
     monkeypatch.undo()
     (disk / "filler").unlink()

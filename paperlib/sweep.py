@@ -405,6 +405,7 @@ class _Note:
 
     def __init__(self, store: Path, run: str) -> None:
         self.path, self.last = store / "progress" / run, time.monotonic()
+        self.written = False
 
     def __call__(self, moment) -> None:
         if time.monotonic() - self.last >= POLL:
@@ -412,10 +413,12 @@ class _Note:
             with suppress(OSError):
                 self.path.parent.mkdir(exist_ok=True)
                 self.path.write_text(str(moment.epoch + 1))
+                self.written = True
 
     def remove(self) -> None:
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        if self.written:  # else it is that of whoever has claimed the run
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
 
 def _work(config: Config, store: str, results: Path | None, device: str) -> float | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
@@ -470,6 +471,20 @@ def test_a_changed_byte_of_the_index_changes_no_number(indexed):
         path.write_bytes(changed)
         for frame, other in zip(Store(indexed.path).frames(), expected, strict=True):
             pd.testing.assert_frame_equal(frame, other, check_exact=True)
+
+
+def test_many_write_the_index_at_once(indexed):
+    expected = indexed.frames()
+
+    def open_anew(i: int) -> None:
+        if i % 3 == 0:
+            (indexed.path / "index.parquet").unlink(missing_ok=True)
+        for frame, other in zip(Store(indexed.path).frames(), expected, strict=True):
+            pd.testing.assert_frame_equal(frame, other, check_exact=True)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(open_anew, range(40)))) == 40
+    assert [path.name for path in indexed.path.glob(".*")] == []
 
 
 def test_a_store_that_is_only_read_has_no_index(indexed, monkeypatch):

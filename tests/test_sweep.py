@@ -1,6 +1,7 @@
 """Sweeps: what is missing is run, once, and nothing stops the rest."""
 
 import errno
+import math
 import os
 import pickle
 import signal
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from paperlib import archive, costs, executors, sweep
-from paperlib.config import Config, FilterPruning
-from paperlib.runs import Store, StoreError
+from paperlib.config import Config, FilterPruning, Flatness
+from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.sweep import SweepError
 
 torch.set_num_threads(1)
@@ -200,6 +201,48 @@ def test_a_store_that_cannot_be_written(tmp_path, threads, path):
     with pytest.raises(StoreError, match=f"cannot write to the run store .*{path}"):
         sweep.collect([QUICK], Store(tmp_path / path), threads)
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+# Costs
+
+
+def measured(store: Store, config: Config, seconds: float, device: str = "cpu") -> None:
+    """A record whose epochs took so many seconds each."""
+    frame = pd.DataFrame({"epoch": range(config.epochs), "seconds": seconds})
+    store.write(RunRecord(config, frame, {}, {"device": device}))
+
+
+def test_speeds_are_those_of_runs_alike_on_this_device(store, tmp_path):
+    other = QUICK.with_(pruning=None)
+    narrower = QUICK.with_(width=1 / 32)
+    measured(store, QUICK.with_(seed=3), 2.0)
+    measured(store, QUICK.with_(seed=4), 4.0)
+    measured(store, QUICK.with_(seed=5), 50.0, "cuda")
+    speeds = costs.speeds(store, "cpu")
+    assert speeds.epoch(QUICK) == speeds.epoch(other) == 3.0
+    assert math.isnan(speeds.epoch(narrower))
+    assert math.isnan(speeds.epoch(QUICK.with_(flatness=Flatness(1))))
+    assert costs.speeds(store, "cuda:1").epoch(QUICK) == 50.0
+    measured(store, other.with_(seed=3), 7.0)
+    assert costs.speeds(store, "cpu").epoch(other) == 7.0
+    todo = sweep.states([QUICK, narrower], store)
+    told = sweep.forecast(todo, 0, 2, costs.speeds(store, "cpu"))
+    assert told.startswith("2 runs (2 new): about 6 s, 2 at once, and 1 of unknown length; up to ")
+    # what others measured says nothing of this machine
+    archive.export(store, tmp_path / "results" / "all.parquet")
+    above = Store(tmp_path / "above", tmp_path / "results")
+    assert math.isnan(costs.speeds(above, "cpu").epoch(QUICK))
+
+
+def test_disk_of_records_and_checkpoints(store, threads):
+    one = costs.disk([QUICK], 1)
+    assert costs.disk([QUICK] * 2, 1) > one
+    wide = QUICK.with_(model="vgg11_bn", width=1.0)
+    # two checkpoints of weights and two averages, 9 million floats each
+    assert costs.disk([wide] * 3, 2) - costs.disk([wide] * 3, 1) == pytest.approx(221e6, rel=0.01)
+    sweep.collect([QUICK], store, threads)
+    taken = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    assert taken < one
 
 
 # Disks

@@ -263,7 +263,12 @@ class Store:
 
     def own(self) -> list[str]:
         """Of all runs that have a record in the store itself, damaged ones too."""
-        return sorted(path.stem for path in (self.path / "records").glob("[!.]*.parquet"))
+        try:
+            names = os.listdir(self.path / "records")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        kind = ".parquet"
+        return sorted(n.removesuffix(kind) for n in names if n.endswith(kind) and n[0] != ".")
 
     def records(self, runs: Iterable[str] | None = None) -> list[RunRecord]:
         """The records of `runs`, or all there are."""

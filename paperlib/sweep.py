@@ -205,6 +205,8 @@ def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -
     speeds = costs.speeds(store, device if executor is None else None)
     again = sum(state.state == "failed" for state in todo)
     tell(forecast(todo, again, at_once, speeds))
+    if getattr(executor, "slots", None) == 0:
+        tell("the cluster has no workers yet: the runs wait for some")
     for state in todo:
         if state.state == "damaged":
             tell(f"run again: {state.error}")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from paperlib import data, flatness, models
 
@@ -164,28 +165,48 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 
 def trace(arguments: argparse.Namespace) -> dict:
-    """Tr(C): ours and the loop of batch size 1."""
+    """Tr(C): ours, and the loop of batch size 1, as it is usually written and at its leanest."""
     device, n = arguments.device, 2 * arguments.images
     model = trained("resnet20", arguments.width, arguments.steps, device)
     images, labels = digits(n, device)
     parameters = list(model.parameters())
 
-    def loop() -> float:
+    def usual() -> float:
+        total = 0.0
+        for x, y in DataLoader(TensorDataset(images, labels), batch_size=1):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            total += sum(p.grad.norm().item() ** 2 for p in parameters)
+        model.zero_grad()
+        return total / n
+
+    def lean() -> float:
         total = 0.0
         for x, y in zip(images.split(1), labels.split(1), strict=True):
             gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
             total += float(sum(g.square().sum() for g in gradients))
         return total / n
 
+    methods = {
+        "paperlib": lambda: flatness.gradient_covariance_trace(model, images, labels),
+        "lean loop": lean,
+        "usual loop": usual,
+    }
     flatness.gradient_covariance_trace(model, images[:32], labels[:32])
-    seconds, ours = timed(lambda: flatness.gradient_covariance_trace(model, images, labels))
-    slow, theirs = timed(loop)
+    rows = {
+        name: dict(zip(("seconds", "value"), timed(f), strict=True)) for name, f in methods.items()
+    }
     print(f"Tr(C) of resnet20 at width {arguments.width:g}, {n} images")
-    print(
-        f"paperlib {seconds:.2f} s, loop {slow:.2f} s: {slow / seconds:.1f} times faster;", end=" "
-    )
-    print(f"{ours:.6g} and {theirs:.6g}, relative difference {abs(ours / theirs - 1):.1e}")
-    return {"seconds": seconds, "loop": slow, "ratio": slow / seconds, "values": [ours, theirs]}
+    print(f"{'':20}{'seconds':>9}{'ratio':>7}{'Tr(C)':>12}{'difference':>12}")
+    ours = rows["paperlib"]
+    for name, row in rows.items():
+        row["ratio"] = row["seconds"] / ours["seconds"]
+        row["difference"] = abs(row["value"] / ours["value"] - 1)
+        print(
+            f"{name:20}{row['seconds']:9.2f}{row['ratio']:7.2f}{row['value']:12.6g}"
+            f"{row['difference']:12.1e}"
+        )
+    return rows
 
 
 def cost(arguments: argparse.Namespace) -> list[dict]:

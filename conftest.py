@@ -1,10 +1,13 @@
 """For every test, notebooks too: the smallest profile, and a run store and figures of its own."""
 
 import os
+import signal
 import tempfile
 
 
 def pytest_configure(config):
+    # A job in the background inherits that Ctrl-C is ignored; here it is to be what it is usually.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="paperlib-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ.setdefault("PAPERLIB_PROFILE", "smoke")

@@ -229,7 +229,13 @@ PROFILES = {
             },
             seeds=3,
             warmup=3,
-            flatness={"images": 50, "eigenvalues": 10, "directions": 9, "step": 0.04, "reach": 0.2},
+            flatness={
+                "images": 20,
+                "eigenvalues": 10,
+                "directions": 6,
+                "step": 0.05,
+                "reach": 0.15,
+            },
         ),
         Profile(
             "small",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from paperlib import checkpoints, experiments, packs
-from paperlib.config import Config, ConfigError, from_dict
+from paperlib.config import Config, ConfigError, from_dict, to_dict
 from paperlib.packs import UNREADABLE, Entry
 from paperlib.runs import DamagedRecord, Store, StoreError, write_whole
 
@@ -62,9 +62,10 @@ def describe(store: Store, run: str) -> dict:
 def export(store: Store, file: Path, runs: Iterable[str] | None = None, arrays: bool = True) -> int:
     """Write runs to one Parquet file, and read it again to check it; returns how many they are.
 
+    Of a path to images the file keeps the last part only, as identities do.
     Raises KeyError and DamagedRecord as `Store.read`, StoreError where the file cannot be written.
     """
-    entries = store.entries(runs)
+    entries = [_portable(entry) for entry in store.entries(runs)]
     if not entries:
         raise StoreError(f"there are no runs to export in {store.path}")
     sink = io.BytesIO()
@@ -74,6 +75,12 @@ def export(store: Store, file: Path, runs: Iterable[str] | None = None, arrays: 
         raise StoreError(f"cannot export: {pack.damaged or 'a run has no epochs'}")
     write_whole(Path(file), sink.getvalue())
     return len(entries)
+
+
+def _portable(entry: Entry) -> Entry:
+    config = from_dict(entry.content["config"]).portable
+    about = json.dumps(entry.content | {"config": to_dict(config)})
+    return Entry(entry.run, about, entry.columns)
 
 
 def merge(store: Store, source: Path) -> pd.DataFrame:

@@ -218,12 +218,14 @@ class Config:
 
         Of a path to images only the last part counts, so that records move between machines.
         """
-        content = to_dict(self)
-        kind, _, path = self.data.partition(":")
-        if path:
-            content["data"] = f"{kind}:{PurePath(path).name}"
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(to_dict(self.portable), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def portable(self) -> "Config":
+        """The same configuration, with only the last part of a path to images."""
+        kind, _, path = self.data.partition(":")
+        return self.with_(data=f"{kind}:{PurePath(path).name}") if path else self
 
     @property
     def title(self) -> str:

@@ -587,6 +587,18 @@ def test_an_export_without_arrays(below, tmp_path):
     assert same(mine.read(PRUNED.identity), record())
 
 
+def test_an_export_names_no_folder_of_this_machine(tmp_path):
+    config = PRUNED.with_(data=f"images:{tmp_path}/pictures.zip")
+    store = Store(tmp_path / "mine")
+    store.write(record(config))
+    archive.export(store, tmp_path / "out" / "all.parquet")
+    assert str(tmp_path).encode() not in (tmp_path / "out" / "all.parquet").read_bytes()
+    read = Store(tmp_path / "empty", tmp_path / "out").read(config.identity)
+    assert read.config == config.portable
+    assert read.config.data == "images:pictures.zip"
+    assert PRUNED.portable == PRUNED
+
+
 def test_exported_epochs_are_a_tidy_frame(below):
     frame = pd.read_parquet(below.results / "all.parquet")
     for seed in range(3):

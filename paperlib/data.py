@@ -182,12 +182,17 @@ class Batches:
     def epoch(
         self, order: torch.Generator, augmentation: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass in a random order.
+        """One pass in a random order: each `pick` of what is drawn at the call."""
+        drawn = self.draw(order, augmentation)
+        return (self.pick(*part) for part in zip(*(t.split(self.size) for t in drawn), strict=True))
 
-        Everything random is drawn at the call, from CPU generators, so that every device sees the
-        same batches: a permutation from `order`; then, where the batches augment, corner rows and
-        columns (N, 2) in 0..8 and flips (N,) from `augmentation`, the i-th for the i-th image in
-        the order.
+    def draw(
+        self, order: torch.Generator, augmentation: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """All that is random in one pass, from CPU generators: every device sees the same batches.
+
+        A permutation (N,) from `order`; then, where the batches augment, corner rows and columns
+        (N, 2) in 0..8 and flips (N,) from `augmentation`, the i-th for the i-th image in the order.
         """
         count, device = len(self.labels), self.labels.device
         drawn = [torch.randperm(count, generator=order)]
@@ -196,7 +201,15 @@ class Batches:
                 raise ValueError("batches that augment need a generator for the augmentation")
             drawn.append(torch.randint(2 * self.padding + 1, (count, 2), generator=augmentation))
             drawn.append(torch.randint(2, (count,), generator=augmentation).bool())
-        return self._make([tensor.to(device) for tensor in drawn])
+        return [tensor.to(device) for tensor in drawn]
+
+    def pick(self, indices: Tensor, *augmentation: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of these images (B,): x and y; augmentation: their corners and flips."""
+        if augmentation:
+            images = crop_and_flip(self.pixels, indices, *augmentation, self.height, self.width)
+        else:
+            images = self.pixels.index_select(0, indices)
+        return self._normalise(images), self.labels[indices]
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` images (all, where there are fewer), for measurements, and labels.
@@ -217,14 +230,6 @@ class Batches:
             slice(self.padding, self.padding + self.height),
             slice(self.padding, self.padding + self.width),
         )
-
-    def _make(self, drawn: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices, *augmentation in zip(*(t.split(self.size) for t in drawn), strict=True):
-            if augmentation:
-                images = crop_and_flip(self.pixels, indices, *augmentation, self.height, self.width)
-            else:
-                images = self.pixels.index_select(0, indices)
-            yield self._normalise(images), self.labels[indices]
 
     def evaluation(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass in the images' own order, in batches of `size`, without augmentation.

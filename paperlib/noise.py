@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from paperlib.pruning import FilterPruner, PruningError
+from paperlib.pruning import FilterPruner, Pruner, PruningError
 
 KINDS = ("zeroing", "gaussian", "restored")
 
@@ -42,7 +42,7 @@ class Span:
     passes: int = 0
 
 
-class FilterNoise:
+class FilterNoise(Pruner):
     """Disturbs the filters that a pruner chooses, and stands in for that pruner in training.
 
     Each layer counts the network's forward passes, training and evaluation alike, from its own
@@ -88,7 +88,8 @@ class FilterNoise:
         self.removed = False
         self._spans: dict[str, Span] = {}
         self._paused = False
-        model.register_forward_pre_hook(self._before_pass)
+        pruner.unhook()
+        model.register_forward_pre_hook(self._hook)
 
     def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:
         """One event, as for `FilterPruner.prune`; returns how many filters were chosen."""
@@ -163,8 +164,20 @@ class FilterNoise:
             filters = state[f"noise.filters.{name}"].clone().to(mask.device)
             self._spans[name] = Span(filters, saved, int(state[f"noise.passes.{name}"]))
 
+    @property
+    def due(self) -> bool:
+        """As of the pruner that chooses."""
+        return self.pruner.due
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is noise still to come."""
+        return bool(self._spans)
+
     @torch.no_grad()
-    def _before_pass(self, model: nn.Module, inputs: tuple) -> None:
+    def before_pass(self, training: bool) -> None:
+        """Disturbs the weights, and has the pruner that chooses count the pass."""
+        self.pruner.before_pass(training)
         if self._paused or not self._spans:
             return
         # In forward order: the order of draws must not hang on that of events.

@@ -21,6 +21,7 @@ A network of one's own, residual or not, is pruned in the same way:
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -243,6 +244,45 @@ def _block(add: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module:
 # Pruners
 
 
+class Pruner:
+    """What training asks of whatever prunes; this one prunes nothing.
+
+    A hook on the network calls `before_pass`. Where hooks do not run, as when a captured step is
+    replayed, it is called by hand, within `by_hand`. due: whether the next pass is observed.
+    busy: whether `before_pass` changes weights in the passes to come.
+    """
+
+    due = busy = False
+    _hooked = True
+
+    def hold(self) -> None:
+        """After an optimizer step: what is pruned stays zero."""
+
+    def held(self) -> dict[str, Tensor]:
+        """Parameter name -> bool tensor of its shape, True where pruning holds it at zero."""
+        return {}
+
+    def before_pass(self, training: bool) -> None:
+        """To be called once before each forward pass, in training mode or not."""
+
+    @contextmanager
+    def by_hand(self) -> Iterator[None]:
+        """In this context the network's hooks leave `before_pass` to the caller."""
+        before, self._hooked = self._hooked, False
+        try:
+            yield
+        finally:
+            self._hooked = before
+
+    def unhook(self) -> None:
+        """From now on the network's hooks leave `before_pass` to the caller."""
+        self._hooked = False
+
+    def _hook(self, model: nn.Module, inputs: tuple) -> None:
+        if self._hooked:
+            self.before_pass(model.training)
+
+
 def _norm_of(order: int) -> Callable[[PrunableLayer], Tensor]:
     return lambda layer: layer.conv.weight.flatten(1).norm(p=order, dim=1)
 
@@ -262,7 +302,7 @@ _SCORES = {
 SCORES = (*_SCORES, "activation")
 
 
-class FilterPruner:
+class FilterPruner(Pruner):
     """Prunes whole filters of a network's convolutions, event by event (arXiv 1906.03728).
 
     model: any network torch.fx can trace. fractions: share of each layer's filters that is gone
@@ -337,6 +377,16 @@ class FilterPruner:
         self._refresh()
         return chosen
 
+    @property
+    def due(self) -> bool:
+        """Whether the score "activation" observes the pass that follows."""
+        return self.activation is not None and self.activation.due
+
+    def before_pass(self, training: bool) -> None:
+        """Counts the pass, for the score "activation"."""
+        if self.activation is not None:
+            self.activation.before_pass(training)
+
     def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:
         """One event in every layer, as for `choose`; returns how many filters were removed."""
         chosen = self.choose(event, events)
@@ -387,8 +437,10 @@ class FilterPruner:
                 self._gone[name] = gone
             else:
                 self._gone.pop(name, None)
-            if self.layers[name].sum is not None:
-                self.layers[name].sum.keep = None
+            add = self.layers[name].sum
+            if add is not None and add.keep is not None:
+                # In place: a captured step goes on reading this very tensor.
+                add.keep.copy_(mask.view_as(add.keep))
 
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         layer = self.layers[name]
@@ -427,7 +479,8 @@ class FilterPruner:
                     f"{layer.name!r}, which has none"
                 )
         if score == "activation":
-            self.activation = ActivationScore(model, self.layers.values())
+            self.activation = ActivationScore(self.layers.values())
+            model.register_forward_pre_hook(self._hook)
             return lambda layer: self.activation.scores[layer.name]
         return _SCORES[score]
 
@@ -460,10 +513,10 @@ class ActivationScore:
     training mode, as 0.9 * old + 0.1 * new, from zero.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[PrunableLayer]) -> None:
+    def __init__(self, layers: Iterable[PrunableLayer]) -> None:
         self.passes = 0
+        self.due = False
         self.scores: dict[str, Tensor] = {}
-        self._due = False
         for layer in layers:
             if layer.output is None:
                 raise PruningError(
@@ -474,16 +527,16 @@ class ActivationScore:
                 layer.filters, device=layer.conv.weight.device, dtype=torch.float32
             )
             layer.output.register_forward_hook(self._observer(layer.name))
-        model.register_forward_pre_hook(self._count)
 
-    def _count(self, model: nn.Module, inputs: tuple) -> None:
-        self.passes += model.training
-        self._due = model.training and self.passes % OBSERVE_EVERY == 0
+    def before_pass(self, training: bool) -> None:
+        """Counts passes in training mode; every tenth of them is due."""
+        self.passes += training
+        self.due = training and self.passes % OBSERVE_EVERY == 0
 
     def _observer(self, name: str) -> Callable:
         @torch.no_grad()
         def observe(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if self._due:
+            if self.due:
                 total = output.detach().float().abs().sum(dim=(0, 2, 3))
                 self.scores[name].mul_(OBSERVE_DECAY).add_(total, alpha=1 - OBSERVE_DECAY)
 
@@ -499,7 +552,7 @@ class ActivationScore:
             score.copy_(state[f"score.{name}"])
 
 
-class WeightPruner:
+class WeightPruner(Pruner):
     """Prunes single weights of layers by magnitude, event by event (arXiv 1805.01930).
 
     layer: name of a dense or convolutional layer, or several names; fraction: what is gone of each

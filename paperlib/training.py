@@ -8,10 +8,12 @@ pairs. All streams are drawn on the CPU, so every device sees the same.
 import hashlib
 import importlib
 import math
+import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperlib import checkpoints, data, locks, models, provenance
+from paperlib import checkpoints, data, graphs, locks, models, provenance
 from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
+from paperlib.loop import PlainLoop
 from paperlib.noise import FilterNoise
-from paperlib.pruning import FilterPruner, WeightPruner
+from paperlib.pruning import FilterPruner, Pruner, WeightPruner
 from paperlib.runs import RunRecord, Store
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = {"cpu": 500}
+LARGE_EVALUATION_BATCH = 1000  # on all other devices
 # torch's global generators and torch.fx's tracing belong to the process: threads take turns.
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
 HISTOGRAM_IMAGES = 128
 
 
@@ -114,42 +118,34 @@ def make_pruner(
     return None
 
 
-def evaluate(model: nn.Module, batches: data.Batches, autocast, size: int) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (percent) in evaluation mode, batches of `size`."""
-    model.eval()
-    loss, correct, images = 0.0, 0, 0
-    with torch.inference_mode(), autocast():
-        for x, y in batches.evaluation(size):
-            logits = model(x).float()
-            loss += F.cross_entropy(logits, y, reduction="sum")
-            correct += (logits.argmax(1) == y).sum()
-            images += len(y)
-    model.train()
-    return float(loss) / images, 100 * float(correct) / images
+def make_loop(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruner: Pruner | None,
+    device: torch.device,
+) -> PlainLoop:
+    """How a run trains and evaluates: the plain loop, or on a GPU, with networks of ours, graphs.
 
-
-def train_epoch(
-    model: nn.Module, batches: data.Batches, optimizer, hold, autocast, order, augment
-) -> tuple[float, float]:
-    """One pass over the training images; returns mean loss and accuracy (percent) along it.
-
-    hold: called after each step. order, augment: CPU generators. Nothing in the loop waits for
-    the device.
+    The variable PAPERLIB_PLAIN=1 has the plain loop everywhere.
     """
-    model.train()
-    loss_sum, correct, images = 0.0, 0, 0
-    for x, y in batches.epoch(order, augment):
-        optimizer.zero_grad(set_to_none=True)
-        with autocast():
-            logits = model(x)
-            loss = F.cross_entropy(logits, y)
-        loss.backward()
-        optimizer.step()
-        hold()
-        loss_sum += loss.detach() * len(y)
-        correct += (logits.detach().argmax(1) == y).sum()
-        images += len(y)
-    return float(loss_sum) / images, 100 * float(correct) / images
+
+    def autocast() -> torch.autocast:
+        # No cache of weights: a graph must convert them itself, and each is used once a pass.
+        enabled, cached = config.precision == "bfloat16", device.type != "cuda"
+        return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=cached)
+
+    captured = device.type == "cuda" and config.model in models.MODELS
+    if captured and os.environ.get("PAPERLIB_PLAIN", "0") != "1":
+        return graphs.CapturedLoop(model, optimizer, pruner, autocast)
+    return PlainLoop(model, optimizer, pruner, autocast)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16, rather than emulate it at a fraction of the speed."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.no_grad()
@@ -309,23 +305,97 @@ def run(
     finite, which the store then notes, or where the process that was waited for failed; and
     `locks.Lost` where another process took the run over from this one.
     """
-    if store is not None and config.identity in store:
-        checkpoints.discard(store.path, config.identity)  # its writer may have died before it did
-        return store.read(config.identity)
-    where = choose_device(device)
+    going = _Running(config, store, device, callback, wait)
+    while going.result is None:
+        going.go_on()
+    return going.result
+
+
+def run_together(
+    configs: Iterable[Config],
+    store: Store | None = None,
+    device: str = "auto",
+    callbacks: Iterable[Callable[[Moment], dict[str, np.ndarray] | None] | None] | None = None,
+) -> list[RunRecord | Exception]:
+    """`run` several at once on one device; returns the record of each, or why there is none.
+
+    Each has a CUDA stream of its own. A step of a small network leaves most of a GPU idle; steps
+    of several share it. They take turns in launching their epochs, in this one thread, so that
+    what is random in one does not hang on the others. callbacks: one a run. A run that another
+    process has is not waited for: its `locks.Claimed` is returned. On a CPU it is no faster than
+    one after the other.
+    """
+    configs = list(configs)
+    callbacks = [None] * len(configs) if callbacks is None else callbacks
+    runs = [
+        _Running(config, store, device, callback, wait=False)
+        for config, callback in zip(configs, callbacks, strict=True)
+    ]
+    try:
+        while going := [one for one in runs if one.result is None]:
+            for one in going:
+                try:
+                    one.go_on()
+                except Exception as error:
+                    one.result = error
+    finally:
+        for one in runs:
+            one.close()
+    return [one.result for one in runs]
+
+
+class _Running:
+    """A run that goes on from one wait for the device to the next, on a stream of its own."""
+
+    def __init__(self, config: Config, store: Store | None, device: str, callback, wait: bool):
+        self.result: RunRecord | Exception | None = None
+        if store is not None and config.identity in store:
+            checkpoints.discard(store.path, config.identity)  # its writer may have died before
+            self.result = store.read(config.identity)
+            return
+        where = choose_device(device)
+        self.steps = _claimed(config, store, where, callback, wait)
+        self.stream = torch.cuda.Stream(where) if where.type == "cuda" else None
+
+    def go_on(self) -> None:
+        with ExitStack() as stack:
+            if self.stream is not None:
+                stack.enter_context(torch.cuda.stream(self.stream))
+                # The quickest kernels, found by trial at their first use.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
+            try:
+                next(self.steps)
+            except StopIteration as end:
+                self.result = end.value
+
+    def close(self) -> None:
+        """Give up what a run that is not done has claimed."""
+        if self.result is None:
+            self.steps.close()
+
+
+def _claimed(
+    config: Config, store: Store | None, device: torch.device, callback, wait: bool
+) -> Generator[None, None, RunRecord]:
+    """Check the run, claim it, do it, and read its record."""
     if store is not None:
         store.check_writable()
     with _one_at_a_time:
         make_pruner(config, build(config))  # raises on names it does not know, before data are read
+    if config.precision == "bfloat16" and not native_bfloat16(device):
+        warnings.warn(
+            f"this {device.type} only emulates bfloat16, some hundred times slower than float32",
+            stacklevel=2,
+        )
     if store is None:
-        return _run(config, _dataset(config), where, callback)
+        return (yield from _run(config, _dataset(config), device, callback))
     earlier = store.failure(config.identity)
     with locks.claim(store.path, config.identity, wait) as claim:
         failure = store.failure(config.identity)
         if failure != earlier and failure is not None:
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config.identity not in store:
-            _run_once(config, store, where, callback, claim)
+            yield from _run_once(config, store, device, callback, claim)
         return store.read(config.identity)
 
 
@@ -336,17 +406,17 @@ def _dataset(config: Config, root: Path | None = None) -> data.Dataset:
 
 def _run_once(
     config: Config, store: Store, device: torch.device, callback, claim: locks.Claim
-) -> None:
+) -> Iterator[None]:
     """Run what this process has claimed, and write its record or why it failed."""
     dataset = _dataset(config, store.path / "data")
     checkpoint = Checkpoint(store.path, config, claim)
     try:
         with _one_at_a_time:
             try:
-                record = _run(config, dataset, device, callback, checkpoint)
+                record = yield from _run(config, dataset, device, callback, checkpoint)
             except checkpoints.UnusableCheckpoint as error:
                 checkpoint.set_aside(error)
-                record = _run(config, dataset, device, callback, checkpoint)
+                record = yield from _run(config, dataset, device, callback, checkpoint)
     except (TrainingError, torch.OutOfMemoryError) as error:
         store.fail(config, error)
         if isinstance(error, TrainingError):
@@ -364,7 +434,8 @@ def _run(
     device: torch.device,
     callback,
     checkpoint: Checkpoint | None = None,
-) -> RunRecord:
+) -> Generator[None, None, RunRecord]:
+    """The run itself; it yields wherever it would wait for the device."""
     channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
     classes, channels = len(dataset.classes), dataset.train_images.shape[1]
     model = build(config, classes, channels).to(device, memory_format=channels_last)
@@ -384,17 +455,15 @@ def _run(
     if of_norms:  # before there is a pruner, which may count or watch forward passes
         arrays["untrained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
     pruner = make_pruner(config, model)
-    hold = pruner.hold if pruner is not None else lambda: None
     optimizer = make_optimizer(config, model)
     if checkpoint is not None:
         rows, arrays = checkpoint.restore(model, optimizer, pruner) or (rows, arrays)
     noise = pruner if isinstance(pruner, FilterNoise) else None
     chooser = pruner if noise is None else noise.pruner
-    evaluation_batch = EVALUATION_BATCH if noise is None else config.noise.evaluation_batch
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
+    evaluation_batch = EVALUATION_BATCH.get(device.type, LARGE_EVALUATION_BATCH)
+    if noise is not None:
+        evaluation_batch = config.noise.evaluation_batch
+    loop = make_loop(config, model, optimizer, pruner, device)
     events = Events(config.pruning)
     trained = sum(row["trained"] for row in rows)
     for epoch in range(len(rows), config.epochs):
@@ -410,13 +479,15 @@ def _run(
             order = generator(config.seed, "order", epoch)
             augment = generator(config.seed, "augmentation", epoch)
             with seeded(config.seed, "dropout", epoch):
-                train_loss, train_accuracy = train_epoch(
-                    model, train, optimizer, hold, autocast, order, augment
-                )
+                totals = loop.train(train, order, augment)
             trained += 1
+        tested = loop.evaluate(test, evaluation_batch)
+        yield
+        if not takes_event_only:
+            train_loss, train_accuracy = totals.read()
             if not math.isfinite(train_loss):
                 raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
-        test_loss, pre = evaluate(model, test, autocast, evaluation_batch)
+        test_loss, pre = tested.read()
         removed, post = 0, pre
         if events.at(epoch):
             chooser.generator.manual_seed(stream(config.seed, "filters", epoch))
@@ -429,7 +500,9 @@ def _run(
             noise.remove()
         if removed or noise is not None:
             # With noise every epoch has both evaluations: each of their batches is a pass.
-            test_loss, post = evaluate(model, test, autocast, evaluation_batch)
+            tested = loop.evaluate(test, evaluation_batch)
+            yield
+            test_loss, post = tested.read()
         if not math.isfinite(test_loss):
             raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
         row = {

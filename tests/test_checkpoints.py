@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from paperlib import checkpoints, training
+from paperlib import checkpoints, loop, training
 from paperlib.checkpoints import Checkpoint, UnusableCheckpoint
 from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning
 from paperlib.runs import Store, StoreError
@@ -438,7 +438,7 @@ def test_without_a_store(tmp_path, always, monkeypatch):
 )
 def test_what_a_failed_run_leaves(error, left, store, always, monkeypatch):
     """To be tried from its start where its numbers failed; to go on where the machine did."""
-    real, calls = training.train_epoch, []
+    real, calls = loop.train_epoch, []
 
     def fails(*arguments):
         calls.append(arguments)
@@ -446,7 +446,7 @@ def test_what_a_failed_run_leaves(error, left, store, always, monkeypatch):
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(training, "train_epoch", fails)
+    monkeypatch.setattr(loop, "train_epoch", fails)
     with pytest.raises(type(error)):
         run(VGG, store, "cpu")
     assert checkpoints.progress(store.path, VGG.identity) == left

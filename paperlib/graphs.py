@@ -1,0 +1,180 @@
+"""The fast path on a GPU: training steps and evaluations as CUDA graphs, replayed.
+
+A step of these networks is some hundred short kernels, which a GPU works off faster than Python
+launches them. A CUDA graph holds them all and takes one launch. What it reads and writes are the
+same addresses at every replay, and no Python runs. So a batch is found on the device, by a position
+that moves on; what pruning holds at zero is a mask there; and what a pruner or noise does before a
+forward pass is done before the replay. What a step is, `loop` says.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paperlib.data import Batches
+from paperlib.loop import PlainLoop, Totals, score, step
+from paperlib.pruning import Pruner
+
+
+class Graph(Protocol):
+    """Something that does again what was done when it was made."""
+
+    def replay(self) -> None: ...
+
+
+Capture = Callable[[Callable[[], None]], Graph]
+
+
+class CudaGraphs:
+    """Makes CUDA graphs of what functions launch on the current stream, without executing it.
+
+    All share one pool of memory, as they are replayed one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+            function()
+        return graph
+
+
+class Replays:
+    """Functions of no arguments, each captured at its second call, and replayed.
+
+    A function may only read and write tensors that stay where they are, and must not wait for the
+    device. Its first call is an ordinary one: there, libraries choose their kernels, and optimizers
+    make their state.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._warm: set[Hashable] = set()
+        self._graphs: dict[Hashable, Graph] = {}
+
+    def __call__(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Do `function`, which for this key is always the same, or was until `forget`."""
+        if key not in self._warm:
+            self._warm.add(key)
+            function()
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(function)
+        self._graphs[key].replay()
+
+    def forget(self) -> None:
+        """Capture afresh: what the graphs hold has changed."""
+        self._graphs.clear()
+
+
+class CapturedLoop(PlainLoop):
+    """As `PlainLoop`, by graphs; its numbers are the same up to rounding.
+
+    For one set of training images and one of test images. capture: makes a graph of a function;
+    CUDA's, unless a test brings its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        pruner: Pruner | None,
+        autocast: Callable[[], AbstractContextManager],
+        capture: Capture | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, pruner, autocast)
+        self._replays = Replays(capture or CudaGraphs())
+        self._parameters = dict(model.named_parameters())
+        self._keep: dict[str, Tensor] = {}  # 1 where a parameter is free, 0 where it is held
+        self._rates: list[float] = []
+        self._drawn: list[Tensor] = []
+        device = next(model.parameters()).device
+        self._position = torch.zeros((), dtype=torch.int64, device=device)
+        self._loss = torch.zeros((), device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+
+    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
+        """One pass over the training images."""
+        self.model.train()
+        self._refresh()
+        self._start()
+        drawn = batches.draw(order, augment)
+        self._drawn = self._drawn or [torch.empty_like(tensor) for tensor in drawn]
+        for kept, new in zip(self._drawn, drawn, strict=True):
+            kept.copy_(new)
+        images = len(batches.labels)
+        with self.pruner.by_hand():
+            for size in _sizes(images, batches.size):
+                self.pruner.before_pass(training=True)
+                key = "train", size, self.pruner.due
+                self._replays(key, lambda size=size: self._train_batch(batches, size))
+        return self._totals(images)
+
+    def evaluate(self, batches: Batches, size: int) -> Totals:
+        """One pass over the test images, in batches of `size`."""
+        if self.pruner.busy:  # every pass changes weights
+            return super().evaluate(batches, size)
+        self.model.eval()
+        self._refresh()
+        self._start()
+        self.pruner.before_pass(training=False)
+        with self.pruner.by_hand():
+            self._replays(("test", size), lambda: self._evaluate(batches, size))
+        self.model.train()
+        return self._totals(len(batches.labels))
+
+    def _train_batch(self, batches: Batches, size: int) -> None:
+        rows = self._position + torch.arange(size, device=self._position.device)
+        x, y = batches.pick(*(drawn.index_select(0, rows) for drawn in self._drawn))
+        self._add(*step(self.model, self.optimizer, self._hold, self.autocast, x, y))
+        self._position += size
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Batches, size: int) -> None:
+        for x, y in batches.evaluation(size):
+            self._add(*score(self.model, self.autocast, x, y))
+
+    def _add(self, loss: Tensor, correct: Tensor) -> None:
+        self._loss += loss
+        self._correct += correct
+
+    def _start(self) -> None:
+        for tensor in (self._position, self._loss, self._correct):
+            tensor.zero_()
+
+    def _totals(self, images: int) -> Totals:
+        return Totals(self._loss.clone(), self._correct.clone(), images)
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        if self._keep:
+            parameters = [self._parameters[name] for name in self._keep]
+            torch._foreach_mul_(parameters, list(self._keep.values()))
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Bring up to date what the graphs read, and forget them where they hold something else."""
+        held = self.pruner.held()
+        if new := held.keys() - self._keep.keys():
+            self._keep |= {name: torch.ones_like(self._parameters[name]) for name in new}
+            self._replays.forget()
+        for name, keep in self._keep.items():
+            keep.fill_(1).masked_fill_(held[name], 0)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if rates != self._rates:
+            self._rates = rates
+            self._replays.forget()
+            for group in self.optimizer.param_groups:
+                if "capturable" in group:
+                    group["capturable"] = True
+
+
+def _sizes(images: int, size: int) -> Iterator[int]:
+    """Of each batch of a pass over so many images."""
+    for start in range(0, images, size):
+        yield min(size, images - start)

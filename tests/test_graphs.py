@@ -1,0 +1,311 @@
+"""Captured steps against the plain loop.
+
+On a CPU CUDA graphs are stood in for by `Recording`, which is as strict as they are: it writes down
+each operation with the very tensors it read and wrote, and does those again, without any Python
+between them; and it refuses what a capture refuses.
+"""
+
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from paperlib import graphs, training
+from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning
+from paperlib.graphs import CapturedLoop, Replays
+from paperlib.training import run, run_together
+
+torch.set_num_threads(1)
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Recording(TorchDispatchMode):
+    """A graph of a function, as on a GPU, but executed once when it is made."""
+
+    made = 0
+
+    def __init__(self, function):
+        super().__init__()
+        self.operations, self.fresh = [], True
+        Recording.made += 1
+        with self:
+            function()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in WAITS:
+            raise RuntimeError(f"{name} waits for the device within a capture")
+        out = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        if self.fresh:  # executed when it was made
+            self.fresh = False
+            return
+        for function, args, kwargs, out in self.operations:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """All runs by captured loops; gives what makes their graphs, which counts them."""
+
+    def make_loop(config, model, optimizer, pruner, device):
+        loop = plain(config, model, optimizer, pruner, device)
+        return CapturedLoop(model, optimizer, pruner, loop.autocast, Recording)
+
+    plain = training.make_loop
+    monkeypatch.setattr(training, "make_loop", make_loop)
+    monkeypatch.setattr(Recording, "made", 0)
+    return Recording
+
+
+BASE = Config(
+    data="digits",
+    train_per_class=5,
+    test_per_class=6,
+    width=1 / 16,
+    epochs=5,
+    batch=16,
+    learning_rate=0.01,
+)
+CONV = BASE.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
+PRUNING = FilterPruning((0.3, 0.3, 0.3, 0.9), ((1,), (1, 2), (2,), (1, 2, 3)), target="largest")
+ALL = ((1, 2), (1, 2), (2,), (1, 3))
+PLAIN_NORM = FilterPruning(PRUNING.fractions, PRUNING.epochs, target="largest", norm=False)
+SETTINGS = {
+    "plain": BASE,
+    "milestones": BASE.with_(milestones=(2, 3)),
+    "sgd": BASE.with_(optimizer="sgd", momentum=0.9, weight_decay=0.01, augment=True),
+    "filters": BASE.with_(pruning=PRUNING),
+    "scratch": BASE.with_(pruning=FilterPruning((0.3, 0.9), scratch=True)),
+    "residual": BASE.with_(  # of 5 batches: the 10th pass, which is observed, ends an epoch
+        model="resnet18",
+        batch=10,
+        pruning=FilterPruning((0.25, 0.4, 0.25, 0.9), ALL, "activation"),
+    ),
+    "many layers": BASE.with_(
+        model="resnet20", width=0.5, pruning=FilterPruning((0.2,) * 18, ((1, 3),) * 18, "l1")
+    ),
+    "weights": CONV.with_(pruning=WeightPruning(("dense",), (0.9,), (1, 2, 3))),
+    "dropout": CONV.with_(dropout=(0.25, 0.5), augment=True),
+    "zeroing": BASE.with_(pruning=PLAIN_NORM, noise=Noise("zeroing", 5, 16)),
+    "gaussian": BASE.with_(pruning=PLAIN_NORM, noise=Noise("gaussian", 9, 16)),
+    "restored": BASE.with_(pruning=PLAIN_NORM, noise=Noise("restored", 3, 16)),
+    "flatness": BASE.with_(
+        pruning=PRUNING, flatness=Flatness(3, images=8, eigenvalues=2, directions=1, step=0.2)
+    ),
+    "histograms": BASE.with_(pruning=PRUNING, histograms=True),
+}
+
+
+def numbers(config: Config, **options) -> pd.DataFrame:
+    return run(config, device="cpu", **options).epochs.drop(columns="seconds")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_as_the_plain_loop(name, captured, monkeypatch):
+    rows = numbers(SETTINGS[name])
+    assert captured.made > 0
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(rows, numbers(SETTINGS[name]), rtol=1e-6)
+
+
+def test_few_graphs(captured):
+    """One for each size of a batch and one for the test images: not one an epoch or an event."""
+    numbers(BASE.with_(epochs=8))
+    assert captured.made == 3
+    captured.made = 0
+    epochs = tuple(range(2, 10))
+    numbers(BASE.with_(epochs=12, pruning=FilterPruning((0.9,), (epochs,))))
+    assert captured.made <= 6
+
+
+def test_what_waits_cannot_be_captured():
+    def waits():
+        float(torch.ones(1).sum())
+
+    with pytest.raises(RuntimeError, match="waits"):
+        Recording(waits)
+
+
+def test_the_first_call_is_an_ordinary_one():
+    made, calls = [], []
+
+    class Counted:
+        def __init__(self, function):
+            made.append(function)
+
+        def replay(self):
+            calls.append("replayed")
+
+    replays = Replays(Counted)
+    for _ in range(3):
+        replays("a", lambda: calls.append("called"))
+    assert calls == ["called", "replayed", "replayed"]
+    assert len(made) == 1
+    replays.forget()
+    replays("a", lambda: calls.append("called"))
+    assert calls[3:] == ["replayed"]
+    assert len(made) == 2
+    replays("b", lambda: calls.append("called"))
+    assert calls[4:] == ["called"]
+
+
+def test_a_run_that_was_stopped(captured, tmp_path, monkeypatch):
+    from paperlib import checkpoints
+    from paperlib.runs import Store
+
+    class Stopped(Exception):
+        pass
+
+    def stop(moment):
+        if moment.epoch == 3:
+            raise Stopped
+
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", 1e9)
+    config, store = SETTINGS["residual"], Store(tmp_path, tmp_path / "none")
+    with pytest.raises(Stopped):
+        numbers(config, store=store, callback=stop)
+    record = run(config, store, "cpu")
+    assert record.provenance["resumed"][0]["epochs"] == 3
+    expected = numbers(config)
+    pd.testing.assert_frame_equal(record.epochs.drop(columns="seconds"), expected, rtol=1e-6)
+
+
+def test_the_plain_loop_is_chosen_on_a_cpu():
+    model = training.build(BASE)
+    optimizer = training.make_optimizer(BASE, model)
+    loop = training.make_loop(BASE, model, optimizer, None, torch.device("cpu"))
+    assert type(loop) is training.PlainLoop
+
+
+@pytest.mark.parametrize(
+    ("model", "plain", "expected"),
+    [
+        ("vgg11_bn", "0", "CapturedLoop"),
+        ("vgg11_bn", "1", "PlainLoop"),
+        ("tests.test_graphs:network", "0", "PlainLoop"),
+    ],
+)
+def test_where_graphs_are_used(model, plain, expected, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaGraphs", lambda: Recording)
+    monkeypatch.setenv("PAPERLIB_PLAIN", plain)
+    network = training.build(BASE)
+    optimizer = training.make_optimizer(BASE, network)
+    config = BASE.with_(model=model)
+    loop = training.make_loop(config, network, optimizer, None, torch.device("cuda"))
+    assert type(loop).__name__ == expected
+
+
+# Several at once
+
+TOGETHER = ("filters", "dropout", "gaussian", "residual")
+
+
+@pytest.mark.parametrize("with_graphs", [False, True])
+def test_together_as_alone(with_graphs, request):
+    expected = [numbers(SETTINGS[name]) for name in TOGETHER]
+    if with_graphs:
+        request.getfixturevalue("captured")
+    records = run_together([SETTINGS[name] for name in TOGETHER], device="cpu")
+    for record, alone in zip(records, expected, strict=True):
+        rows = record.epochs.drop(columns="seconds")
+        pd.testing.assert_frame_equal(rows, alone, rtol=1e-6)
+
+
+def test_one_that_fails_leaves_the_others(tmp_path):
+    from paperlib.runs import Store
+
+    store = Store(tmp_path, tmp_path / "none")
+    bad = BASE.with_(learning_rate=1e30, optimizer="sgd")
+    wrong = BASE.with_(pruning=FilterPruning((0.5,), ((1,),), "loudest"))
+    first, second, third = run_together([bad, BASE, wrong], store, "cpu")
+    assert isinstance(first, training.TrainingError)
+    assert "loudest" in str(third)
+    assert second.epochs.drop(columns="seconds").equals(numbers(BASE))
+    assert BASE.identity in store
+    assert bad.identity in store.failures()
+    again = run_together([BASE], store, "cpu")
+    assert again[0].provenance == second.provenance
+
+
+def test_one_that_another_process_has(tmp_path):
+    from paperlib import locks
+    from paperlib.runs import Store
+
+    store = Store(tmp_path, tmp_path / "none")
+    other = BASE.with_(seed=1)
+    with locks.claim(store.path, other.identity, wait=False):
+        claimed, done = run_together([other, BASE], store, "cpu")
+    assert isinstance(claimed, locks.Claimed)
+    assert done.run == BASE.identity
+
+
+def test_stopped_together(tmp_path):
+    from paperlib import locks
+    from paperlib.runs import Store
+
+    def stop(moment):
+        raise KeyboardInterrupt
+
+    store, seeds = Store(tmp_path, tmp_path / "none"), [BASE.with_(seed=i) for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        run_together(seeds, store, "cpu", [None, stop, None])
+    for config in seeds:
+        with locks.claim(store.path, config.identity, wait=False):
+            pass
+    assert not store.failures()
+
+
+# What a CPU without bfloat16 says
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_emulated_bfloat16_is_said(native, monkeypatch):
+    monkeypatch.setattr(training, "native_bfloat16", lambda device: native)
+    config = BASE.with_(model="conv4", precision="bfloat16", epochs=1, train_per_class=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(config, device="cpu")
+    assert any("emulates bfloat16" in str(w.message) for w in caught) is not native
+
+
+# On a GPU
+
+
+@on_gpu
+@pytest.mark.parametrize("name", SETTINGS)
+def test_cuda_graphs_against_the_plain_loop(name, monkeypatch):
+    config = SETTINGS[name].with_(epochs=max(4, SETTINGS[name].epochs))
+    rows = run(config, device="cuda").epochs
+    monkeypatch.setenv("PAPERLIB_PLAIN", "1")
+    plain = run(config, device="cuda").epochs
+    assert rows.removed.equals(plain.removed)
+    early = slice(0, 2)  # kernels chosen otherwise round otherwise, and that grows
+    assert rows.train_loss[early].to_numpy() == pytest.approx(
+        plain.train_loss[early].to_numpy(), rel=2e-2, nan_ok=True
+    )
+    assert rows.train_loss.iloc[-1] == pytest.approx(plain.train_loss.iloc[-1], rel=0.3)
+
+
+@on_gpu
+def test_streams_against_one_after_the_other():
+    configs = [SETTINGS["plain"].with_(seed=seed) for seed in range(4)]
+    together = run_together(configs, device="cuda")
+    for config, record in zip(configs, together, strict=True):
+        alone = run(config, device="cuda")
+        assert record.epochs.train_loss[:2].to_numpy() == pytest.approx(
+            alone.epochs.train_loss[:2].to_numpy(), rel=2e-2
+        )

@@ -31,7 +31,9 @@ def _options(*, execution: bool, profile: str | None = "demo") -> Callable:
     if execution:
         shared += [
             click.option(
-                "--jobs", type=click.IntRange(1), help="runs at once  [default: a core each]"
+                "--jobs",
+                type=click.IntRange(1),
+                help="processes  [default: one a core, or one a GPU]",
             ),
             click.option(
                 "--device", default="auto", show_default=True, help="auto, cpu, cuda, mps"
@@ -39,7 +41,7 @@ def _options(*, execution: bool, profile: str | None = "demo") -> Callable:
             click.option(
                 "--per-device",
                 type=click.IntRange(1),
-                help="runs at once on each GPU  [default: 1]",
+                help="runs at once on each GPU, in one process  [default: 1]",
             ),
             click.option("--cluster", metavar="ADDRESS", help="Dask: tcp://HOST:PORT or local:N"),
             click.option(

@@ -191,17 +191,20 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def devices(asked: str, jobs: int | None, per_device: int | None, cores: int) -> list[str]:
-    """The device of each process: all GPUs in turn, `per_device` processes on each, or the CPU.
+def devices(
+    asked: str, jobs: int | None, per_device: int | None, cores: int
+) -> tuple[list[str], int]:
+    """The device of each process, and how many runs one process does at once.
 
-    jobs: how many processes, whatever there is; by default one a GPU, or one of `cores`.
+    By default a process a GPU, for all there are, with `per_device` runs at once in each; on the
+    CPU one process a core with one run. jobs: how many processes, whatever there is.
     """
     count = gpus() if asked in ("auto", "cuda") else 0
     if count:
-        return [f"cuda:{i % count}" for i in range(jobs or count * (per_device or 1))]
+        return [f"cuda:{i % count}" for i in range(jobs or count)], per_device or 1
     if asked.startswith("cuda"):
-        return [asked] * (jobs or per_device or 1)
-    return [asked] * (jobs or per_device or cores)
+        return [asked] * (jobs or 1), per_device or 1
+    return [asked] * (jobs or per_device or cores), 1
 
 
 class Cluster(Executor):

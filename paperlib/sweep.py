@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from paperlib import checkpoints, costs, executors, locks
 from paperlib.config import Config, to_dict
 from paperlib.packs import Entry
-from paperlib.runs import Store, StoreError
+from paperlib.runs import RunRecord, Store, StoreError
 
 TRIES = 3  # how often a run is begun whose process dies
 DEATHS = 9  # so many in a row, and something else is wrong
@@ -163,8 +163,9 @@ def execute(
 
     executor: any `concurrent.futures.Executor` (runs in threads of one process take turns); by
     default local processes of one thread each, which is both the fastest way to do several runs
-    on a CPU and what keeps their numbers the same however many run at once: `jobs` of them, or
-    `per_device` on each GPU. send_back: workers keep a store of their own and send the records.
+    on a CPU and what keeps their numbers the same however many run at once: `jobs` of them. On
+    GPUs there is a process for each, which does `per_device` runs at once, by
+    `training.run_together`. send_back: workers keep a store of their own and send the records.
     tell: is given lines for people, before anything is run.
 
     Runs that failed before are left alone unless retry_failed. A run that fails does not stop the
@@ -194,13 +195,15 @@ def execute(
 
 
 def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -> list[str]:
-    devices = []
+    devices, together = [], 1
     if executor is None:
-        devices = executors.devices(device, jobs, per_device, default_jobs())[: len(todo)]
+        devices, together = executors.devices(device, jobs, per_device, default_jobs())
+        devices = devices[: len(todo)]
+        together = min(together, math.ceil(len(todo) / len(devices)))
     if not send_back:
         _fetch([state.config for state in todo], store)
     store.check_writable()
-    at_once = len(devices) or getattr(executor, "slots", 0) or None
+    at_once = together * len(devices) or getattr(executor, "slots", 0) or None
     costs.check_disk([s.config for s in todo], at_once or 1, store.path)
     speeds = costs.speeds(store, device if executor is None else None)
     again = sum(state.state == "failed" for state in todo)
@@ -211,7 +214,7 @@ def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -
         if state.state == "damaged":
             tell(f"run again: {state.error}")
     pool = executor or executors.Processes(devices)
-    work = _Sweep(pool, todo, store, device, send_back, speeds)
+    work = _Sweep(pool, todo, store, device, send_back, speeds, together)
     try:
         work.run()
     except BaseException:
@@ -237,11 +240,12 @@ def _fetch(todo: list[Config], store: Store) -> None:
 class _Sweep:
     """Runs on their way through an executor."""
 
-    def __init__(self, executor, todo, store, device, send_back, speeds) -> None:
+    def __init__(self, executor, todo, store, device, send_back, speeds, together) -> None:
         self.executor, self.store, self.device, self.send_back = executor, store, device, send_back
         self.todo: dict[str, State] = {state.run: state for state in todo}
+        self.together = together
         self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self.pending: dict[Future, State] = {}
+        self.pending: dict[Future, list[State]] = {}
         self.elsewhere: dict[str, float] = {}  # when each was found claimed
         self.tries, self.deaths = Counter(), 0
         self.failed: list[str] = []
@@ -250,8 +254,8 @@ class _Sweep:
     def run(self) -> None:
         """Until every run is done, here or elsewhere, or has failed."""
         with self.bar:
-            for state in self.todo.values():
-                self._submit(state)
+            for states in _bundles(list(self.todo.values()), self.together):
+                self._submit(states)
             while self.pending or self.elsewhere:
                 with suppress(queue.Empty):
                     if self.pending:
@@ -267,41 +271,51 @@ class _Sweep:
         for future in self.pending:
             future.cancel()
 
-    def _submit(self, state: State) -> None:
+    def _submit(self, states: list[State]) -> None:
+        configs = [state.config for state in states]
         if self.send_back:
-            future = self.executor.submit(_work_and_send, state.config, self.device)
+            future = self.executor.submit(_work_and_send, configs, self.device)
         else:
             places = str(self.store.path.absolute()), self.store.results
-            future = self.executor.submit(_work, state.config, *places, self.device)
-        self.pending[future] = state
+            future = self.executor.submit(_work, configs, *places, self.device)
+        self.pending[future] = states
         future.add_done_callback(self.finished.put)
 
     def _take(self, future: Future) -> None:
-        state = self.pending.pop(future)
+        states = self.pending.pop(future)
         try:
-            result = future.result()
-            if result is not None and self.send_back:
-                entry, arrays = result
-                self.store.put(entry, arrays)
-                result = float(entry.columns["seconds"].mean())
+            outcomes = future.result()
+            self.deaths = 0
         except (Exception, CancelledError) as error:
-            self._failed(state, error)
-            return
-        self.deaths = 0
-        if result is None:
-            self.elsewhere[state.run] = time.monotonic()
-        else:
-            self.bar.done(state, result)
+            outcomes = [error] * len(states)
+            self._count_death(error)
+        for state, outcome in zip(states, outcomes, strict=True):
+            if self.send_back and isinstance(outcome, tuple):
+                entry, arrays = outcome
+                try:
+                    self.store.put(entry, arrays)
+                    outcome = float(entry.columns["seconds"].mean())
+                except StoreError as error:
+                    outcome = error
+            if isinstance(outcome, BaseException):
+                self._failed(state, outcome)
+            elif outcome is None:
+                self.elsewhere[state.run] = time.monotonic()
+            else:
+                self.bar.done(state, outcome)
+
+    def _count_death(self, error: BaseException) -> None:
+        if executors.died(error):
+            self.deaths += 1
+            if self.deaths >= DEATHS:
+                raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
 
     def _failed(self, state: State, error: BaseException) -> None:
         if executors.died(error):
             self.tries[state.run] += 1
-            self.deaths += 1
-            if self.deaths >= DEATHS:
-                raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
             if self.tries[state.run] < TRIES:
                 try:
-                    self._submit(state)
+                    self._submit([state])  # alone: of several, one may be what they die of
                     return
                 except RuntimeError:  # an executor that is broken takes nothing more
                     pass
@@ -322,7 +336,7 @@ class _Sweep:
             if run in whole:
                 self.bar.done(self.todo[run], None)
             elif time.monotonic() - since > ASK:
-                self._submit(self.todo[run])
+                self._submit([self.todo[run]])
             else:
                 continue
             del self.elsewhere[run]
@@ -423,33 +437,52 @@ class _Note:
                 self.path.unlink(missing_ok=True)
 
 
-def _work(config: Config, store: str, results: Path | None, device: str) -> float | None:
-    """In a worker: do one run; returns mean seconds an epoch, None where others have claimed it.
+def _bundles(states: list[State], size: int) -> list[list[State]]:
+    """Lists of at most `size` runs to be done at once, of those that take about as long."""
+    if size > 1:  # stable: seeds of a setting stay together
+        states = sorted(states, key=lambda s: (s.config.model, s.config.data, s.config.epochs))
+    return [states[i : i + size] for i in range(0, len(states), size)]
 
-    What a caller can put right comes back as a StoreError or so.
+
+def _work(
+    configs: list[Config], store: str, results: Path | None, device: str
+) -> list[float | Exception | None]:
+    """In a worker: do runs, at once where they are several.
+
+    Returns of each its mean seconds an epoch, None where others have claimed it, or why it failed;
+    what a caller can put right as a StoreError.
     """
     from paperlib import training
 
-    note = _Note(Path(store), config.identity)
+    notes = [_Note(Path(store), config.identity) for config in configs]
     try:
         where = executors.mine(device)
-        record = training.run(config, Store(store, results), where, note, wait=False)
-        return float(record.epochs.seconds.mean())
-    except locks.Claimed:
-        return None
-    except StoreError:
-        raise
-    except Exception as error:
-        # Some exceptions cannot be sent between processes; their text always can.
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        records = training.run_together(configs, Store(store, results), where, notes)
+        return [_outcome(record) for record in records]
     finally:
-        note.remove()
+        for note in notes:
+            note.remove()
 
 
-def _work_and_send(config: Config, device: str) -> tuple[Entry, bytes | None] | None:
-    """In a worker with a store of its own: do one run; returns what `Store.put` takes."""
-    store = Store()
-    if _work(config, str(store.path), store.results, device) is None:
+def _outcome(record: RunRecord | Exception) -> float | Exception | None:
+    if isinstance(record, locks.Claimed):
         return None
-    (entry,) = store.entries([config.identity])
-    return entry, store.arrays(entry)
+    if isinstance(record, StoreError):
+        return record
+    if isinstance(record, Exception):
+        # Some exceptions cannot be sent between processes; their text always can.
+        return RuntimeError(f"{type(record).__name__}: {record}")
+    return float(record.epochs.seconds.mean())
+
+
+def _work_and_send(
+    configs: list[Config], device: str
+) -> list[tuple[Entry, bytes | None] | Exception | None]:
+    """In a worker with a store of its own: as `_work`, but records as `Store.put` takes them."""
+    store = Store()
+    outcomes: list = _work(configs, str(store.path), store.results, device)
+    for i, config in enumerate(configs):
+        if isinstance(outcomes[i], float):
+            (entry,) = store.entries([config.identity])
+            outcomes[i] = entry, store.arrays(entry)
+    return outcomes

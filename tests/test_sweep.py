@@ -350,19 +350,53 @@ def test_number_of_jobs(monkeypatch, given, expected):
 @pytest.mark.parametrize(
     ("asked", "jobs", "per_device", "gpus", "expected"),
     [
-        ("auto", None, None, 0, ["auto"] * 5),
-        ("cpu", None, None, 2, ["cpu"] * 5),
-        ("auto", 3, None, 0, ["auto"] * 3),
-        ("auto", None, 2, 0, ["auto"] * 2),
-        ("auto", None, None, 2, ["cuda:0", "cuda:1"]),
-        ("cuda", None, 2, 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
-        ("cuda", 3, None, 2, ["cuda:0", "cuda:1", "cuda:0"]),
-        ("cuda:1", None, 2, 2, ["cuda:1"] * 2),
+        ("auto", None, None, 0, (["auto"] * 5, 1)),
+        ("cpu", None, None, 2, (["cpu"] * 5, 1)),
+        ("auto", 3, None, 0, (["auto"] * 3, 1)),
+        ("auto", None, 2, 0, (["auto"] * 2, 1)),
+        ("auto", None, None, 2, (["cuda:0", "cuda:1"], 1)),
+        ("cuda", None, 4, 2, (["cuda:0", "cuda:1"], 4)),
+        ("cuda", 3, None, 2, (["cuda:0", "cuda:1", "cuda:0"], 1)),
+        ("cuda:1", None, 2, 2, (["cuda:1"], 2)),
+        ("cuda:1", 2, 3, 2, (["cuda:1"] * 2, 3)),
     ],
 )
 def test_devices(monkeypatch, asked, jobs, per_device, gpus, expected):
     monkeypatch.setattr(executors, "gpus", lambda: gpus)
     assert executors.devices(asked, jobs, per_device, cores=5) == expected
+
+
+# Several runs at once in one process, as on a GPU
+
+
+def test_bundles_are_of_runs_alike(store):
+    long = [config.with_(epochs=3) for config in seeds(3)]
+    mixed = [config for pair in zip(seeds(3), long, strict=True) for config in pair]
+    states = sweep.states(mixed, store)
+    bundles = sweep._bundles(states, 2)
+    assert sorted(s.run for b in bundles for s in b) == sorted(s.run for s in states)
+    assert [[s.config.epochs for s in b] for b in bundles] == [[2, 2], [2, 3], [3, 3]]
+    assert [b for (b,) in sweep._bundles(states, 1)] == states
+
+
+def test_at_once_in_each_process(store, tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(executors, "devices", lambda *_: (["cpu", "cpu"], 3))
+    told = []
+    with pytest.raises(SweepError, match="1 of 5 runs failed") as caught:
+        sweep.execute([*seeds(4), DIVERGING], store, tell=told.append)
+    assert "the loss of" in str(caught.value)
+    epochs, _ = sweep.collect(seeds(4), Store(tmp_path / "alone"), threads)
+    together, _ = sweep.collect(seeds(4), store)
+    assert epochs.drop(columns="seconds").equals(together.drop(columns="seconds"))
+
+
+def test_what_several_die_of_is_found(store, dying, tmp_path, monkeypatch):
+    (tmp_path / "lives").write_text("9")
+    monkeypatch.setattr(executors, "devices", lambda *_: (["cpu"], 3))
+    with pytest.raises(SweepError, match="1 of 3 runs failed"):
+        sweep.execute([dying, *seeds(2)], store)
+    assert (tmp_path / "lives").read_text() == "6"
+    assert sorted(store.identities()) == sorted(c.identity for c in seeds(2))
 
 
 # Workers that die

@@ -1,0 +1,105 @@
+"""The benchmarks compare the same network, count right, and run to their end; no test of times."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gpu, training
+from paperlib import data
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", training.SETTINGS)
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_the_ordinary_network_is_the_pruned_one(name, mode):
+    config = training.setting(name, width=1 / 4)
+    ours, pruner = training.pruned(config)
+    ordinary = training.masked(config)
+    assert any(not mask.all() for mask in pruner.masks.values())
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = ours.train(mode)(x)
+    torch.testing.assert_close(ordinary.train(mode)(x), expected, atol=1e-4, rtol=1e-4)
+    for module in ordinary.modules():  # by masks alone: nothing is zero in itself
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.flatten(1).any(1).all()
+
+
+def test_operations_of_a_step_are_those_counted_by_hand():
+    forward = {
+        "first": 32 * 27 * 32 * 32,
+        "second": 32 * 9 * 32 * 30 * 30,
+        "third": 64 * 9 * 32 * 15 * 15,
+        "fourth": 64 * 9 * 64 * 13 * 13,
+        "dense": 2304 * 512,
+        "last": 512 * 10,
+    }
+    # Forward, and the gradients of weights and of inputs; not of the images.
+    products = 3 * sum(forward.values()) - forward["first"]
+    assert training.step_flops(training.setting("conv4")) == 2 * products
+
+
+def test_images_are_written_as_data_takes_them():
+    with training.written_images(40, 20) as spec:
+        dataset = data.load(spec)
+    assert dataset.train_images.shape == (40, 3, 32, 32)
+    assert dataset.train_labels.bincount().tolist() == [4] * 10
+    assert dataset.test_labels.bincount().tolist() == [2] * 10
+
+
+def test_an_event_every_epoch_means_two_evaluations():
+    config = training.event_every_epoch(training.setting("vgg11_bn"), 3)
+    assert config.pruning.epochs == ((0, 1, 2),) * 4
+    assert training.event_every_epoch(training.setting("conv4"), 3).pruning.epochs == (0, 1, 2)
+
+
+def test_a_process_that_fails_is_said():
+    config = training.setting("conv4", width=1 / 16)
+    with pytest.raises(RuntimeError, match="no kind"):
+        training.at_once(1, "no kind", config=config, train=32, test=32, threads=1)
+
+
+def test_training_tables(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --product 64 --seconds 0"
+    small = [*small.split(), "--tested", "250", "--out", str(out)]
+    results = training.main(small)
+    assert json.loads(out.read_text()) == results
+    assert set(results) == {"machine", "speed", "threads", "memory", "evaluation", "whole"}
+    speed = {(row["loop"], row["precision"]): row for row in results["speed"]}
+    assert speed["ordinary", "float32"]["training x"] == 1
+    assert speed["paperlib", "float32"]["of peak"] > 0
+    native = training.precisions(CPU)["bfloat16"]
+    assert ("note" in speed["paperlib", "bfloat16"]) is not native
+    assert "not native" in capsys.readouterr().out or native
+
+
+def test_all_that_a_gpu_is_for_runs_without_one(tmp_path):
+    out = tmp_path / "gpu.json"
+    results = gpu.main(["--device", "cpu", "--tiny", "--minutes", "9", "--out", str(out)])
+    assert json.loads(out.read_text()) == results
+    assert set(results) == {"machine", *gpu.PARTS}
+    for name in gpu.PARTS:
+        assert results[name], name
+        assert not [row for row in results[name] if gpu.NOTE in row], name
+    loops = {row["loop"] for row in results["epochs"]}
+    assert loops >= {"matrix product", "ordinary, 2 workers", "captured", "plain", "training.run"}
+    (row,) = [row for row in results["runs"] if str(row.get("of", "")).endswith("160 images")]
+    hours = row["minutes of 60 runs"] / 60
+    assert hours == pytest.approx(60 * 325 * 160 / row["images a second"] / 3600)
+    for row in results["agreement"]:  # without graphs it is the plain loop twice
+        assert row["captured losses"] == row["losses"]
+
+
+def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):
+    plan = gpu.tiny({"device": "cpu", "data": "digits", "end": time.time(), "cache": str(tmp_path)})
+    rows = []
+    gpu.perform("agreement", plan, rows.append)
+    assert len(rows) == 4
+    assert all(row[gpu.NOTE].startswith("left out") for row in rows)
+    rows.clear()
+    gpu.perform("epochs", replace(plan, end=time.time() - gpu.SPARE), rows.append)
+    assert rows[-1][gpu.NOTE] == "stopped: the time was up"

@@ -166,8 +166,8 @@ class Config:
     a name of `models.MODELS`, or "package.module:function". learning_rate is multiplied by 0.1 at
     each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. histograms:
     whether batch norm's outputs are measured before and after training or, where single weights
-    are pruned, those weights' magnitudes before, after and at the end. precision: "float32", or
-    "bfloat16" for autocast.
+    are pruned, those weights' magnitudes before, after and at the end. precision: "float32" (where
+    convolutions on a GPU take TF32, as is PyTorch's default), or "bfloat16" for autocast.
     """
 
     data: str = "cifar10"

@@ -31,10 +31,16 @@ Capture = Callable[[Callable[[], None]], Graph]
 class CudaGraphs:
     """Makes CUDA graphs of what functions launch on the current stream, without executing it.
 
-    All share one pool of memory, as they are replayed one after the other.
+    All share one pool of memory, as they are replayed one after the other. Raises RuntimeError on
+    the default stream, which cannot be captured.
     """
 
     def __init__(self) -> None:
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            raise RuntimeError(
+                "graphs need a stream of their own: make the network and all that goes with it, "
+                "and use it, within torch.cuda.stream(torch.cuda.Stream())"
+            )
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Graph:

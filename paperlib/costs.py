@@ -2,9 +2,11 @@
 
 import math
 import platform
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from paperlib.config import Config, to_dict
@@ -22,6 +24,7 @@ PARAMETERS = {
 }
 RECORD, ROW = 12_000, 110  # bytes of a record, and of each of its epochs
 SLACK = 4_000_000
+LONG = 600.0  # seconds of work, from which on it is worth a hint
 
 
 class Speeds:
@@ -57,6 +60,23 @@ def speeds(store: Store, device: str | None = "auto") -> Speeds:
                 epochs = config.get("epochs", Config.epochs)
                 measured.observe(config, float(entry.columns["seconds"].sum()) / epochs)
     return measured
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16, by what Linux says of it."""
+    with suppress(OSError):
+        flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return flags is not None and bool({"avx512_bf16", "amx_bf16"} & set(flags[0].split()))
+    return False
+
+
+def hint(configs: Iterable[Config], seconds: float, device: str | None) -> str | None:
+    """What would make runs of so many seconds quicker on this device, if anything, for people."""
+    if not seconds > LONG or _expected(device) != "cpu" or not native_bfloat16():
+        return None
+    if all(config.precision == "bfloat16" for config in configs):
+        return None
+    return "this processor computes in bfloat16: --precision bfloat16 takes about half the time"
 
 
 def _expected(device: str | None) -> str | None:

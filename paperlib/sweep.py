@@ -208,6 +208,10 @@ def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -
     speeds = costs.speeds(store, device if executor is None else None)
     again = sum(state.state == "failed" for state in todo)
     tell(forecast(todo, again, at_once, speeds))
+    if executor is None:
+        seconds = sum(speeds.epoch(s.config) * (s.config.epochs - s.epochs) for s in todo)
+        if quicker := costs.hint([s.config for s in todo], seconds, device):
+            tell(quicker)
     if getattr(executor, "slots", None) == 0:
         tell("the cluster has no workers yet: the runs wait for some")
     for state in todo:

@@ -64,7 +64,7 @@ def test_a_process_that_fails_is_said():
 
 def test_training_tables(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --product 64 --seconds 0"
+    small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --product 64 --seconds 0.1"
     small = [*small.split(), "--tested", "250", "--out", str(out)]
     results = training.main(small)
     assert json.loads(out.read_text()) == results

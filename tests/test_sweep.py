@@ -234,6 +234,25 @@ def test_speeds_are_those_of_runs_alike_on_this_device(store, tmp_path):
     assert math.isnan(costs.speeds(above, "cpu").epoch(QUICK))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "device", "flags", "precision", "expected"),
+    [
+        (5000.0, "cpu", "fma avx512_bf16 avx2", "float32", True),
+        (5000.0, "cpu", "amx_bf16", "float32", True),
+        (5.0, "auto", "avx512_bf16", "float32", False),
+        (math.nan, "auto", "avx512_bf16", "float32", False),
+        (5000.0, "cuda", "avx512_bf16", "float32", False),
+        (5000.0, "auto", "avx2 avx512_bf16x", "float32", False),
+        (5000.0, "auto", "avx512_bf16", "bfloat16", False),
+    ],
+)
+def test_a_hint_at_bfloat16(monkeypatch, seconds, device, flags, precision, expected):
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor: 0\nflags\t: {flags}\nbugs:\n")
+    monkeypatch.setattr(Path, "glob", lambda *_: [])
+    said = costs.hint([QUICK.with_(precision=precision)], seconds, device)
+    assert (said is not None) is expected
+
+
 def test_disk_of_records_and_checkpoints(store, threads):
     one = costs.disk([QUICK], 1)
     assert costs.disk([QUICK] * 2, 1) > one

@@ -1,7 +1,10 @@
 """Every benchmark, as tables and as JSON with the machine: `make bench`.
 
-python -m benchmarks                   # all but the longest (the spectrum of the full VGG11)
-python -m benchmarks --only training
+    python -m benchmarks                   # all but the longest (the spectrum of the full VGG11)
+    python -m benchmarks --only training
+
+Training is measured on the CPU and, where there is a GPU, there too, in ten minutes more. What else
+can be set: `python -m benchmarks.training --help`, and the same of flatness, gpu, sweep, faults.
 """
 
 import argparse
@@ -9,20 +12,23 @@ import json
 import warnings
 from pathlib import Path
 
-import pandas as pd
+import torch
 
-from benchmarks import flatness, training
-
-
-def of_training(device: str) -> list[dict]:
-    rows = list(training.compare(device=device))
-    print(pd.DataFrame(rows).round(2).to_string(index=False))
-    return rows
+from benchmarks import flatness, gpu, training
 
 
-def of_flatness(device: str) -> dict:
+def of_training(options: argparse.Namespace) -> dict:
+    return training.main([])
+
+
+def of_gpu(options: argparse.Namespace) -> dict:
+    out = options.out.with_name(f"{options.out.stem}-gpu.json")
+    return gpu.main(["--device", "cuda", "--out", str(out)])
+
+
+def of_flatness(options: argparse.Namespace) -> dict:
     warnings.filterwarnings("ignore", message=".*create_graph=True.*")
-    arguments = flatness.parser().parse_args(["--device", device])
+    arguments = flatness.parser().parse_args(["--device", options.device])
     results = {}
     for part in ("compare", "trace", "cost"):
         results[part] = flatness.PARTS[part](arguments)
@@ -30,21 +36,22 @@ def of_flatness(device: str) -> dict:
     return results
 
 
-SECTIONS = {"training": of_training, "flatness": of_flatness}
+SECTIONS = {"training": of_training, "gpu": of_gpu, "flatness": of_flatness}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--device", default="cpu")
+    there = [name for name in SECTIONS if name != "gpu" or torch.cuda.is_available()]
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=there)
+    parser.add_argument("--device", default="cpu", help="of flatness")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     results = {"machine": flatness.machine(options.device)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        results[name] = SECTIONS[name](options.device)
+        results[name] = SECTIONS[name](options)
         options.out.write_text(json.dumps(results, indent=1))
 
 

@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -257,10 +258,19 @@ def peak_gib(device: str) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def processor() -> str:
+    """Its name, where the system says it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def machine(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],

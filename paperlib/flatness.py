@@ -117,6 +117,7 @@ def hessian_operator(
     images, labels = _checked(model, images, labels, chunk)
     free = _free(model, held)
     weights, total = _parameters(model)
+    images, weights = _laid_out(images, weights, torch.contiguous_format)
     weights = {name: w.requires_grad_() for name, w in weights.items()}
     pieces = _chunks(images, labels, chunk)
 
@@ -335,6 +336,7 @@ def gradient_covariance_trace(
     images, labels = _checked(model, images, labels, chunk)
     holds = _holds(model, held)
     weights, _ = _parameters(model)
+    images, weights = _laid_out(images, weights, torch.channels_last)
     chunk = chunk or (32 if images.device.type == "cpu" else 64)
     with _measuring(model):
         measure, total = _layer_norms, 0.0
@@ -706,6 +708,19 @@ def _split(flat: Tensor, weights: Mapping[str, Tensor]) -> list[Tensor]:
     """A vector (P,) as tensors of the parameters' shapes."""
     pieces = flat.split([w.numel() for w in weights.values()])
     return [piece.view(w.shape) for piece, w in zip(pieces, weights.values(), strict=True)]
+
+
+def _laid_out(
+    images: Tensor, weights: Mapping[str, Tensor], layout: torch.memory_format
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """On a CPU, images and convolutions' weights in this memory format, the quicker one there."""
+    if images.device.type != "cpu":
+        return images, dict(weights)
+
+    def lay(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
+
+    return lay(images), {name: lay(w) for name, w in weights.items()}
 
 
 def _call(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:

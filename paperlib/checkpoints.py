@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # To be raised whenever the same configuration gives other numbers, or the file another meaning.
-VERSION = 1
+VERSION = 2
 SECONDS = 10.0
 SHARE = 0.02
 _HEADER_LIMIT = 100_000_000

@@ -26,6 +26,7 @@ from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
+from paperlib import convolutions
 from paperlib.landscape import RISE
 from paperlib.landscape import delta_w as delta_w
 from paperlib.landscape import tic as tic
@@ -122,7 +123,7 @@ def hessian_operator(
     pieces = _chunks(images, labels, chunk)
 
     def gradient_graph(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        with _measuring(model):
+        with _measuring(model), convolutions.quick(model):
             loss = F.cross_entropy(_call(model, weights, x), y, reduction="sum") / len(labels)
             _finite(loss.detach())
             return torch.autograd.grad(

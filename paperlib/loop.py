@@ -1,6 +1,7 @@
 """The training loop itself: a step, an epoch of steps, an evaluation. The plain reference.
 
-`graphs.CapturedLoop` does the same faster on a GPU, and is checked against this.
+`QuickLoop` does the same faster on a CPU, `graphs.CapturedLoop` on a GPU; both are checked against
+this.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paperlib import convolutions
 from paperlib.data import Batches
 from paperlib.pruning import Pruner
 
@@ -120,3 +122,17 @@ class PlainLoop:
     def evaluate(self, batches: Batches, size: int) -> Totals:
         """One pass over the test images, in batches of `size`."""
         return evaluate(self.model, batches, self.autocast, size)
+
+
+class QuickLoop(PlainLoop):
+    """As `PlainLoop`, on a CPU with convolutions of few pixels as products of matrices."""
+
+    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
+        """One pass over the training images."""
+        with convolutions.quick(self.model):
+            return super().train(batches, order, augment)
+
+    def evaluate(self, batches: Batches, size: int) -> Totals:
+        """One pass over the test images, in batches of `size`."""
+        with convolutions.quick(self.model):
+            return super().evaluate(batches, size)

@@ -27,7 +27,7 @@ from paperlib import checkpoints, data, graphs, locks, models, provenance
 from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
-from paperlib.loop import PlainLoop
+from paperlib.loop import PlainLoop, QuickLoop
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, Pruner, WeightPruner
 from paperlib.runs import RunRecord, Store
@@ -125,9 +125,9 @@ def make_loop(
     pruner: Pruner | None,
     device: torch.device,
 ) -> PlainLoop:
-    """How a run trains and evaluates: the plain loop, or on a GPU, with networks of ours, graphs.
+    """How a run trains and evaluates: on a GPU, with networks of ours, by graphs.
 
-    The variable PAPERLIB_PLAIN=1 has the plain loop everywhere.
+    On a CPU the quick way. The variable PAPERLIB_PLAIN=1 has the plain loop everywhere.
     """
 
     def autocast() -> torch.autocast:
@@ -135,10 +135,13 @@ def make_loop(
         enabled, cached = config.precision == "bfloat16", device.type != "cuda"
         return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=cached)
 
-    captured = device.type == "cuda" and config.model in models.MODELS
-    if captured and os.environ.get("PAPERLIB_PLAIN", "0") != "1":
-        return graphs.CapturedLoop(model, optimizer, pruner, autocast)
-    return PlainLoop(model, optimizer, pruner, autocast)
+    kind = PlainLoop
+    if os.environ.get("PAPERLIB_PLAIN", "0") != "1":
+        if device.type == "cuda" and config.model in models.MODELS:
+            kind = graphs.CapturedLoop
+        elif device.type == "cpu":
+            kind = QuickLoop
+    return kind(model, optimizer, pruner, autocast)
 
 
 def native_bfloat16(device: torch.device) -> bool:

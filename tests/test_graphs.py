@@ -21,6 +21,7 @@ from paperlib.training import run, run_together
 torch.set_num_threads(1)
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+MAKE_LOOP = training.make_loop
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -61,10 +62,9 @@ def captured(monkeypatch):
     """All runs by captured loops; gives what makes their graphs, which counts them."""
 
     def make_loop(config, model, optimizer, pruner, device):
-        loop = plain(config, model, optimizer, pruner, device)
+        loop = MAKE_LOOP(config, model, optimizer, pruner, device)
         return CapturedLoop(model, optimizer, pruner, loop.autocast, Recording)
 
-    plain = training.make_loop
     monkeypatch.setattr(training, "make_loop", make_loop)
     monkeypatch.setattr(Recording, "made", 0)
     return Recording
@@ -113,12 +113,19 @@ def numbers(config: Config, **options) -> pd.DataFrame:
     return run(config, device="cpu", **options).epochs.drop(columns="seconds")
 
 
+def expected(config: Config) -> pd.DataFrame:
+    """By the plain loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_loop", MAKE_LOOP)
+        patch.setenv("PAPERLIB_PLAIN", "1")
+        return numbers(config)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_same_as_the_plain_loop(name, captured, monkeypatch):
+def test_same_as_the_plain_loop(name, captured):
     rows = numbers(SETTINGS[name])
     assert captured.made > 0
-    monkeypatch.undo()
-    pd.testing.assert_frame_equal(rows, numbers(SETTINGS[name]), rtol=1e-6)
+    pd.testing.assert_frame_equal(rows, expected(SETTINGS[name]), rtol=1e-6)
 
 
 def test_few_graphs(captured):
@@ -180,32 +187,29 @@ def test_a_run_that_was_stopped(captured, tmp_path, monkeypatch):
         numbers(config, store=store, callback=stop)
     record = run(config, store, "cpu")
     assert record.provenance["resumed"][0]["epochs"] == 3
-    expected = numbers(config)
-    pd.testing.assert_frame_equal(record.epochs.drop(columns="seconds"), expected, rtol=1e-6)
-
-
-def test_the_plain_loop_is_chosen_on_a_cpu():
-    model = training.build(BASE)
-    optimizer = training.make_optimizer(BASE, model)
-    loop = training.make_loop(BASE, model, optimizer, None, torch.device("cpu"))
-    assert type(loop) is training.PlainLoop
+    rows = record.epochs.drop(columns="seconds")
+    pd.testing.assert_frame_equal(rows, expected(config), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("model", "plain", "expected"),
+    ("device", "model", "plain", "expected"),
     [
-        ("vgg11_bn", "0", "CapturedLoop"),
-        ("vgg11_bn", "1", "PlainLoop"),
-        ("tests.test_graphs:network", "0", "PlainLoop"),
+        ("cuda", "vgg11_bn", "0", "CapturedLoop"),
+        ("cuda", "vgg11_bn", "1", "PlainLoop"),
+        ("cuda", "tests.test_graphs:network", "0", "PlainLoop"),
+        ("cpu", "vgg11_bn", "0", "QuickLoop"),
+        ("cpu", "tests.test_graphs:network", "0", "QuickLoop"),
+        ("cpu", "vgg11_bn", "1", "PlainLoop"),
+        ("mps", "vgg11_bn", "0", "PlainLoop"),
     ],
 )
-def test_where_graphs_are_used(model, plain, expected, monkeypatch):
+def test_which_loop_is_chosen(device, model, plain, expected, monkeypatch):
     monkeypatch.setattr(graphs, "CudaGraphs", lambda: Recording)
     monkeypatch.setenv("PAPERLIB_PLAIN", plain)
     network = training.build(BASE)
     optimizer = training.make_optimizer(BASE, network)
     config = BASE.with_(model=model)
-    loop = training.make_loop(config, network, optimizer, None, torch.device("cuda"))
+    loop = training.make_loop(config, network, optimizer, None, torch.device(device))
     assert type(loop).__name__ == expected
 
 
@@ -216,13 +220,12 @@ TOGETHER = ("filters", "dropout", "gaussian", "residual")
 
 @pytest.mark.parametrize("with_graphs", [False, True])
 def test_together_as_alone(with_graphs, request):
-    expected = [numbers(SETTINGS[name]) for name in TOGETHER]
     if with_graphs:
         request.getfixturevalue("captured")
+    alone = [numbers(SETTINGS[name]) for name in TOGETHER]
     records = run_together([SETTINGS[name] for name in TOGETHER], device="cpu")
-    for record, alone in zip(records, expected, strict=True):
-        rows = record.epochs.drop(columns="seconds")
-        pd.testing.assert_frame_equal(rows, alone, rtol=1e-6)
+    for record, rows in zip(records, alone, strict=True):
+        assert record.epochs.drop(columns="seconds").equals(rows)
 
 
 def test_one_that_fails_leaves_the_others(tmp_path):

@@ -1,0 +1,110 @@
+"""3x3 convolutions of images that have shrunk to a few pixels, quicker on a CPU.
+
+The last convolutions of these networks see images of 4x4 and 2x2. There oneDNN's kernels run at a
+fraction of a processor's speed, their gradients of the weights at a tenth. As products of matrices
+the same sums run at nearly all of it. `quick` has a network's convolutions computed so; results
+are the same up to rounding. Both forms can be differentiated twice.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DENSE = 2  # pixels, high and wide, up to which an image is multiplied by one matrix
+FEW = 4  # and up to which the gradient of the weights is a product
+WIDE = 128  # filters and channels from which on that pays
+
+
+@contextmanager
+def quick(model: nn.Module) -> Iterator[None]:
+    """In this context 3x3 convolutions of few pixels are computed as products of matrices.
+
+    Those of stride 1 with one pixel of zeros around, on a CPU, without autocast.
+    """
+    convs = [module for module in model.modules() if _suits(module)]
+    for conv in convs:
+        conv._conv_forward = convolve
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv._conv_forward
+
+
+def _suits(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (3, 3)
+        and module.stride == (1, 1)
+        and module.padding in ((1, 1), 1, "same")
+        and module.dilation == (1, 1)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and "_conv_forward" not in vars(module)
+    )
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.conv2d(x, weight, bias, padding=1)` of 3x3 kernels, by whichever way is the quickest."""
+    if x.device.type == "cpu" and x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
+        if max(x.shape[2:]) <= DENSE:
+            return _dense(x, weight, bias)
+        if max(x.shape[2:]) <= FEW and min(weight.shape[:2]) >= WIDE and torch.is_grad_enabled():
+            return _ByProduct.apply(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Every pixel of the output from every pixel of the input, by one matrix.
+
+    On 2x2 pixels 16 pairs of pixels meet in some tap; a convolution goes over 36, most of them
+    with zeros.
+    """
+    images, channels, height, width = x.shape
+    filters, pixels = len(weight), height * width
+    taps = weight.permute(2, 3, 0, 1).reshape(9, filters, channels)
+    taps = taps.index_select(0, _taps(height, width)).view(pixels, pixels, filters, channels)
+    matrix = taps.permute(0, 2, 1, 3).reshape(pixels * filters, pixels * channels)
+    shift = None if bias is None else bias.repeat(pixels)
+    out = F.linear(x.permute(0, 2, 3, 1).reshape(images, -1), matrix, shift)
+    return out.view(images, height, width, filters).permute(0, 3, 1, 2)
+
+
+@cache
+def _taps(height: int, width: int) -> Tensor:
+    """For each pixel of the output, and then of the input, the tap in which they meet.
+
+    On images of at most 2x2 all of them do.
+    """
+    places = [(row, column) for row in range(height) for column in range(width)]
+    return torch.tensor([3 * (r - i + 1) + c - j + 1 for i, j in places for r, c in places])
+
+
+class _ByProduct(torch.autograd.Function):
+    """A convolution whose gradient of the weights is one product of matrices."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = F.conv_transpose2d(gradient, weight, padding=1)
+        if ctx.needs_input_grad[1]:
+            _, channels, height, width = x.shape
+            padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+            shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+            patches = torch.cat(shifted, -1).reshape(-1, 9 * channels)
+            gradients = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
+            of_weight = (gradients.mT @ patches).view(-1, 3, 3, channels).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_x, of_weight, of_bias

@@ -1,0 +1,154 @@
+"""Convolutions as products of matrices against the convolution itself."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paperlib import convolutions, flatness, models
+from paperlib.config import Config, FilterPruning
+from paperlib.convolutions import convolve, quick
+from paperlib.training import run
+
+torch.set_num_threads(1)
+
+
+def tensors(images, channels, filters, height, width, layout=torch.contiguous_format):
+    torch.manual_seed(0)
+    x = torch.randn(images, channels, height, width, dtype=torch.float64)
+    weight = torch.randn(filters, channels, 3, 3, dtype=torch.float64)
+    x, weight = (t.contiguous(memory_format=layout).requires_grad_() for t in (x, weight))
+    return x, weight, torch.randn(filters, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Products for narrow layers, too."""
+    monkeypatch.setattr(convolutions, "WIDE", 1)
+
+
+SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (3, 3), (4, 4), (4, 2), (5, 4)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_against_the_convolution(size, biased, layout, narrow):
+    x, weight, bias = tensors(3, 5, 4, *size, layout)
+    inputs = [x, weight, bias] if biased else [x, weight]
+    ours, expected = convolve(*inputs), F.conv2d(*inputs, padding=1)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4)])
+def test_differentiated_twice(size, narrow):
+    inputs = tensors(2, 3, 2, *size)
+    assert torch.autograd.gradcheck(convolve, inputs)
+    assert torch.autograd.gradgradcheck(convolve, inputs)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_needs_no_gradient_gets_none(frozen, narrow):
+    inputs = tensors(2, 3, 2, 4, 4)
+    inputs[frozen].requires_grad_(False)
+    convolve(*inputs).sum().backward()
+    assert [t.grad is None for t in inputs] == [i == frozen for i in range(3)]
+
+
+def test_which_way_is_taken(monkeypatch):
+    ways = []
+    monkeypatch.setattr(convolutions, "_dense", lambda *_: ways.append("dense"))
+    monkeypatch.setattr(convolutions._ByProduct, "apply", lambda *_: ways.append("product"))
+    monkeypatch.setattr(F, "conv2d", lambda *_, **__: ways.append("plain"))
+    wide, narrow = torch.randn(128, 128, 3, 3), torch.randn(127, 128, 3, 3)
+    for size in (1, 2, 3, 4, 5):
+        convolve(torch.randn(1, 128, size, size), wide)
+        convolve(torch.randn(1, 128, size, size), narrow)
+    assert ways == ["dense"] * 4 + ["product", "plain"] * 2 + ["plain"] * 2
+    ways.clear()
+    with torch.no_grad():
+        convolve(torch.randn(1, 128, 4, 4), wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        convolve(torch.randn(1, 128, 2, 2), wide)
+    assert ways == ["plain", "plain"]
+
+
+def test_only_in_the_context_and_only_what_suits():
+    network = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.Conv2d(2, 2, 3, padding="same"),
+        nn.Conv2d(2, 2, 1),
+        nn.Conv2d(2, 2, 3),
+        nn.Conv2d(2, 2, 3, padding=1, stride=2),
+        nn.Conv2d(2, 2, 3, padding=2, dilation=2),
+        nn.Conv2d(2, 2, 3, padding=1, groups=2),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(2, 2, 5, padding=1),
+    )
+    with quick(network):
+        changed = ["_conv_forward" in vars(module) for module in network]
+        with quick(network):
+            pass
+        assert changed == ["_conv_forward" in vars(module) for module in network]
+    assert changed == [True, True] + [False] * 7
+    assert not any("_conv_forward" in vars(module) for module in network)
+    with pytest.raises(RuntimeError), quick(network):
+        network(torch.zeros(1))
+    assert not any("_conv_forward" in vars(module) for module in network)
+
+
+@pytest.mark.parametrize(("name", "width"), [("vgg11_bn", 0.25), ("resnet18", 0.25)])
+def test_networks(name, width):
+    torch.manual_seed(0)
+    network = models.build(name, width=width).double()
+    other = copy.deepcopy(network)
+    x, y = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
+    F.cross_entropy(network(x), y).backward()
+    with quick(other):
+        F.cross_entropy(other(x), y).backward()
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-10)
+
+
+def test_hessian_products():
+    torch.manual_seed(0)
+    network = models.build("vgg11_bn", width=0.25).double().eval()
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+    matvec, size = flatness.hessian_operator(network, x, y)
+    v = torch.randn(size, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolutions, "DENSE", 0)
+        patch.setattr(convolutions, "FEW", 0)
+        plain, _ = flatness.hessian_operator(network, x, y)
+    product = matvec(v)
+    assert torch.allclose(product, plain(v), atol=1e-10 * float(product.abs().max()))
+
+
+def test_a_run_by_the_quick_and_the_plain_loop(monkeypatch):
+    config = Config(
+        data="digits",
+        train_per_class=5,
+        test_per_class=6,
+        width=1 / 4,
+        epochs=4,
+        batch=16,
+        learning_rate=0.001,
+        pruning=FilterPruning((0.3, 0.9), ((1,), (1, 2)), target="largest"),
+    )
+    rows = run(config, device="cpu").epochs
+    monkeypatch.setenv("PAPERLIB_PLAIN", "1")
+    plain = run(config, device="cpu").epochs
+    assert rows.removed.equals(plain.removed)
+    for name in ("train_loss", "test_loss"):
+        assert np.allclose(rows[name], plain[name], rtol=2e-2)  # rounding grows
+    assert np.allclose(rows.train_loss[:1], plain.train_loss[:1], rtol=1e-5)

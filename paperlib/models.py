@@ -84,9 +84,9 @@ class BasicBlock(nn.Module):
         self.sum = ResidualSum()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(self.sum(out, self.shortcut(x)))
+        return F.relu(self.sum(out, self.shortcut(x)), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        out = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return self.fc(self.dropout(out.mean(dim=(2, 3))))
 
 
@@ -129,7 +129,11 @@ class VGG(nn.Module):
             if item == POOL:
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(inputs, item, 3, padding=1), nn.BatchNorm2d(item), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(inputs, item, 3, padding=1),
+                    nn.BatchNorm2d(item),
+                    nn.ReLU(inplace=True),
+                ]
                 inputs = item
         self.features = nn.Sequential(*layers)
         self.classifier = head(inputs)
@@ -157,15 +161,15 @@ class Conv4(nn.Module):
         after_pool, after_dense = dropout
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, filters, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(filters, filters, 3),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
             nn.Dropout(after_pool),
             nn.Conv2d(filters, 2 * filters, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(2 * filters, 2 * filters, 3),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
             nn.Dropout(after_pool),
             nn.Flatten(),
@@ -196,10 +200,10 @@ def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -
     model.features.append(nn.AdaptiveAvgPool2d(7)).append(nn.Flatten())
     model.classifier = nn.Sequential(
         nn.Linear(scaled(512, width) * 49, dense),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Dropout(dropout[1]),
         nn.Linear(dense, dense),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Dropout(dropout[1]),
         nn.Linear(dense, num_classes),
     )

@@ -1,0 +1,39 @@
+"""Memory that is freed stays with the process while it trains, where it would go back to Linux.
+
+By default glibc gives large blocks back and asks for them anew in every step; each time Linux has
+to map and to clear their pages.
+"""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+KEPT = {MMAP_THRESHOLD: 2**30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
+USUAL = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26, TOP_PAD: 2**17}  # what glibc grows to itself
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL(None)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """In this context freed memory is kept for what comes next; at its end it is given back."""
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    for parameter, value in KEPT.items():
+        libc.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in USUAL.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)

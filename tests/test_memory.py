@@ -1,0 +1,52 @@
+"""Memory that stays with the process while it trains."""
+
+import subprocess
+import sys
+
+import pytest
+
+from paperlib import memory
+
+FAULTS = """
+import resource, sys
+import torch
+from paperlib import memory
+from contextlib import nullcontext
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.ones(12_000_000) for _ in range(3)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return 4096 * int(file.read().split()[1])
+
+with memory.kept() if sys.argv[1] == "kept" else nullcontext():
+    faults()
+    print(faults())
+print(resident())
+"""
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="needs glibc")
+def test_pages_are_kept_and_given_back():
+    faults, resident = {}, {}
+    for how in ("kept", "usual"):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True
+        )
+        faults[how], resident[how] = map(int, done.stdout.split())
+    assert faults["kept"] < 1000
+    assert faults["usual"] > 10 * faults["kept"]
+    assert resident["kept"] < resident["usual"] + 50e6
+
+
+def test_elsewhere_it_does_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    with memory.kept():
+        pass
+    with pytest.raises(KeyError), memory.kept():
+        raise KeyError

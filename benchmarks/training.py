@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks import flatness
-from paperlib import data, experiments, sweep, training
+from paperlib import data, experiments, memory, sweep, training
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.pruning import FilterPruner
 
@@ -266,11 +266,12 @@ class OurLoop:
 
     @contextmanager
     def _as_a_run(self) -> Iterator[None]:
-        """On a stream of its own, with the quickest kernels, as `training.run` has it."""
+        """On a stream of its own, with the quickest kernels, and memory kept, as `training.run`."""
         with ExitStack() as stack:
             if self.stream is not None:
                 stack.enter_context(torch.cuda.stream(self.stream))
                 stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
+            stack.enter_context(memory.kept())
             yield
 
     def train(self) -> float:

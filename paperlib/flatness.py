@@ -113,7 +113,8 @@ def hessian_operator(
     Hv is the gradient of gradient-dot-v by a second reverse pass (Pearlmutter, 1994). The graph of
     the gradient does not depend on v, so it is built once and kept, for as many chunks as fit into
     `memory` GiB; for the others it is built in every product, which costs about half as much again.
-    chunk: 64 on the CPU, where larger ones leave the caches, else 512.
+    On a CPU convolutions of few pixels are products of matrices (`convolutions.quick`). chunk: 64
+    there, where larger ones leave the caches, else 512.
     """
     images, labels = _checked(model, images, labels, chunk)
     free = _free(model, held)

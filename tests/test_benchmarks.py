@@ -90,8 +90,8 @@ def test_all_that_a_gpu_is_for_runs_without_one(tmp_path):
     (row,) = [row for row in results["runs"] if str(row.get("of", "")).endswith("160 images")]
     hours = row["minutes of 60 runs"] / 60
     assert hours == pytest.approx(60 * 325 * 160 / row["images a second"] / 3600)
-    for row in results["agreement"]:  # without graphs it is the plain loop twice
-        assert row["captured losses"] == row["losses"]
+    for row in results["agreement"]:  # here of the CPU's quick loop
+        assert row["captured losses"] == pytest.approx(row["losses"], rel=1e-3)
 
 
 def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):

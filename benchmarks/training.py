@@ -39,8 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks import flatness
-from paperlib import data, experiments, memory, sweep, training
+from paperlib import data, experiments, sweep, training
 from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.memory import kept
 from paperlib.pruning import FilterPruner
 
 Half = tuple[Tensor, Tensor]  # images and labels: all of training, or all of test
@@ -271,7 +272,7 @@ class OurLoop:
             if self.stream is not None:
                 stack.enter_context(torch.cuda.stream(self.stream))
                 stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
-            stack.enter_context(memory.kept())
+            stack.enter_context(kept())
             yield
 
     def train(self) -> float:

@@ -351,16 +351,18 @@ class _Running:
     """A run that goes on from one wait for the device to the next, on a stream of its own."""
 
     def __init__(self, config: Config, store: Store | None, device: str, callback, wait: bool):
+        self.config, self.store, self.device = config, store, device
+        self.options = callback, wait
+        self.steps: Generator[None, None, RunRecord] | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.result: RunRecord | Exception | None = None
-        if store is not None and config.identity in store:
-            checkpoints.discard(store.path, config.identity)  # its writer may have died before
-            self.result = store.read(config.identity)
-            return
-        where = choose_device(device)
-        self.steps = _claimed(config, store, where, callback, wait)
-        self.stream = torch.cuda.Stream(where) if where.type == "cuda" else None
 
     def go_on(self) -> None:
+        """To the next wait, or the end; at first, where the store has the record, to that."""
+        if self.steps is None:
+            self._begin()
+            if self.result is not None:
+                return
         with ExitStack() as stack:
             if self.stream is not None:
                 stack.enter_context(torch.cuda.stream(self.stream))
@@ -371,9 +373,19 @@ class _Running:
             except StopIteration as end:
                 self.result = end.value
 
+    def _begin(self) -> None:
+        config, store = self.config, self.store
+        if store is not None and config.identity in store:
+            checkpoints.discard(store.path, config.identity)  # its writer may have died before
+            self.result = store.read(config.identity)
+            return
+        where = choose_device(self.device)
+        self.stream = torch.cuda.Stream(where) if where.type == "cuda" else None
+        self.steps = _claimed(config, store, where, *self.options)
+
     def close(self) -> None:
         """Give up what a run that is not done has claimed."""
-        if self.result is None:
+        if self.steps is not None:
             self.steps.close()
 
 

@@ -244,6 +244,24 @@ def test_one_that_fails_leaves_the_others(tmp_path):
     assert again[0].provenance == second.provenance
 
 
+def test_a_record_that_cannot_be_read_leaves_the_others(tmp_path, monkeypatch):
+    from paperlib.runs import Store, StoreError
+
+    store, other = Store(tmp_path, tmp_path / "none"), BASE.with_(seed=1)
+    run_together([BASE, other], store, "cpu")
+    real = Store.read
+
+    def read(self, identity):
+        if identity == BASE.identity:
+            raise StoreError("damaged")
+        return real(self, identity)
+
+    monkeypatch.setattr(Store, "read", read)
+    damaged, whole = run_together([BASE, other], store, "cpu")
+    assert isinstance(damaged, StoreError)
+    assert whole.run == other.identity
+
+
 def test_one_that_another_process_has(tmp_path):
     from paperlib import locks
     from paperlib.runs import Store

@@ -327,9 +327,10 @@ class _Sweep:
                 error = f"{error or type(error).__name__}, {TRIES} times"
                 self.store.fail(state.config, error)
         elif isinstance(error, StoreError):
-            # What the next runs would come to, too; better now than after hours.
-            self.store.check_writable()
+            # What the next runs would come to, too; better now than after hours. The disk first: if
+            # it is full, whether a file can just be written hangs on what others do there.
             costs.check_disk([state.config], 1, self.store.path)
+            self.store.check_writable()
         self.failed.append(f"{state.config.title}: {error or type(error).__name__}")
         self.bar.gave_up(state)
 

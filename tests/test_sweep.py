@@ -313,9 +313,13 @@ def test_a_disk_that_fills_up(tmpfs, threads, monkeypatch):
             with suppress(OSError), (disk / "filler").open("wb", 0) as file:
                 while True:
                     file.write(bytes(4096))
+            monkeypatch.setattr(Store, "check_writable", cannot)  # not even for a moment
 
         def remove(self):
             pass
+
+    def cannot(self):
+        raise StoreError("cannot write to the run store")
 
     monkeypatch.setattr(sweep, "_Note", Fill)
     with (

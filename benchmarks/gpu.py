@@ -140,7 +140,7 @@ def epochs(part: Part, name: str = NETWORK) -> None:
         return row | {f"{w} x": row[w] / ordinary[w] for w in WHAT if w in ordinary and w in row}
 
     def run(config: Config) -> dict:
-        config = training.event_every_epoch(config, plan.rounds + 2).with_(data=plan.data)
+        config = training.with_events(config, 1, plan.rounds + 2).with_(data=plan.data)
         record = ours.run(config, None, plan.device)
         seconds = float(record.epochs.seconds[2:].median())
         return with_ratio({"whole epoch": counts[0] / seconds, "seconds an epoch": seconds})
@@ -203,7 +203,7 @@ def runs(part: Part, name: str = NETWORK) -> None:
         for count in plan.counts:
             length = 3 + max(1, round(plan.seconds * speed / images / count))
             needs = count * (2 + length * images / speed)
-            config = training.event_every_epoch(few, length)
+            config = training.with_events(few, length)
             configs = [config.with_(seed=seed) for seed in range(count)]
             about = {"network": name, "precision": precision, "runs": count}
             row = part.row(about, needs, lambda c=configs, n=images: at_once(plan, c, n))
@@ -219,7 +219,7 @@ def _project(part: Part, base: Config, speed: float, count: int) -> None:
     plan = part.plan
     dataset = data.load(base.data)
     images = len(dataset.train_labels)
-    config = training.event_every_epoch(base, 4)
+    config = training.with_events(base, 4)
     configs = [config.with_(seed=seed) for seed in range(count)]
 
     def minutes(rate: float) -> dict:
@@ -267,7 +267,7 @@ def agreement(part: Part) -> None:
         return row | {"captured losses": captured[:, 0].tolist(), "losses": plain[:, 0].tolist()}
 
     for name, config in settings.items():
-        config = training.event_every_epoch(config, length)
+        config = training.with_events(config, length)
         config = config.with_(data=plan.data, train_per_class=train, test_per_class=test)
         part.row({"setting": name}, 25, lambda c=config: measure(c))
 
@@ -299,10 +299,10 @@ def processes(part: Part) -> None:
     plan, precision = part.plan, part.plan.precisions[0]
     train, test = (10 * count for count in plan.per_class)
     job = {"config": plan.config(NETWORK, precision=precision), "train": train, "test": test}
-    job |= {"threads": 1, "device": plan.device}
+    job |= {"kind": "ours", "threads": 1, "device": plan.device}
 
     def measure(count: int) -> dict:
-        done = training.at_once(count, "ours", plan.seconds, **job)
+        done = training.at_once(count, plan.seconds, **job)
         rate = sum(row["whole epoch"] for row in done)
         return {"images a second": rate, "peak GiB a run": max(row["peak GiB"] for row in done)}
 

@@ -6,9 +6,11 @@
 
 The ordinary loop: a DataLoader with two workers over PIL images and torchvision's transforms, masks
 multiplied into weights and batch norm on every forward pass, an optimizer as torch makes it, the
-loss read every batch, two evaluations an epoch. It computes in float32; ours in bfloat16, too,
-where the processor does. Loops take turns, and the best of a few rounds counts, after one that
-warms up. What there is to measure on a GPU: `benchmarks.gpu`.
+loss read every batch, two evaluations an epoch, whether or not something was pruned between them.
+Ours evaluates once, and a second time only where something was. The ordinary one computes in
+float32; ours in bfloat16, too, where the processor does. Loops take turns, each in a process of its
+own, and the best of a few rounds counts, after one that warms up. What there is to measure on a
+GPU: `benchmarks.gpu`.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,9 +77,13 @@ def setting(name: str, **changes) -> Config:
     return SETTINGS[name].with_(augment=True, **changes)
 
 
-def event_every_epoch(config: Config, epochs: int) -> Config:
-    """So many epochs with an event at the end of each, which makes for two evaluations."""
-    p, events = config.pruning, tuple(range(epochs))
+def with_events(config: Config, events: int, epochs: int | None = None) -> Config:
+    """So many epochs, with an event at the end of each of the first, thus two evaluations there.
+
+    epochs: as many as events if None.
+    """
+    epochs, events = epochs or events, tuple(range(events))
+    p = config.pruning
     if isinstance(p, FilterPruning):
         p = replace(p, scratch=False, epochs=(events,) * len(p.fractions))
     elif p is not None:
@@ -202,6 +208,8 @@ def masked(config: Config) -> nn.Module:
 class OrdinaryLoop:
     """What one would write without this package."""
 
+    evaluations = 2  # an epoch
+
     def __init__(
         self, config: Config, train: Half, test: Half, device: torch.device, workers: int = WORKERS
     ) -> None:
@@ -247,7 +255,9 @@ class OrdinaryLoop:
 
 
 class OurLoop:
-    """What `training.run` does in an epoch. plain: without CUDA graphs, too."""
+    """What `training.run` does in an epoch without an event. plain: without CUDA graphs, too."""
+
+    evaluations = 1
 
     def __init__(
         self, config: Config, train: Half, test: Half, device: torch.device, plain: bool = False
@@ -289,25 +299,19 @@ class OurLoop:
 
 
 def lap(loop: OrdinaryLoop | OurLoop) -> np.ndarray:
-    """A whole epoch: seconds of its training, of its two evaluations, of all. Reading waits."""
+    """A whole epoch: seconds of its training, of one evaluation, of all. Reading waits."""
     start = time.perf_counter()
     loop.train()
     trained = time.perf_counter()
-    loop.evaluate()
-    loop.evaluate()
+    for _ in range(loop.evaluations):
+        loop.evaluate()
     end = time.perf_counter()
-    return np.array([trained - start, end - trained, end - start])
-
-
-def turns(loops: dict[str, OrdinaryLoop | OurLoop], rounds: int) -> dict[str, np.ndarray]:
-    """The shortest laps of loops that take turns; the first round only warms up."""
-    laps = [{name: lap(loop) for name, loop in loops.items()} for _ in range(rounds + 1)][1:]
-    return {name: np.min([each[name] for each in laps], axis=0) for name in loops}
+    return np.array([trained - start, (end - trained) / loop.evaluations, end - start])
 
 
 def rates(seconds: np.ndarray, train: int, test: int) -> dict[str, float]:
     """Of such a lap: images a second; of the whole epoch, its training images a second."""
-    return dict(zip(WHAT, np.array([train, 2 * test, train]) / seconds, strict=True))
+    return dict(zip(WHAT, np.array([train, test, train]) / seconds, strict=True))
 
 
 WHAT = ("training", "evaluation", "whole epoch")
@@ -375,36 +379,36 @@ def context() -> multiprocessing.context.BaseContext:
     return made
 
 
-def at_once(count: int, kind: str, seconds: float = 0.0, **job) -> list[dict]:
-    """So many processes that train at the same time, each for `seconds` and an epoch at least.
+@contextmanager
+def processes(jobs: Iterable[dict]) -> Iterator[list[Connection]]:
+    """A process for each job, with a loop of its own that is ready. jobs: arguments of `_work`.
 
-    With seconds = 0 they do not warm up: what they need is what counts.
-
-    kind: "ordinary" or "ours". job: arguments of `_work`. Returns a row each: what `rates` says,
-    and the peak of memory. Raises RuntimeError where one of them fails.
+    Yields a connection to each: what is sent there is how many seconds to train, an epoch at least,
+    and what comes back are the laps. Raises RuntimeError where one of them fails.
     """
     ways = context()
-    ends, processes = [], []
+    ends, started = [], []
     try:
-        for _ in range(count):
+        for job in jobs:
             end, other = ways.Pipe()
-            process = ways.Process(target=_work, args=(other, kind, seconds), kwargs=job)
+            process = ways.Process(target=_work, args=(other,), kwargs=job)
             process.start()
             other.close()
             ends.append(end)
-            processes.append(process)
+            started.append(process)
         for end in ends:
-            _received(end)
-        for end in ends:
-            end.send("go")
-        return [_received(end) for end in ends]
+            received(end)
+        yield ends
     finally:
-        for process in processes:
-            process.join(None if process.exitcode is not None else 10)
+        for end in ends:
+            end.close()
+        for process in started:
+            process.join(10)
             process.kill()
 
 
-def _received(end: Connection) -> object:
+def received(end: Connection) -> dict:
+    """What a process answers: its laps and its peak of memory; nothing when it is ready."""
     try:
         answer = end.recv()
     except EOFError:
@@ -417,63 +421,107 @@ def _received(end: Connection) -> object:
 def _work(
     connection: Connection,
     kind: str,
-    seconds: float,
     config: Config,
     train: int,
     test: int,
     threads: int,
     device: str = "cpu",
 ) -> None:
-    """In the process: warm up, wait for the others, train; train, test: how many images."""
+    """In the process. kind: "ordinary" or "ours". train, test: how many images."""
     try:
         torch.set_num_threads(threads)
         where = torch.device(device)
-        loop = {"ordinary": OrdinaryLoop, "ours": OurLoop}[kind]
-        loop = loop(config, images(train), images(test), where)
-        warm = 3 if where.type == "cuda" else 1
-        for _ in range(warm if seconds else 0):
-            lap(loop)
-        connection.send("ready")
-        connection.recv()
-        laps, start = [], time.perf_counter()
-        while not laps or time.perf_counter() - start < seconds:
-            laps.append(lap(loop))
-        row = rates(np.mean(laps, axis=0), train, test)
-        del loop  # and with it the workers of its loaders
-        gc.collect()
-        connection.send(row | {"peak GiB": flatness.peak_gib(device)})
+        make = {"ordinary": OrdinaryLoop, "ours": OurLoop}[kind]
+        with kept() if make is OurLoop else nullcontext():
+            loop = make(config, images(train), images(test), where)
+            connection.send({})
+            with suppress(EOFError):
+                while True:
+                    _laps(connection, loop, connection.recv())
+            del loop  # and with it the workers of its loaders
+            gc.collect()
     except Exception as error:
         with suppress(OSError):
             connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _laps(connection: Connection, loop: OrdinaryLoop | OurLoop, seconds: float) -> None:
+    laps, start = [], time.perf_counter()
+    while not laps or time.perf_counter() - start < seconds:
+        laps.append(lap(loop))
+    connection.send({"laps": laps, "peak GiB": flatness.peak_gib(str(loop.device))})
+
+
+def at_once(count: int, seconds: float = 0.0, **job) -> list[dict]:
+    """So many processes that train at the same time, each for `seconds` and an epoch at least.
+
+    With seconds = 0 they do not warm up: what they need is what counts.
+
+    job: arguments of `_work`. Returns a row each: what `rates` says, and the peak of memory. Raises
+    RuntimeError where one of them fails.
+    """
+    rows = []
+    with processes([job] * count) as ends:
+        warm = 3 if job.get("device", "cpu").startswith("cuda") else 1
+        for each in [0.0] * (warm if seconds else 0) + [seconds]:
+            for end in ends:
+                end.send(each)
+            answers = [received(end) for end in ends]
+        for answer in answers:
+            row = rates(np.mean(answer["laps"], axis=0), job["train"], job["test"])
+            rows.append(row | {"peak GiB": answer["peak GiB"]})
+    return rows
+
+
+def turns(jobs: list[tuple[int, dict]], rounds: int) -> list[np.ndarray]:
+    """The shortest laps of loops that take turns, so many of each kind at once.
+
+    The first round only warms up. Where several run at once a lap is the mean of theirs.
+    """
+    laps: list[list[np.ndarray]] = [[] for _ in jobs]
+    each = [job for count, job in jobs for _ in range(count)]
+    with processes(each) as ends:
+        groups, rest = [], iter(ends)
+        for count, _ in jobs:
+            groups.append([next(rest) for _ in range(count)])
+        for _ in range(rounds + 1):
+            for group, done in zip(groups, laps, strict=True):
+                for end in group:
+                    end.send(0.0)
+                done.append(np.mean([received(end)["laps"] for end in group], axis=(0, 1)))
+    return [np.min(done[1:], axis=0) for done in laps]
 
 
 # The tables
 
 
 def speed(options: argparse.Namespace) -> list[dict]:
-    """Images a second on the CPU: the ordinary loop, ours, and how near the machine's peak."""
-    device = torch.device("cpu")
+    """Images a second on the CPU: the ordinary loop, ours, and how near the machine's peak.
+
+    Each as one run on all cores, and as a sweep has it: as many runs as cores, of one thread each.
+    """
+    device, cores = torch.device("cpu"), sweep.default_jobs()
     native = precisions(device)
     peaks = {precision: 0.0 for precision, is_native in native.items() if is_native}
     rows = []
     for name in options.networks:
         config = setting(name, width=options.width)
         train, test = _sizes(name, options)
-        half = images(train), images(test)
-        loops = {("ordinary", "float32"): OrdinaryLoop(config, *half, device)}
         for precision in peaks:
-            peaks[precision] = max(
-                peaks[precision], product_rate(device, precision, options.product)
-            )
-            loops["paperlib", precision] = OurLoop(config.with_(precision=precision), *half, device)
+            rate = product_rate(device, precision, options.product)
+            peaks[precision] = max(peaks[precision], rate)
+        ways = [("ordinary", "float32"), *(("paperlib", precision) for precision in peaks)]
+        ways = [(*way, runs) for way in ways for runs in dict.fromkeys((1, cores))]
+        jobs = []
+        for loop, precision, runs in ways:
+            job = {"kind": KINDS[loop], "config": config.with_(precision=precision)}
+            jobs.append((runs, job | {"train": train, "test": test, "threads": cores // runs}))
         made = []
-        for (loop, precision), seconds in turns(loops, options.rounds).items():
-            row = {"network": name, "loop": loop, "precision": precision}
-            row |= rates(seconds, train, test)
+        for way, seconds in zip(ways, turns(jobs, options.rounds), strict=True):
+            row = {"network": name} | dict(zip(("loop", "precision", "runs"), way, strict=True))
+            row |= {key: way[2] * rate for key, rate in rates(seconds, train, test).items()}
             made.append(row | {"GFLOP/s": step_flops(config) * row["training"] / 1e9})
         rows += with_ratios(made, made[0])
-        del loops
-        gc.collect()
     for row in rows:
         row["of peak"] = 1e9 * row["GFLOP/s"] / peaks[row["precision"]]
     for precision in native:
@@ -483,6 +531,7 @@ def speed(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+KINDS = {"ordinary": "ordinary", "paperlib": "ours"}
 NOT_NATIVE = "not native here: emulated, some hundred times slower"
 
 
@@ -490,23 +539,6 @@ def _sizes(name: str, options: argparse.Namespace) -> tuple[int, int]:
     """Images of training and of test, five to one as in CIFAR."""
     train = (options.batches or BATCHES[name]) * SETTINGS[name].batch
     return train, train // 5
-
-
-def threads(options: argparse.Namespace) -> list[dict]:
-    """One run on all cores, or as many runs as cores of one thread each: images a second of all."""
-    cores = sweep.default_jobs()
-    rows = []
-    for name in options.networks:
-        train = 2 * SETTINGS[name].batch
-        job = {"config": setting(name, width=options.width), "train": train, "test": train // 5}
-        made = []
-        for runs, each in dict.fromkeys([(1, cores), (cores, 1)]):
-            done = at_once(runs, "ours", options.seconds, threads=each, **job)
-            row = {"network": name, "runs": runs, "threads a run": each}
-            row |= {what: sum(one[what] for one in done) for what in WHAT}
-            made.append(row | {"peak GiB a run": max(one["peak GiB"] for one in done)})
-        rows += with_ratios(made, made[0])
-    return rows
 
 
 def evaluation(options: argparse.Namespace) -> list[dict]:
@@ -540,9 +572,8 @@ def memory(options: argparse.Namespace) -> list[dict]:
     for name in options.networks:
         train = SETTINGS[name].batch
         job = {"config": setting(name, width=options.width), "train": train, "test": 500}
-        for kind in ("ordinary", "ours"):
-            (row,) = at_once(1, kind, threads=sweep.default_jobs(), **job)
-            loop = {"ours": "paperlib"}.get(kind, kind)
+        for loop, kind in KINDS.items():
+            (row,) = at_once(1, kind=kind, threads=sweep.default_jobs(), **job)
             rows.append({"network": name, "loop": loop, "peak GiB": row["peak GiB"]})
     return rows
 
@@ -555,13 +586,14 @@ def whole(options: argparse.Namespace) -> list[dict]:
         for name in [name for name in options.networks if name in ("vgg11_bn", "resnet20")]:
             config = setting(name, width=options.width)
             loop = OrdinaryLoop(config, *halves(spec), device)
-            seconds = {"ordinary": turns({"": loop}, 1)[""][2]}
+            seconds = {"ordinary": min(lap(loop)[2] for _ in range(3))}
             for precision in [p for p, native in precisions(device).items() if native]:
-                run = event_every_epoch(config, 3).with_(data=spec, precision=precision)
-                record = training.run(run, None, "cpu")
-                seconds[f"paperlib {precision}"] = float(record.epochs.seconds[1:].median())
+                run = with_events(config, 3, 6).with_(data=spec, precision=precision)
+                took = training.run(run, None, "cpu").epochs.seconds
+                seconds[f"paperlib {precision}"] = float(took[3:].min())
+                seconds[f"paperlib {precision}, with an event"] = float(took[1:3].min())
             for loop, value in seconds.items():
-                row = {"network": name, "loop": loop, "images": train, "tested twice": test}
+                row = {"network": name, "loop": loop, "images": train, "tested": test}
                 ratio = seconds["ordinary"] / value
                 rows.append(row | {"seconds an epoch": value, "x": ratio})
     return rows
@@ -597,15 +629,14 @@ def compiled(options: argparse.Namespace) -> list[dict]:
 
 PARTS: dict[str, Callable] = {
     "speed": speed,
-    "threads": threads,
     "memory": memory,
     "evaluation": evaluation,
     "whole": whole,
     "compile": compiled,
 }
 UNITS = {
-    speed: "images a second; x: times the ordinary loop; of peak: of the matrix product's FLOP/s",
-    threads: "images a second of all runs together; x: times one run on all cores",
+    speed: "images a second of all runs; x: times one ordinary loop on all cores; of peak: of the "
+    "matrix product's FLOP/s",
     memory: "GiB of a fresh process",
     evaluation: "images a second",
     whole: "seconds; x: times the ordinary loop's speed",
@@ -636,7 +667,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, help="an epoch; default: by network")
     parser.add_argument("--width", type=float, default=1.0, help="of the networks")
     parser.add_argument("--product", type=int, default=2048, help="rows of the matrices multiplied")
-    parser.add_argument("--seconds", type=float, default=3.0, help="that runs at once are timed")
     parser.add_argument("--tested", type=int, default=2000, help="images, by batch size")
     parser.add_argument("--whole", nargs=2, type=int, default=(1000, 200), help="images of a run")
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")

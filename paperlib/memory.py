@@ -6,6 +6,7 @@ to map and to clear their pages.
 
 import ctypes
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,18 +23,32 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None)
 
 
+_lock = threading.Lock()
+_depth = 0  # contexts that are open now: those of runs at once overlap
+
+
 @contextmanager
 def kept() -> Iterator[None]:
-    """In this context freed memory is kept for what comes next; at its end it is given back."""
+    """In this context freed memory is kept for what comes next; after the last it is given back."""
+    global _depth
     libc = _glibc()
     if libc is None:
         yield
         return
-    for parameter, value in KEPT.items():
-        libc.mallopt(parameter, value)
+    with _lock:
+        _depth += 1
+        if _depth == 1:
+            _set(libc, KEPT)
     try:
         yield
     finally:
-        for parameter, value in USUAL.items():
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _set(libc, USUAL)
+                libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, parameters: dict[int, int]) -> None:
+    for parameter, value in parameters.items():
+        libc.mallopt(parameter, value)

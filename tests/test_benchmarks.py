@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu, training
-from paperlib import data, sweep
+from benchmarks import gpu, precision, training
+from benchmarks import sweep as records
+from paperlib import data, experiments, sweep
+from paperlib.runs import Store
 
 CPU = torch.device("cpu")
 
@@ -106,3 +108,25 @@ def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):
     rows.clear()
     gpu.perform("epochs", replace(plan, end=time.time() - gpu.SPARE), rows.append)
     assert rows[-1][gpu.NOTE] == "stopped: the time was up"
+
+
+def test_pairs_of_precisions(tmp_path):
+    store = Store(tmp_path / "runs", tmp_path / "none")
+    for name, shift in (("float32", 0.0), ("bfloat16", 0.5)):
+        plan = experiments.plan("figure-R2", "smoke", precision=name)
+        chosen = plan[plan.method.isin(["Prune_L", "No Pruning"])]
+        for i, config in enumerate(chosen.config[: 4 if name == "float32" else 3]):
+            record = records.record(config, 12, False)
+            record.epochs["removed"] = 0
+            record.epochs["post"] = 50.0 + i + shift * (i + 1)
+            store.write(record)
+    arguments = ["--profile", "smoke", "--runs", str(store.path)]
+    found = precision.main(["figure-R2", *arguments, "--out", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    rows = found["figure-R2"]["pairs"]
+    changes = sorted(row["best_accuracy bfloat16"] - row["best_accuracy float32"] for row in rows)
+    assert changes == [0.5, 1.0, 1.5]
+    assert found["figure-R2"]["changes"]["best test accuracy"].startswith("1.00 [")
+    (row,) = found["figure-R2"]["conclusions"]
+    assert row["float32"].endswith("n = 1")
+    assert precision.main(["figure-R1", "--runs", str(tmp_path / "empty")]) == {}

@@ -38,14 +38,18 @@ class ResidualSum(nn.Module):
 
 
 class Subsample(nn.Module):
-    """Every `stride`-th pixel."""
+    """Every `stride`-th pixel.
+
+    A pooling of single pixels: unlike a slice's, its gradient stays channels-last where the images
+    are, and what the gradient meets next is quicker by half.
+    """
 
     def __init__(self, stride: int) -> None:
         super().__init__()
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, :: self.stride, :: self.stride]
+        return F.avg_pool2d(x, 1, self.stride)
 
 
 class PadChannels(nn.Module):

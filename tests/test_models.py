@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from paperlib.models import MODELS, ResidualSum, build
+from paperlib.models import MODELS, ResidualSum, Subsample, build
 
 torch.set_num_threads(1)
 
@@ -282,3 +282,15 @@ def test_residual_sum():
     out.sum().backward()
     assert not shortcut.grad[:, 1].any()
     assert shortcut.grad[:, [0, 2]].eq(1).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (7, 5), (1, 1)])
+def test_subsample_is_a_slice_whose_gradient_keeps_the_layout(size):
+    images = torch.randn(2, 3, *size).to(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn_like(images[:, :, ::2, ::2])
+    (expected,) = torch.autograd.grad(images[:, :, ::2, ::2], images, upstream)
+    out = Subsample(2)(images)
+    (gradient,) = torch.autograd.grad(out, images, upstream)
+    assert out.equal(images[:, :, ::2, ::2])
+    assert gradient.equal(expected)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

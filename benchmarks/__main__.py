@@ -4,7 +4,8 @@
     python -m benchmarks --only training
 
 Training is measured on the CPU and, where there is a GPU, there too, in ten minutes more. What else
-can be set: `python -m benchmarks.training --help`, and the same of flatness, gpu, sweep, faults.
+can be set: `python -m benchmarks.training --help`, and the same of flatness, gpu, sweep, faults,
+precision.
 """
 
 import argparse

@@ -299,7 +299,7 @@ def processes(part: Part) -> None:
     plan, precision = part.plan, part.plan.precisions[0]
     train, test = (10 * count for count in plan.per_class)
     job = {"config": plan.config(NETWORK, precision=precision), "train": train, "test": test}
-    job |= {"kind": "ours", "threads": 1, "device": plan.device}
+    job |= {"kind": "paperlib", "threads": 1, "device": plan.device}
 
     def measure(count: int) -> dict:
         done = training.at_once(count, plan.seconds, **job)

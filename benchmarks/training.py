@@ -298,6 +298,9 @@ class OurLoop:
             return self.loop.evaluate(self.test, size or self.size).read()[1]
 
 
+LOOPS = {"ordinary": OrdinaryLoop, "paperlib": OurLoop}
+
+
 def lap(loop: OrdinaryLoop | OurLoop) -> np.ndarray:
     """A whole epoch: seconds of its training, of one evaluation, of all. Reading waits."""
     start = time.perf_counter()
@@ -427,11 +430,11 @@ def _work(
     threads: int,
     device: str = "cpu",
 ) -> None:
-    """In the process. kind: "ordinary" or "ours". train, test: how many images."""
+    """In the process. kind: of `LOOPS`. train, test: how many images."""
     try:
         torch.set_num_threads(threads)
         where = torch.device(device)
-        make = {"ordinary": OrdinaryLoop, "ours": OurLoop}[kind]
+        make = LOOPS[kind]
         with kept() if make is OurLoop else nullcontext():
             loop = make(config, images(train), images(test), where)
             connection.send({})
@@ -514,7 +517,7 @@ def speed(options: argparse.Namespace) -> list[dict]:
         ways = [(*way, runs) for way in ways for runs in dict.fromkeys((1, cores))]
         jobs = []
         for loop, precision, runs in ways:
-            job = {"kind": KINDS[loop], "config": config.with_(precision=precision)}
+            job = {"kind": loop, "config": config.with_(precision=precision)}
             jobs.append((runs, job | {"train": train, "test": test, "threads": cores // runs}))
         made = []
         for way, seconds in zip(ways, turns(jobs, options.rounds), strict=True):
@@ -531,7 +534,6 @@ def speed(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-KINDS = {"ordinary": "ordinary", "paperlib": "ours"}
 NOT_NATIVE = "not native here: emulated, some hundred times slower"
 
 
@@ -572,8 +574,8 @@ def memory(options: argparse.Namespace) -> list[dict]:
     for name in options.networks:
         train = SETTINGS[name].batch
         job = {"config": setting(name, width=options.width), "train": train, "test": 500}
-        for loop, kind in KINDS.items():
-            (row,) = at_once(1, kind=kind, threads=sweep.default_jobs(), **job)
+        for loop in LOOPS:
+            (row,) = at_once(1, kind=loop, threads=sweep.default_jobs(), **job)
             rows.append({"network": name, "loop": loop, "peak GiB": row["peak GiB"]})
     return rows
 

@@ -15,16 +15,15 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 KEPT = {MMAP_THRESHOLD: 2**30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
 USUAL = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26, TOP_PAD: 2**17}  # what glibc grows to itself
 
+_lock = threading.Lock()
+_depth = 0  # contexts that are open now: those of runs at once overlap
+
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return None
     return ctypes.CDLL(None)
-
-
-_lock = threading.Lock()
-_depth = 0  # contexts that are open now: those of runs at once overlap
 
 
 @contextmanager

@@ -15,18 +15,21 @@ ValueError before any long work.
 
 import logging
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from paperlib import convolutions
+from paperlib import convolutions, memory, per_image
 from paperlib.landscape import RISE
 from paperlib.landscape import delta_w as delta_w
 from paperlib.landscape import tic as tic
@@ -37,6 +40,7 @@ Held = Mapping[str, Tensor]
 EXTRA = (20, 50)  # least and most basis vectors beyond those asked for
 CONFIRM = 20  # products spent on looking for a further copy of an eigenvalue
 BLOCK = 1 << 16  # columns of the basis that are rotated at once
+VECTORISED = 32  # images whose gradients are computed at once
 CHECK = 2  # images whose gradients verify the layer-by-layer norms
 
 
@@ -331,25 +335,29 @@ def gradient_covariance_trace(
 
     centered: less the squared norm of the mean gradient, the trace of the covariance proper (1/N).
     Where every parameter belongs to one convolution, dense layer or batch norm, norms come from
-    each layer's inputs and output gradients (Goodfellow, arXiv 1510.01799), at about the cost of
-    one gradient; elsewhere from a gradient per image, vectorised. Which of the two is settled by
-    comparison on the first images. chunk: 32 on the CPU, else 64.
+    each layer's inputs and output gradients (`per_image`), at about the cost of one gradient; on a
+    CPU, chunks then share PyTorch's threads out among themselves. Elsewhere they come from a
+    gradient per image, vectorised. Which of the two is settled by comparison on the first images.
+    chunk: 32 on the CPU, less where there would be fewer chunks than threads, else 64.
     """
     images, labels = _checked(model, images, labels, chunk)
     holds = _holds(model, held)
     weights, _ = _parameters(model)
     images, weights = _laid_out(images, weights, torch.channels_last)
-    chunk = chunk or (32 if images.device.type == "cpu" else 64)
-    with _measuring(model):
-        measure, total = _layer_norms, 0.0
-        pieces = _chunks(images, labels, chunk)
-        for i, (x, y) in enumerate(tqdm(pieces, "Tr(C)", unit="chunk", disable=not progress)):
-            norms = measure(model, weights, x, y, holds)
-            if i == 0 and not _trustworthy(norms, model, weights, x, y, holds):
-                measure = _vectorised_norms
-                norms = measure(model, weights, x, y, holds)
-            total += float(norms.sum())
-            _finite(total)
+    if images.device.type == "cpu":
+        threads = torch.get_num_threads()
+        chunk = chunk or min(32, math.ceil(len(images) / threads))
+    else:
+        threads, chunk = 1, chunk or 64
+    pieces = _chunks(images, labels, chunk)
+    with _measuring(model), memory.kept():
+        bar = tqdm(total=len(pieces), desc="Tr(C)", unit="chunk", disable=not progress)
+        total = 0.0
+        with bar, closing(_squared_norms(model, weights, pieces, holds, threads)) as chunks:
+            for norms in chunks:
+                total += float(norms.sum())
+                _finite(total)
+                bar.update()
         if centered:
             total -= _squared_gradient_sum(model, weights, pieces, holds) / len(images)
     return total / len(images)
@@ -360,27 +368,98 @@ def _squared_norm(gradients: Mapping[str, Tensor], holds: Held) -> Tensor:
     return sum(g.square().sum() for g in free)
 
 
-def _trustworthy(norms: Tensor | None, model, weights, images, labels, holds) -> bool:
-    """Whether the first of the layers' norms are those of whole gradients."""
-    if norms is None:
-        return False
-    expected = _norms_one_by_one(model, weights, images, labels, holds)
-    return torch.allclose(norms[:CHECK], expected, rtol=1e-3)
+def _squared_norms(model, weights, pieces, holds, threads) -> Iterator[Tensor]:
+    """Squared gradient norms (N,) of every chunk, by the quickest way that gives them.
+
+    Whether it gives those of whole gradients is seen on the first CHECK images.
+    """
+    twin = partial(_twin, model, weights)
+    first = pieces[0][0]
+    with torch.no_grad(), per_image.Foldable() as found:
+        twin()(first[:1])
+    for folds in (found.folds, ()):
+
+        def measure(own: nn.Module, x: Tensor, y: Tensor, folds=folds) -> Tensor | None:
+            norms = _layer_norms(own, x, y, weights, holds, folds)
+            if norms is not None and x is first:
+                expected = _norms_one_by_one(model, weights, x[:CHECK], y[:CHECK], holds)
+                if not torch.allclose(norms[:CHECK], expected, rtol=1e-3):
+                    return None
+            return norms
+
+        with closing(_over_chunks(measure, twin, pieces, threads)) as chunks:
+            norms = next(chunks)
+            if norms is not None:
+                yield norms
+                yield from chunks
+                return
+    yield from (_vectorised_norms(model, x, y, weights, holds) for x, y in pieces)
+
+
+def _over_chunks(
+    measure: Callable[[nn.Module, Tensor, Tensor], Tensor | None],
+    twin: Callable[[], nn.Module],
+    pieces: Sequence[tuple[Tensor, Tensor]],
+    threads: int,
+) -> Iterator[Tensor | None]:
+    """measure(twin(), images, labels) of every chunk, in order; several at once on a CPU.
+
+    Each then has one of PyTorch's threads, and a twin of its own. Within a chunk most tensors are
+    too small for a second thread to be of much use.
+    """
+    if threads == 1 or len(pieces) == 1:
+        only = twin()
+        for x, y in pieces:
+            yield measure(only, x, y)
+        return
+    own = threading.local()
+
+    def start() -> None:
+        torch.get_num_threads()  # sets the thread up, which would undo the next line later on
+        torch.set_num_threads(1)
+        own.twin = twin()
+
+    def call(piece: tuple[Tensor, Tensor]) -> Tensor:
+        with _measuring(own.twin):
+            return measure(own.twin, *piece)
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=start) as pool:
+            yield from pool.map(call, pieces)
+    finally:
+        torch.set_num_threads(threads)  # threads that start from now on take it from here
+
+
+def _twin(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model at these weights, with modules and buffers of its own, to be called beside it."""
+    twins = {module: object.__new__(type(module)) for module in model.modules()}
+    weight_of = {id(p): weights[name] for name, p in model.named_parameters()}
+    for module, twin in twins.items():
+        own = vars(module)
+        vars(twin).update(
+            own,
+            _modules={name: twins.get(child) for name, child in own["_modules"].items()},
+            _parameters={name: weight_of.get(id(p)) for name, p in own["_parameters"].items()},
+            _buffers={
+                name: None if b is None else b.clone() for name, b in own["_buffers"].items()
+            },
+        )
+    return twins[model]
 
 
 def _norms_one_by_one(model, weights, images, labels, holds) -> Tensor:
-    """Squared gradient norms of the first CHECK images."""
+    """Squared gradient norms (N,), an image after the other."""
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
     norms = []
-    for x, y in zip(images[:CHECK].split(1), labels[:CHECK].split(1), strict=True):
+    for x, y in zip(images.split(1), labels.split(1), strict=True):
         loss = F.cross_entropy(_call(model, leaves, x), y)
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         norms.append(_squared_norm(dict(zip(leaves, gradients, strict=True)), holds))
     return torch.stack(norms)
 
 
-def _vectorised_norms(model, weights, images, labels, holds) -> Tensor:
-    """Squared gradient norms (N,), all N gradients in memory."""
+def _vectorised_norms(model, images, labels, weights, holds) -> Tensor:
+    """Squared gradient norms (N,), with up to VECTORISED gradients in memory."""
 
     def norm(image: Tensor, label: Tensor) -> Tensor:
         def loss(w: dict[str, Tensor]) -> Tensor:
@@ -388,20 +467,15 @@ def _vectorised_norms(model, weights, images, labels, holds) -> Tensor:
 
         return _squared_norm(grad(loss)(weights), holds)
 
-    return vmap(norm)(images, labels)
+    return vmap(norm, chunk_size=VECTORISED)(images, labels)
 
 
-def _layer_norms(model, weights, images, labels, holds) -> Tensor | None:
+def _layer_norms(model, images, labels, weights, holds, folds=()) -> Tensor | None:
     """Squared gradient norms (N,), layer by layer; None where a parameter is in no known layer."""
-    names = {id(w): name for name, w in weights.items()}
-    by_id = {key: holds.get(name) for key, name in names.items()}
-    images = images.detach().requires_grad_()
-    with _LayerNorms(by_id, len(images)) as layers:
-        loss = F.cross_entropy(_call(model, weights, images), labels, reduction="sum")
-    if sorted(layers.seen) != sorted(by_id):
-        return None
-    torch.autograd.grad(loss, images)
-    return layers.norms
+    held = {id(w): holds.get(name) for name, w in weights.items()}
+    with per_image.LayerNorms(held, len(images), folds) as layers:
+        loss = F.cross_entropy(model(images), labels, reduction="sum")
+    return layers.backward(loss) if sorted(layers.seen) == sorted(held) else None
 
 
 def _squared_gradient_sum(model, weights, pieces, holds) -> float:
@@ -414,197 +488,6 @@ def _squared_gradient_sum(model, weights, pieces, holds) -> float:
         for total, gradient in zip(sums.values(), gradients, strict=True):
             total += gradient
     return float(_squared_norm(sums, holds))
-
-
-class _LayerNorms(TorchFunctionMode):
-    """Watches layers in a forward pass, and adds up their squared gradient norms in a backward one.
-
-    held: id of each parameter -> where it is held, or None. After the forward pass `seen` has the
-    ids of the parameters of known layers, as often as they were used; after the backward `norms`.
-    """
-
-    def __init__(self, held: Mapping[int, Tensor | None], images: int) -> None:
-        super().__init__()
-        self.held, self.images = held, images
-        self.seen: list[int] = []
-        self.norms: Tensor | float = 0.0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        if function in LAYERS:
-            layer = LAYERS[function](*args, **kwargs)
-            if layer is not None and len(out) == self.images and out.requires_grad:
-                used, norms = layer
-                self.seen += [id(p) for p in used]
-                masks = [self.held.get(id(p)) for p in used]
-                out.register_hook(lambda gradient: self._add(norms(gradient, *masks)))
-        return out
-
-    def _add(self, norms: Tensor) -> None:
-        self.norms = self.norms + norms
-
-
-# Each takes its function's arguments and gives None, or (parameters, norms): norms takes the
-# gradient of the layer's output and a mask or None for each parameter, and gives (N,).
-
-
-def _linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None):
-    def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
-        g, inputs = (t.reshape(len(t), -1, t.shape[-1]).mT for t in (gradient, x))
-        return _product_norms(g, inputs, held) + _bias_norms(g, bias, bias_held)
-
-    return _present(weight, bias), norms
-
-
-def _conv2d_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple = 1,
-    padding: int | tuple | str = 0,
-    dilation: int | tuple = 1,
-    groups: int = 1,
-):
-    if groups != 1 or isinstance(padding, str) or x.dim() != 4:
-        return None
-
-    places = tuple(_pair(n) for n in (stride, padding, dilation))
-
-    def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
-        biases = _bias_norms(gradient.flatten(2), bias, bias_held)
-        if held is not None and (held == held[:, :1, :1, :1]).all():
-            gradient, held = gradient.masked_fill(held[:, :1, 0, 0, None], 0), None
-        if held is None and _few_places(gradient, x, weight):
-            return _gram_norms(gradient, x, weight.shape[2:], *places) + biases
-        if gradient.device.type == "cpu" and gradient[0, 0].numel() >= len(weight):
-            alone = _each_weight_gradient(gradient, x, weight, *places)
-        else:
-            steps, margins, spacing = places
-            patches = F.unfold(x, weight.shape[2:], spacing, margins, steps)
-            alone = (gradient.flatten(2) @ patches.mT).view(-1, *weight.shape)
-        return _sum_of_squares(alone, held) + biases
-
-    return _present(weight, bias), norms
-
-
-def _few_places(gradient: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Whether `_gram_norms` costs less than the gradients themselves."""
-    places, kernel = gradient[0, 0].numel(), weight[0, 0].numel()
-    filters, channels = weight.shape[:2]
-    inputs = x[0, 0].numel()
-    gram = places**2 * (filters + 2 * kernel) + 2 * inputs**2 * channels
-    return gram < places * filters * channels * kernel
-
-
-def _gram_norms(
-    gradient: Tensor,
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    """|sum over places p of g_p patch_p^T|^2 = sum over p, q of (g_p . g_q) (patch_p . patch_q).
-
-    A patch's products are sums of its pixels' products, so no patch is ever written out.
-    """
-    n, _, *size = gradient.shape
-    g = gradient.flatten(2)
-    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    height, width = padded.shape[2:]
-    pixels = padded.flatten(2)
-    products = (pixels.mT @ pixels).view(n, height, width, height, width)
-    patches = torch.zeros_like(products[:, : size[0], : size[1], : size[0], : size[1]])
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            rows, columns = (
-                slice(at * far, at * far + (count - 1) * step + 1, step)
-                for at, far, count, step in zip((i, j), dilation, size, stride, strict=True)
-            )
-            patches += products[:, rows, columns, rows, columns]
-    return ((g.mT @ g).view_as(patches) * patches).sum((1, 2, 3, 4))
-
-
-def _each_weight_gradient(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    """The weight's gradient by image, (N, *weight.shape), by a convolution with a group an image.
-
-    The weights themselves do not enter: only their shape does.
-    """
-    images = len(gradient)
-    return torch.ops.aten.convolution_backward(
-        gradient.reshape(1, -1, *gradient.shape[2:]),
-        x.reshape(1, -1, *x.shape[2:]),
-        weight.new_empty(1).expand(images * len(weight), *weight.shape[1:]),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        images,
-        [False, True, False],
-    )[1].view(images, *weight.shape)
-
-
-def _batch_norm_layer(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-):
-    if training or weight is None:
-        return None
-
-    def norms(gradient: Tensor, held=None, bias_held=None) -> Tensor:
-        g, inputs = (t.reshape(*t.shape[:2], -1) for t in (gradient, x))
-        shift = g.sum(2)
-        scale = ((g * inputs).sum(2) - shift * running_mean) * (running_var + eps).rsqrt()
-        return _sum_of_squares(scale, held) + _bias_norms(g, bias, bias_held)
-
-    return _present(weight, bias), norms
-
-
-LAYERS = {F.linear: _linear_layer, F.conv2d: _conv2d_layer, F.batch_norm: _batch_norm_layer}
-
-
-def _product_norms(g: Tensor, x: Tensor, held: Tensor | None) -> Tensor:
-    """|sum over places of g x^T|^2, for g (N, O, L), x (N, I, L), but for held, (O, I)."""
-    outputs, places = g.shape[1:]
-    inputs = x.shape[1]
-    if held is not None and (held == held[:, :1]).all():
-        g, held = g.masked_fill(held[:, :1], 0), None
-    if held is None and places * (outputs + inputs) < outputs * inputs:
-        return ((g.mT @ g) * (x.mT @ x)).sum((1, 2))
-    return _sum_of_squares(g @ x.mT, held)
-
-
-def _bias_norms(g: Tensor, bias: Tensor | None, held: Tensor | None) -> Tensor | float:
-    return 0.0 if bias is None else _sum_of_squares(g.sum(2), held)
-
-
-def _sum_of_squares(gradients: Tensor, held: Tensor | None) -> Tensor:
-    free = gradients if held is None else gradients.masked_fill(held, 0)
-    return torch.linalg.vector_norm(free.flatten(1), dim=1).square()
-
-
-def _present(*parameters: Tensor | None) -> list[Tensor]:
-    return [p for p in parameters if p is not None]
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value] * 2 if isinstance(value, int) else list(value)
 
 
 # Sharpness
@@ -738,7 +621,10 @@ def _chunks(images: Tensor, labels: Tensor, chunk: int | None) -> list[tuple[Ten
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, full float32 and repeatable kernels; as it was, afterwards."""
+    """Evaluation mode, full float32, repeatable kernels, nothing compiled; as it was, afterwards.
+
+    What torch.compile makes has no second derivatives, and its layers cannot be watched.
+    """
     modes = {module: module.training for module in model.modules()}
     precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn
@@ -750,6 +636,8 @@ def _measuring(model: nn.Module) -> Iterator[None]:
                 enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
             )
         )
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.set_float32_matmul_precision, precision)
         stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes.items()])
         torch.set_float32_matmul_precision("highest")

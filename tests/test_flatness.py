@@ -2,6 +2,9 @@ import copy
 import math
 import resource
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, hessian
 
-from paperlib import flatness, models
+from paperlib import flatness, models, per_image
 
 IMAGES = 24
 
@@ -362,7 +365,8 @@ def test_norms_of_convolutions(filters, kernel, stride, padding, dilation, size,
         chosen = torch.rand(shape if holding == "weights" else (filters, 1, 1, 1)) < 0.4
         held = {"0.weight": chosen.expand(shape)}
     weights, _ = flatness._parameters(model)
-    norms = flatness._layer_norms(model, weights, images, labels, held)
+    twin = flatness._twin(model, weights)
+    norms = flatness._layer_norms(twin, images, labels, weights, held)
     for norm, image, label in zip(norms, images, labels, strict=True):
         loss = F.cross_entropy(model(image[None]), label[None])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -374,12 +378,113 @@ def test_norms_of_convolutions(filters, kernel, stride, padding, dilation, size,
 
 
 def test_both_ways_to_the_norms_of_a_convolution_are_taken():
-    few, many = (
-        [torch.empty(1, c, size, size) for c in (f, 11)] + [torch.empty(f, 11, 3, 3)]
-        for f, size in ((12, 4), (3, 8))
-    )
-    assert flatness._few_places(*few)
-    assert not flatness._few_places(*many)
+    for few, filters, size in ((True, 12, 4), (False, 3, 8)):
+        x, out = (torch.empty(1, channels, size, size) for channels in (11, filters))
+        layer = per_image.Convolution(x, torch.empty(filters, 11, 3, 3), padding=1)
+        assert layer.few_places(out) == few
+
+
+def folds_of(model, images):
+    with torch.no_grad(), per_image.Foldable() as found:
+        model(images)
+    return found.folds
+
+
+@pytest.mark.parametrize("holding", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_norms_of_a_convolution_and_its_batch_norm_as_one(bias, holding):
+    """Against gradients one by one, a filter whose scale is zero among them."""
+    model, (images, labels) = network(), batch()
+    if not bias:
+        weight = model[0].weight
+        model[0] = nn.Conv2d(1, 3, 3, padding=1, bias=False, dtype=torch.float64)
+        model[0].weight = weight
+    with torch.no_grad():
+        model[1].weight[0] = 0
+    held = {k: v for k, v in some_held(model).items() if bias or k != "0.bias"} if holding else {}
+    twin = flatness._twin(model, weights := flatness._parameters(model)[0])
+    folds = folds_of(twin, images)
+    assert [fold.scale is weights["1.weight"] for fold in folds] == [True]
+    norms = flatness._layer_norms(twin, images, labels, weights, held, folds)
+    expected = flatness._norms_one_by_one(model, weights, images, labels, held)
+    torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
+    assert float(norms.mean()) == pytest.approx(plain_trace(model, images, labels, held))
+
+
+class Between(nn.Module):
+    """A convolution whose output is not for its batch norm alone."""
+
+    def __init__(self, use):
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3).eval()
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+
+    def forward(self, x):
+        out = self.conv(x)
+        if self.use == "changed":
+            out.relu_()
+        result = self.norm(out)
+        if self.use == "kept":
+            result = result + out.tanh()
+        return result.tanh().mean((2, 3))
+
+
+@pytest.mark.parametrize(("use", "found"), [("changed", 0), ("kept", 1)])
+def test_trace_where_a_batch_norm_cannot_be_folded(use, found):
+    model, (images, labels) = Between(use).double().eval(), batch()
+    assert len(folds_of(model, images)) == found
+    actual = flatness.gradient_covariance_trace(model, images, labels)
+    assert actual == pytest.approx(plain_trace(model, images, labels), rel=1e-10)
+
+
+class Forgetful(nn.Module):
+    """Keeps what it computes in itself, so that calls at once would mix it up."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+        self.callers = set()
+
+    def forward(self, x):
+        self.mean = x.mean((1, 2, 3))
+        self.callers.add(threading.get_ident())
+        time.sleep(0.01)
+        return self.network(x) * (2 + self.mean[:, None])
+
+
+@pytest.fixture
+def three_threads():
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def threads_of_a_new_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_trace_of_several_chunks_at_once(three_threads, centered):
+    model, (images, labels) = Forgetful(), batch()
+    held = {f"network.{name}": mask for name, mask in some_held(model.network).items()}
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    actual = flatness.gradient_covariance_trace(model, images, labels, held, centered, chunk=2)
+    expected = plain_trace(model, images, labels, held, centered)
+    assert actual == pytest.approx(expected, rel=1e-10)
+    assert len(model.callers) > 2
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+
+
+def test_one_of_several_chunks_fails(three_threads):
+    model, (images, labels) = Forgetful(), batch()
+    images[20] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        flatness.gradient_covariance_trace(model, images, labels, chunk=2)
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
 def test_tic():

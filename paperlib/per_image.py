@@ -116,17 +116,19 @@ class Foldable(TorchFunctionMode):
 # squared norms.
 
 
-@dataclass(frozen=True, eq=False)
-class Linear:
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-
-    known = True
+class _Layer:
+    known = True  # whether `parts` can be had
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.weight, self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(_Layer):
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
 
     def parts(self, gradient: Tensor, held: Mask, bias_held: Mask) -> Iterator[Tensor]:
         g, x = (t.reshape(len(t), -1, t.shape[-1]).mT for t in (gradient, self.input))
@@ -143,7 +145,7 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
-class Convolution:
+class Convolution(_Layer):
     input: Tensor
     weight: Tensor
     bias: Tensor | None = None
@@ -155,10 +157,6 @@ class Convolution:
     @property
     def known(self) -> bool:
         return self.groups == 1 and not isinstance(self.padding, str) and self.input.dim() == 4
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias
 
     @property
     def steps(self) -> list[list[int]]:
@@ -223,7 +221,7 @@ class Convolution:
 
 
 @dataclass(frozen=True, eq=False)
-class BatchNorm:
+class BatchNorm(_Layer):
     input: Tensor
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -236,10 +234,6 @@ class BatchNorm:
     @property
     def known(self) -> bool:
         return not self.training and self.weight is not None
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias
 
     @property
     def inverse_std(self) -> Tensor:

@@ -339,6 +339,52 @@ def test_trace_of_networks_it_does_not_know(model, shape):
     assert actual == pytest.approx(plain_trace(model, images, labels), rel=1e-4)
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.dense = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = F.conv2d(input=x, weight=self.conv.weight, bias=self.conv.bias).tanh().mean((2, 3))
+        return F.linear(input=out, weight=self.dense.weight, bias=self.dense.bias)
+
+
+def parametrised():
+    """Its modules refuse to be copied."""
+    model = network()
+    nn.utils.parametrizations.weight_norm(model[3])
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: ByKeyword().double(), parametrised])
+def test_trace_of_networks_made_otherwise(make):
+    model, (images, labels) = make(), batch()
+    actual = flatness.gradient_covariance_trace(model, images, labels)
+    assert actual == pytest.approx(plain_trace(model, images, labels), rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_network_is_measured_uncompiled():
+    model, (images, labels) = network(), batch()
+    trace = flatness.gradient_covariance_trace(model, images, labels)
+    values = flatness.hessian_spectrum(model, images, labels, 3)[0]
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(images)
+    assert len(seen) == 1
+    again = flatness.gradient_covariance_trace(compiled, images, labels)
+    assert again == pytest.approx(trace, rel=1e-12)
+    assert torch.equal(flatness.hessian_spectrum(compiled, images, labels, 3)[0], values)
+    compiled(images[:3])
+    assert len(seen) == 2
+
+
 GEOMETRIES = [
     # filters, kernel, stride, padding, dilation, pixels
     (12, (3, 3), 1, 1, 1, 4),

@@ -1,9 +1,9 @@
 """3x3 convolutions of images that have shrunk to a few pixels, quicker on a CPU.
 
 The last convolutions of these networks see images of 4x4 and 2x2. There oneDNN's kernels run at a
-fraction of a processor's speed, their gradients of the weights at a tenth. As products of matrices
-the same sums run at nearly all of it. `quick` has a network's convolutions computed so; results
-are the same up to rounding. Both forms can be differentiated twice.
+fraction of a processor's speed, their gradients of the weights at a tenth, in bfloat16 at less. As
+products of matrices the same sums run at nearly all of it. `quick` has a network's convolutions
+computed so; results are the same up to rounding. Both forms can be differentiated again and again.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DENSE = 2  # pixels, high and wide, up to which an image is multiplied by one matrix
-FEW = 4  # and up to which the gradient of the weights is a product
-WIDE = 128  # filters and channels from which on that pays
+FEW = 4  # and up to which a convolution is a product with its patches,
+WIDE = 128  # from so many filters and channels on: the gradient of the weights,
+WIDER = 256  # and here all of it
 
 
 @contextmanager
 def quick(model: nn.Module) -> Iterator[None]:
     """In this context 3x3 convolutions of few pixels are computed as products of matrices.
 
-    Those of stride 1 with one pixel of zeros around, on a CPU, without autocast.
+    Those of stride 1 with one pixel of zeros around, on a CPU. Autocast has them in its precision.
     """
     convs = [module for module in model.modules() if _suits(module)]
     for conv in convs:
@@ -50,12 +51,21 @@ def _suits(module: nn.Module) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=1)` of 3x3 kernels, by whichever way is the quickest."""
-    if x.device.type == "cpu" and x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
+    if x.device.type == "cpu" and x.dim() == 4 and max(x.shape[2:]) <= FEW:
         if max(x.shape[2:]) <= DENSE:
-            return _dense(x, weight, bias)
-        if max(x.shape[2:]) <= FEW and min(weight.shape[:2]) >= WIDE and torch.is_grad_enabled():
-            return _ByProduct.apply(x, weight, bias)
+            return _dense(*_cast(x, weight, bias))
+        narrowest = min(weight.shape[:2])
+        if narrowest >= WIDER or (narrowest >= WIDE and torch.is_grad_enabled()):
+            return _Convolution.apply(*_cast(x, weight, bias))
     return F.conv2d(x, weight, bias, padding=1)
+
+
+def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """In the precision of autocast, where that is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return list(tensors)
+    precision = torch.get_autocast_dtype("cpu")
+    return [None if tensor is None else tensor.to(precision) for tensor in tensors]
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,27 +94,62 @@ def _taps(height: int, width: int) -> Tensor:
     return torch.tensor([3 * (r - i + 1) + c - j + 1 for i, j in places for r, c in places])
 
 
-class _ByProduct(torch.autograd.Function):
-    """A convolution whose gradient of the weights is one product of matrices."""
+class _Convolution(torch.autograd.Function):
+    """A convolution by products with patches. Its gradients are convolutions, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=1)
+        if min(weight.shape[:2]) < WIDER:
+            return F.conv2d(x, weight, bias, padding=1)
+        images, _, height, width = x.shape
+        # Weights that the backward pass has turned around have their filters innermost in memory.
+        matrix = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
+        patches = _patches(x)
+        out = patches @ matrix if bias is None else torch.addmm(bias, patches, matrix)
+        return out.view(images, height, width, len(weight)).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = F.conv_transpose2d(gradient, weight, padding=1)
+            of_x = _Convolution.apply(gradient, _turned(weight), None)
         if ctx.needs_input_grad[1]:
-            _, channels, height, width = x.shape
-            padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-            shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-            patches = torch.cat(shifted, -1).reshape(-1, 9 * channels)
-            gradients = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
-            of_weight = (gradients.mT @ patches).view(-1, 3, 3, channels).permute(0, 3, 1, 2)
+            of_weight = _OfWeight.apply(x, gradient)
         if ctx.needs_input_grad[2]:
             of_bias = gradient.sum((0, 2, 3))
         return of_x, of_weight, of_bias
+
+
+class _OfWeight(torch.autograd.Function):
+    """The gradient of a convolution's weights, one product of matrices."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gradient)
+        filters, channels = gradient.shape[1], x.shape[1]
+        gradients = gradient.permute(0, 2, 3, 1).reshape(-1, filters)
+        return (gradients.mT @ _patches(x)).view(filters, 3, 3, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, gradient = ctx.saved_tensors
+        of_x = of_gradient = None
+        if ctx.needs_input_grad[0]:
+            of_x = _Convolution.apply(gradient, _turned(upstream), None)
+        if ctx.needs_input_grad[1]:
+            of_gradient = _Convolution.apply(x, upstream, None)
+        return of_x, of_gradient
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The weights that take the gradient of a convolution's output to that of its input."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _patches(x: Tensor) -> Tensor:
+    """What the taps of each pixel see, (images * height * width, 9 * channels)."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    taps = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # images, height, width, channels, 3, 3
+    return taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1])

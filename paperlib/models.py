@@ -33,8 +33,8 @@ class ResidualSum(nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         if self.keep is None:
-            return branch + shortcut
-        return torch.addcmul(branch, shortcut, self.keep.to(branch.dtype))
+            return branch.add_(shortcut)
+        return branch.addcmul_(shortcut, self.keep.to(branch.dtype))
 
 
 class Subsample(nn.Module):

@@ -28,6 +28,13 @@ def tensors(images, channels, filters, height, width, layout=torch.contiguous_fo
 def narrow(monkeypatch):
     """Products for narrow layers, too."""
     monkeypatch.setattr(convolutions, "WIDE", 1)
+    monkeypatch.setattr(convolutions, "WIDER", 1)
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Products for narrow layers' gradients of the weights alone."""
+    monkeypatch.setattr(convolutions, "WIDE", 1)
 
 
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (3, 3), (4, 4), (4, 2), (5, 4)]
@@ -65,22 +72,52 @@ def test_what_needs_no_gradient_gets_none(frozen, narrow):
     assert [t.grad is None for t in inputs] == [i == frozen for i in range(3)]
 
 
+def test_only_the_weights_gradient_is_a_product_of_layers_less_wide(half, monkeypatch):
+    x, weight, bias = tensors(3, 5, 4, 4, 4)
+    products = []
+    patches = convolutions._patches
+    monkeypatch.setattr(convolutions, "_patches", lambda x: products.append(1) or patches(x))
+    ours, expected = convolve(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+    assert torch.equal(ours, expected) and not products
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight, bias), upstream),
+        torch.autograd.grad(expected, (x, weight, bias), upstream),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert len(products) == 1
+    assert torch.autograd.gradgradcheck(convolve, tensors(2, 3, 2, 4, 4))
+
+
 def test_which_way_is_taken(monkeypatch):
     ways = []
     monkeypatch.setattr(convolutions, "_dense", lambda *_: ways.append("dense"))
-    monkeypatch.setattr(convolutions._ByProduct, "apply", lambda *_: ways.append("product"))
+    monkeypatch.setattr(convolutions._Convolution, "apply", lambda *_: ways.append("product"))
     monkeypatch.setattr(F, "conv2d", lambda *_, **__: ways.append("plain"))
-    wide, narrow = torch.randn(128, 128, 3, 3), torch.randn(127, 128, 3, 3)
+    wider, wide, narrow = (torch.randn(n, 256, 3, 3) for n in (256, 128, 127))
     for size in (1, 2, 3, 4, 5):
-        convolve(torch.randn(1, 128, size, size), wide)
-        convolve(torch.randn(1, 128, size, size), narrow)
+        for weight in (wide, narrow):
+            convolve(torch.randn(1, 256, size, size), weight)
     assert ways == ["dense"] * 4 + ["product", "plain"] * 2 + ["plain"] * 2
     ways.clear()
     with torch.no_grad():
-        convolve(torch.randn(1, 128, 4, 4), wide)
+        for weight in (wider, wide):
+            convolve(torch.randn(1, 256, 4, 4), weight)
+    assert ways == ["product", "plain"]
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_autocast(size, narrow):
+    inputs = [t.detach().float().requires_grad_() for t in tensors(64, 6, 5, size, size)]
     with torch.autocast("cpu", torch.bfloat16):
-        convolve(torch.randn(1, 128, 2, 2), wide)
-    assert ways == ["plain", "plain"]
+        ours, theirs = convolve(*inputs), F.conv2d(*inputs, padding=1)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    expected = F.conv2d(*inputs, padding=1)
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, inputs, upstream.to(out)) for out in (ours, expected)]
+    for a, b in zip([ours, *gradients[0]], [expected, *gradients[1]], strict=True):
+        assert (a - b).norm() < 5e-3 * b.norm()  # bfloat16 has eight bits
 
 
 def test_only_in_the_context_and_only_what_suits():

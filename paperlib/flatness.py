@@ -338,17 +338,14 @@ def gradient_covariance_trace(
     each layer's inputs and output gradients (`per_image`), at about the cost of one gradient; on a
     CPU, chunks then share PyTorch's threads out among themselves. Elsewhere they come from a
     gradient per image, vectorised. Which of the two is settled by comparison on the first images.
-    chunk: 32 on the CPU, less where there would be fewer chunks than threads, else 64.
+    chunk: 64, on a CPU less where there would be fewer chunks than threads.
     """
     images, labels = _checked(model, images, labels, chunk)
     holds = _holds(model, held)
     weights, _ = _parameters(model)
     images, weights = _laid_out(images, weights, torch.channels_last)
-    if images.device.type == "cpu":
-        threads = torch.get_num_threads()
-        chunk = chunk or min(32, math.ceil(len(images) / threads))
-    else:
-        threads, chunk = 1, chunk or 64
+    threads = torch.get_num_threads() if images.device.type == "cpu" else 1
+    chunk = chunk or min(64, math.ceil(len(images) / threads))
     pieces = _chunks(images, labels, chunk)
     with _measuring(model), memory.kept():
         bar = tqdm(total=len(pieces), desc="Tr(C)", unit="chunk", disable=not progress)

@@ -6,7 +6,6 @@ At `width=1` architecture, initialisation and order of parameters are those of t
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,17 +23,21 @@ class ResidualSum(nn.Module):
     """`branch + shortcut`; where a filter of the branch is pruned the shortcut adds nothing to it.
 
     A residual block that adds with this module can be pruned, and its sum observed, from outside
-    (arXiv 1906.03728). `keep` is None, or (filters, 1, 1) with 1 where the filter is kept.
+    (arXiv 1906.03728). `keep` is None, or (filters, 1, 1) with 1 where the filter is kept. inplace:
+    the sum takes the memory of the branch, as after batch norm it may.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inplace: bool = False) -> None:
         super().__init__()
+        self.inplace = inplace
         self.register_buffer("keep", None)
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         if self.keep is None:
-            return branch.add_(shortcut)
-        return branch.addcmul_(shortcut, self.keep.to(branch.dtype))
+            return branch.add_(shortcut) if self.inplace else branch + shortcut
+        keep = self.keep.to(branch.dtype)
+        add = branch.addcmul_ if self.inplace else branch.addcmul
+        return add(shortcut, keep)
 
 
 class Subsample(nn.Module):
@@ -85,7 +88,7 @@ class BasicBlock(nn.Module):
             )
         else:
             self.shortcut = nn.Sequential(Subsample(stride), PadChannels(inputs, outputs))
-        self.sum = ResidualSum()
+        self.sum = ResidualSum(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)

@@ -78,7 +78,8 @@ def test_only_the_weights_gradient_is_a_product_of_layers_less_wide(half, monkey
     patches = convolutions._patches
     monkeypatch.setattr(convolutions, "_patches", lambda x: products.append(1) or patches(x))
     ours, expected = convolve(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
-    assert torch.equal(ours, expected) and not products
+    assert torch.equal(ours, expected)
+    assert not products
     upstream = torch.randn_like(expected)
     for a, b in zip(
         torch.autograd.grad(ours, (x, weight, bias), upstream),

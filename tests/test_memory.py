@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,41 @@ def test_pages_are_kept_and_given_back():
     assert faults["kept"] < 1000
     assert faults["usual"] > 10 * faults["kept"]
     assert resident["kept"] < resident["usual"] + 50e6
+
+
+HUGE = """
+import torch
+from paperlib import memory
+
+def huge_pages_wished_for():
+    kib = size = 0
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            name, _, rest = line.partition(":")
+            if name == "Size":
+                size = int(rest.split()[0])
+            elif name == "VmFlags" and "hg" in rest.split():
+                kib += size
+    return kib
+
+before = huge_pages_wished_for()
+with memory.kept():
+    tensor = torch.ones(12_000_000)
+    print(huge_pages_wished_for() - before)
+    del tensor
+print(huge_pages_wished_for() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists() or memory._glibc() is None,
+    reason="needs glibc and a Linux with huge pages",
+)
+def test_huge_pages_are_asked_for():
+    done = subprocess.run([sys.executable, "-c", HUGE], check=True, capture_output=True, text=True)
+    within, after = map(int, done.stdout.split())
+    assert within > 0.9 * memory.RESERVE / 1024
+    assert after < 0.2 * within
 
 
 def test_elsewhere_it_does_nothing(monkeypatch):

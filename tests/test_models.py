@@ -270,13 +270,15 @@ def test_values_out_of_range(options, message):
         build(**{"name": "conv4"} | options)
 
 
-def test_residual_sum():
-    add = ResidualSum()
-    branch, shortcut = torch.randn(2, 2, 3, 4, 4).unbind(0)
-    shortcut.requires_grad_()
-    assert torch.equal(add(branch, shortcut), branch + shortcut)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_residual_sum(inplace):
+    add = ResidualSum(inplace)
+    branch, shortcut = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4, requires_grad=True)
+    assert torch.equal(add(branch.clone(), shortcut), branch + shortcut)
     add.keep = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
-    out = add(branch, shortcut)
+    given = branch.clone()
+    out = add(given, shortcut)
+    assert (out.data_ptr() == given.data_ptr()) == inplace
     assert torch.equal(out[:, 1], branch[:, 1])
     assert torch.allclose(out[:, [0, 2]], (branch + shortcut)[:, [0, 2]])
     out.sum().backward()

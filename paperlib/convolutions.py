@@ -85,6 +85,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # it is kept, also for training, though an evaluation may come first
 def _taps(height: int, width: int) -> Tensor:
     """For each pixel of the output, and then of the input, the tap in which they meet.
 

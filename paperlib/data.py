@@ -238,7 +238,8 @@ class Batches:
         """
         images = self.pixels[:, *self._inner]
         if 4 * images.numel() < KEPT_BYTES and self._normalised is None:
-            self._normalised = self._normalise(images)
+            with torch.inference_mode(False):  # it may be differentiated later on
+                self._normalised = self._normalise(images)
         for start in range(0, len(images), size):
             batch = slice(start, start + size)
             if self._normalised is not None:

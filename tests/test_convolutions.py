@@ -108,6 +108,15 @@ def test_which_way_is_taken(monkeypatch):
     assert ways == ["product", "plain"]
 
 
+def test_training_after_an_evaluation():
+    convolutions._taps.cache_clear()
+    inputs = tensors(2, 3, 2, 2, 2)
+    with torch.inference_mode():
+        convolve(*inputs)
+    convolve(*inputs).sum().backward()
+    assert all(t.grad is not None for t in inputs)
+
+
 @pytest.mark.parametrize("size", [2, 4, 5])
 def test_autocast(size, narrow):
     inputs = [t.detach().float().requires_grad_() for t in tensors(64, 6, 5, size, size)]

@@ -426,6 +426,18 @@ def test_normalisation_is_torchvisions(augment):
     assert torch.equal(y, labels)
 
 
+def test_test_images_can_be_learned_from_after_an_evaluation():
+    dataset = load("digits").subset(2, 2)
+    images, labels = dataset.test_images, dataset.test_labels
+    batches = Batches(images, labels, dataset.mean, dataset.std, "cpu")
+    with torch.inference_mode():
+        list(batches.evaluation())
+    ((x, _),) = batches.evaluation()
+    weight = torch.ones((), requires_grad=True)
+    (x * weight).sum().backward()
+    assert torch.isclose(weight.grad, x.sum())
+
+
 def test_epoch_is_every_image_once_in_the_order_drawn():
     images, labels = random_images(10), torch.arange(10)
     batches = Batches(images, labels, MEAN, STD, "cpu", size=4)

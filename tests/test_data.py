@@ -427,7 +427,7 @@ def test_normalisation_is_torchvisions(augment):
 
 
 def test_test_images_can_be_learned_from_after_an_evaluation():
-    dataset = load("digits").subset(2, 2)
+    dataset = data.load("digits").subset(2, 2)
     images, labels = dataset.test_images, dataset.test_labels
     batches = Batches(images, labels, dataset.mean, dataset.std, "cpu")
     with torch.inference_mode():

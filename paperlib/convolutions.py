@@ -114,7 +114,9 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and min(weight.shape[:2]) < WIDER:
+            of_x = F.conv_transpose2d(gradient, weight, padding=1)
+        elif ctx.needs_input_grad[0]:
             of_x = _Convolution.apply(gradient, _turned(weight), None)
         if ctx.needs_input_grad[1]:
             of_weight = _OfWeight.apply(x, gradient)

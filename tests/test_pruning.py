@@ -762,7 +762,7 @@ def test_a_pruned_network_computes_no_masks():
     model(x)
     dense = operations(model, x)
     pruner.prune(1, 1)
-    sums, views = {"aten::add", "aten::addcmul"}, {"aten::to", "aten::resolve_conj"}
+    sums, views = {"aten::add_", "aten::addcmul_"}, {"aten::to", "aten::resolve_conj"}
     ours, dense = (
         ["sum" if name in sums else name for name in names if name not in views]
         for names in (operations(model, x), dense)

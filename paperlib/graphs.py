@@ -8,7 +8,7 @@ forward pass is done before the replay. What a step is, `loop` says.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -42,6 +42,8 @@ class CudaGraphs:
                 "and use it, within torch.cuda.stream(torch.cuda.Stream())"
             )
         self._pool = torch.cuda.graph_pool_handle()
+        # With its last graph a pool is gone, and nothing can be captured into it: this one stays.
+        self._keeper = self(lambda: torch.zeros((), device="cuda"))
 
     def __call__(self, function: Callable[[], None]) -> Graph:
         graph = torch.cuda.CUDAGraph()
@@ -78,6 +80,26 @@ class Replays:
         self._graphs.clear()
 
 
+_last_turn: dict[torch.device, torch.cuda.Event] = {}
+
+
+@contextmanager
+def in_turn(device: torch.device) -> Iterator[None]:
+    """What is launched in this context waits, on the device, for what was launched in it before.
+
+    Whatever its stream: a process's graphs all find the seed of what is random in them, and how far
+    it has come, at the same two addresses of a device, where each replay writes them anew.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    if device in _last_turn:
+        _last_turn[device].wait()
+    yield
+    _last_turn[device] = torch.cuda.Event()
+    _last_turn[device].record()
+
+
 class CapturedLoop(PlainLoop):
     """As `PlainLoop`, by graphs; its numbers are the same up to rounding.
 
@@ -99,7 +121,8 @@ class CapturedLoop(PlainLoop):
         self._keep: dict[str, Tensor] = {}  # 1 where a parameter is free, 0 where it is held
         self._rates: list[float] = []
         self._drawn: list[Tensor] = []
-        device = next(model.parameters()).device
+        self._device = device = next(model.parameters()).device
+        self._draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -114,7 +137,7 @@ class CapturedLoop(PlainLoop):
         for kept, new in zip(self._drawn, drawn, strict=True):
             kept.copy_(new)
         images = len(batches.labels)
-        with self.pruner.by_hand():
+        with self.pruner.by_hand(), in_turn(self._device) if self._draws else nullcontext():
             for size in _sizes(images, batches.size):
                 self.pruner.before_pass(training=True)
                 key = "train", size, self.pruner.due
@@ -135,7 +158,7 @@ class CapturedLoop(PlainLoop):
         return self._totals(len(batches.labels))
 
     def _train_batch(self, batches: Batches, size: int) -> None:
-        rows = self._position + torch.arange(size, device=self._position.device)
+        rows = self._position + torch.arange(size, device=self._device)
         x, y = batches.pick(*(drawn.index_select(0, rows) for drawn in self._drawn))
         self._add(*step(self.model, self.optimizer, self._hold, self.autocast, x, y))
         self._position += size
@@ -178,6 +201,8 @@ class CapturedLoop(PlainLoop):
             for group in self.optimizer.param_groups:
                 if "capturable" in group:
                     group["capturable"] = True
+            # Not of the ordinary first step, of which it would warn.
+            self.optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def _sizes(images: int, size: int) -> Iterator[int]:

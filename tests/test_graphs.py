@@ -6,6 +6,7 @@ between them; and it refuses what a capture refuses.
 """
 
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import pandas as pd
 import pytest
@@ -169,6 +170,87 @@ def test_the_first_call_is_an_ordinary_one():
     assert calls[4:] == ["called"]
 
 
+class Pools:
+    """torch.cuda's graphs and pools as far as `CudaGraphs` needs them, with PyTorch's own rules."""
+
+    def __init__(self, monkeypatch):
+        self.uses = {}
+        fakes = {"graph_pool_handle": lambda: 7, "CUDAGraph": lambda: Pools.OfOne(self)}
+        fakes |= {"graph": self.capture, "current_stream": lambda: 1, "default_stream": lambda: 0}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+
+    class OfOne:
+        pool = None
+
+        def __init__(self, pools):
+            self.pools = pools
+
+        def __del__(self):
+            self.pools.uses[self.pool] -= 1
+
+    @contextmanager
+    def capture(self, graph, pool, stream):
+        if self.uses.get(pool) == 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        yield
+        graph.pool = pool
+        self.uses[pool] = self.uses.get(pool, 0) + 1
+
+
+def test_the_pool_outlives_forgotten_graphs(monkeypatch):
+    pools, made = Pools(monkeypatch), []
+    replays = Replays(graphs.CudaGraphs())
+    monkeypatch.setattr(Pools.OfOne, "replay", lambda graph: made.append(graph.pool), raising=False)
+    for _ in range(3):
+        replays("a", lambda: None)
+    replays.forget()
+    replays("a", lambda: None)
+    assert made == [7, 7, 7]
+    assert pools.uses == {7: 2}
+    del replays
+    assert pools.uses == {7: 0}
+
+
+def test_graphs_need_a_stream(monkeypatch):
+    Pools(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: 0)
+    with pytest.raises(RuntimeError, match="a stream of their own"):
+        graphs.CudaGraphs()
+
+
+def test_what_is_random_in_graphs_takes_turns(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self):
+            self.number = sum(word == "record" for word, _ in done)
+
+        def record(self):
+            done.append(("record", self.number))
+
+        def wait(self):
+            done.append(("wait", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(graphs, "_last_turn", {})
+    for index in (0, 0, 1, 0):
+        with graphs.in_turn(torch.device("cuda", index)):
+            done.append(("launch", index))
+    first = [("launch", 0), ("record", 0), ("wait", 0), ("launch", 0), ("record", 1)]
+    other = [("launch", 1), ("record", 2)]
+    assert done == [*first, *other, ("wait", 1), ("launch", 0), ("record", 3)]
+
+
+@pytest.mark.parametrize(("name", "turns"), [("dropout", CONV.epochs), ("filters", 0)])
+def test_only_dropout_takes_turns(name, turns, captured, monkeypatch):
+    taken = []
+    monkeypatch.setattr(graphs, "in_turn", lambda device: nullcontext(taken.append(device)))
+    numbers(SETTINGS[name])
+    assert taken == [torch.device("cpu")] * turns
+
+
 def test_a_run_that_was_stopped(captured, tmp_path, monkeypatch):
     from paperlib import checkpoints
     from paperlib.runs import Store
@@ -322,8 +404,9 @@ def test_cuda_graphs_against_the_plain_loop(name, monkeypatch):
 
 
 @on_gpu
-def test_streams_against_one_after_the_other():
-    configs = [SETTINGS["plain"].with_(seed=seed) for seed in range(4)]
+@pytest.mark.parametrize("name", ["plain", "dropout", "milestones"])
+def test_streams_against_one_after_the_other(name):
+    configs = [SETTINGS[name].with_(seed=seed) for seed in range(4)]
     together = run_together(configs, device="cuda")
     for config, record in zip(configs, together, strict=True):
         alone = run(config, device="cuda")

@@ -48,7 +48,7 @@ class Plan:
     width: float = 1.0
     batch: int = 128
     product: int = 8192  # rows of the matrices multiplied
-    counts: tuple[int, ...] = (1, 2, 4, 8, 16)  # runs at once
+    counts: tuple[int, ...] = training.COUNTS  # runs at once
     per_class: tuple[int, int] = (1000, 200)  # images of runs at once, of training and of test
     seconds: float = 4.0  # that runs at once are timed, at least
     tested: int = 10_000  # images, by batch size of evaluation

@@ -52,6 +52,7 @@ MEAN, STD = data.CIFARS["cifar10"].mean, data.CIFARS["cifar10"].std
 CIFAR = 50_000, 10_000  # images
 WORKERS = 2
 SIZES = (128, 250, 500, 1000, 2000)
+COUNTS = (1, 2, 4, 8, 16)  # runs at once
 # Batches an epoch here: what some seconds on two cores can do.
 BATCHES = {"vgg11_bn": 8, "resnet20": 10, "resnet18": 2, "conv4": 10}
 
@@ -601,6 +602,23 @@ def whole(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def runs(options: argparse.Namespace) -> list[dict]:
+    """Runs at once on the CPU, in processes that share its cores out: images a second of all."""
+    cores, rows = sweep.default_jobs(), []
+    for name in [name for name in options.networks if name in ("vgg11_bn", "resnet20")]:
+        train = 2 * SETTINGS[name].batch
+        for precision in [p for p, native in precisions(torch.device("cpu")).items() if native]:
+            config = setting(name, width=options.width, precision=precision)
+            job = {"kind": "paperlib", "config": config, "train": train, "test": train // 4}
+            for count in options.counts:
+                threads = max(1, cores // count)
+                done = at_once(count, options.seconds, threads=threads, **job)
+                row = {"network": name, "precision": precision, "runs": count, "threads": threads}
+                row |= {what: sum(each[what] for each in done) for what in WHAT}
+                rows.append(row | {"peak GiB a run": max(each["peak GiB"] for each in done)})
+    return rows
+
+
 def compiled(options: argparse.Namespace) -> list[dict]:
     """torch.compile: what it gains in training, and after how many epochs its start is paid."""
     device, rows = torch.device("cpu"), []
@@ -634,6 +652,7 @@ PARTS: dict[str, Callable] = {
     "memory": memory,
     "evaluation": evaluation,
     "whole": whole,
+    "runs": runs,
     "compile": compiled,
 }
 UNITS = {
@@ -642,6 +661,7 @@ UNITS = {
     memory: "GiB of a fresh process",
     evaluation: "images a second",
     whole: "seconds; x: times the ordinary loop's speed",
+    runs: "images a second of all runs; evaluations included in the whole epoch",
     compiled: "images a second in training",
 }
 
@@ -670,6 +690,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=float, default=1.0, help="of the networks")
     parser.add_argument("--product", type=int, default=2048, help="rows of the matrices multiplied")
     parser.add_argument("--tested", type=int, default=2000, help="images, by batch size")
+    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="runs at once")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of runs at once, at least")
     parser.add_argument("--whole", nargs=2, type=int, default=(1000, 200), help="images of a run")
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")
     return parser

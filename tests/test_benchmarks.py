@@ -69,10 +69,11 @@ def test_a_process_that_fails_is_said():
 def test_training_tables(tmp_path, capsys):
     out = tmp_path / "bench.json"
     small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --product 64"
-    small = [*small.split(), "--tested", "250", "--out", str(out)]
+    small += " --tested 250 --counts 1 2 --seconds 0.1"
+    small = [*small.split(), "--out", str(out)]
     results = training.main(small)
     assert json.loads(out.read_text()) == results
-    assert set(results) == {"machine", "speed", "memory", "evaluation", "whole"}
+    assert set(results) == {"machine", "speed", "memory", "evaluation", "whole", "runs"}
     speed = {(row["loop"], row["precision"], row.get("runs")): row for row in results["speed"]}
     assert speed["ordinary", "float32", 1]["training x"] == 1
     for runs in {1, sweep.default_jobs()}:
@@ -80,6 +81,18 @@ def test_training_tables(tmp_path, capsys):
     native = training.precisions(CPU)["bfloat16"]
     assert ("note" in speed["paperlib", "bfloat16", None if not native else 1]) is not native
     assert "not native" in capsys.readouterr().out or native
+
+
+def test_runs_at_once():
+    small = "--only runs --networks resnet20 --width 0.0625 --counts 1 2 --seconds 0.1"
+    rows = training.main(small.split())["runs"]
+    native = [name for name, is_native in training.precisions(CPU).items() if is_native]
+    assert [(row["precision"], row["runs"]) for row in rows] == [
+        (p, n) for p in native for n in (1, 2)
+    ]
+    for row in rows:
+        assert row["threads"] == max(1, sweep.default_jobs() // row["runs"])
+        assert row["training"] > row["whole epoch"] > 0
 
 
 def test_all_that_a_gpu_is_for_runs_without_one(tmp_path):

@@ -56,6 +56,7 @@ class Plan:
     networks: tuple[str, ...] = tuple(training.SETTINGS)
     agreement: tuple[int, int, int] = (200, 50, 6)  # images per class, of both, and epochs
     flatness: Flatness = experiments.FLATNESS
+    threads: int | None = None  # of the CPU; None: as torch has them
 
     @property
     def where(self) -> torch.device:
@@ -378,6 +379,8 @@ PARTS: dict[str, Callable[[Part], None]] = {
 def _do(connection: Connection, name: str, plan: Plan) -> None:
     """In the process of a part."""
     os.environ["PAPERLIB_DATA"] = plan.cache
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
     try:
         if plan.where.type == "cuda":
             torch.cuda.init()  # what counts memory needs it
@@ -413,7 +416,8 @@ def tiny(plan: dict) -> Plan:
     lengths = {"seconds": 0.1, "tested": 128, "rounds": 1, "agreement": (8, 4, 2)}
     measured = Flatness(epoch=0, images=16, eigenvalues=2, directions=1, reach=0.1, step=0.1)
     some = ("vgg11_bn", "conv4")
-    return Plan(**plan, **sizes, **lengths, networks=some, flatness=measured)
+    # One thread: several that wait for each other crawl where other work shares their cores.
+    return Plan(**plan, **sizes, **lengths, networks=some, flatness=measured, threads=1)
 
 
 def printed(rows: list[dict]) -> str:

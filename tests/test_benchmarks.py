@@ -143,8 +143,11 @@ def test_pairs_of_precisions(tmp_path):
     changes = sorted(row["best_accuracy bfloat16"] - row["best_accuracy float32"] for row in rows)
     assert changes == [0.5, 1.0, 1.5]
     assert found["figure-R2"]["changes"]["best test accuracy"].startswith("1.00 [")
-    (row,) = found["figure-R2"]["conclusions"]
+    (row,) = found["figure-R2"]["differences"]
     assert row["float32"].endswith("n = 1")
     assert row["difference"].startswith("No Pruning - Prune_L")
     assert row["change"].startswith("-1.00")  # half a point less one and a half
+    (row,) = found["figure-R2"]["correlations"]
+    assert row["network"] == "conv4"
+    assert row["float32"].endswith("n = 1")  # of what is pruned
     assert precision.main(["figure-R1", "--runs", str(tmp_path / "empty")]) == {}

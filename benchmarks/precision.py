@@ -23,7 +23,9 @@ PRECISIONS = ("float32", "bfloat16")
 NUMBERS = {"best_accuracy": "best test accuracy", "mean_stability": "mean stability"}  # percent
 
 
-def pairs(store: Store, name: str, profile: str, data: str | None = None) -> pd.DataFrame:
+def pairs(
+    store: Store, name: str, profile: str, data: str | None = None, seeds: int | None = None
+) -> pd.DataFrame:
     """The settings and seeds of a figure that are there in float32 and in bfloat16.
 
     One row a pair: network, method, label, seed and each of `NUMBERS` in both precisions, in
@@ -31,7 +33,7 @@ def pairs(store: Store, name: str, profile: str, data: str | None = None) -> pd.
     """
     found = []
     for precision in PRECISIONS:
-        plan = experiments.plan(name, profile, data, precision=precision)
+        plan = experiments.plan(name, profile, data, seeds, precision)
         there = store.find(plan.run)
         _, runs = store.frames([run for run in plan.run if run in there])
         found.append(experiments.annotate(runs, plan).drop_duplicates(KEYS))
@@ -88,12 +90,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("figures", nargs="*", default=["figure-R2"])
     parser.add_argument("--profile", default="small")
     parser.add_argument("--data")
+    parser.add_argument("--seeds", type=int, help="how many, in place of the profile's")
     parser.add_argument("--runs", help="run store; default: as for paperlib")
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")
     options = parser.parse_args(argv)
     store, results = Store(options.runs), {}
     for name in options.figures:
-        paired = pairs(store, name, options.profile, options.data)
+        paired = pairs(store, name, options.profile, options.data, options.seeds)
         print(f"{name} at {options.profile}: {len(paired)} pairs")
         if paired.empty:
             continue

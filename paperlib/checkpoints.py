@@ -20,7 +20,6 @@ import struct
 import time
 import warnings
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ import numpy as np
 
 from paperlib.config import Config, ConfigError, from_dict, to_dict
 from paperlib.locks import Claim, Claimed
+from paperlib.provenance import version
 from paperlib.runs import write_whole
 
 if TYPE_CHECKING:

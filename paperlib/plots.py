@@ -6,7 +6,6 @@ are told apart by line style and marker. Sizes in inches, fonts as in print.
 
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path, PurePath
 
 import matplotlib.pyplot as plt
@@ -566,7 +565,7 @@ def save(
     words = _about(profile, plan, note)
     stamp(figure, words)
     versions = {"commit": provenance.commit(), "python": platform.python_version()}
-    versions |= {package: version(package) for package in PACKAGES}
+    versions |= {package: provenance.version(package) for package in PACKAGES}
     words = "; ".join([words, *(f"{key} {value}" for key, value in versions.items() if value)])
     target = _folder(profile, folder)
     paths = [target / f"{name}.pdf", target / f"{name}.png"]

@@ -4,10 +4,17 @@ import platform
 import subprocess
 import time
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
+from paperlib import __version__
+
 PACKAGES = ("paperlib", "torch", "torchvision", "numpy")
+
+
+def version(package: str) -> str:
+    """A package's version; ours also where it is not installed, as in a bare checkout."""
+    return __version__ if package == "paperlib" else metadata.version(package)
 
 
 @cache

@@ -7,7 +7,7 @@ that moves on; what pruning holds at zero is a mask there; and what a pruner or 
 forward pass is done before the replay. What a step is, `loop` says.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -26,6 +26,8 @@ class Graph(Protocol):
 
 
 Capture = Callable[[Callable[[], None]], Graph]
+
+STEPS = 32  # that are launched before other runs may launch theirs
 
 
 class CudaGraphs:
@@ -122,13 +124,28 @@ class CapturedLoop(PlainLoop):
         self._rates: list[float] = []
         self._drawn: list[Tensor] = []
         self._device = device = next(model.parameters()).device
-        self._draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
 
     def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
         """One pass over the training images."""
+        launches = self.launch(batches, order, augment)
+        while True:
+            try:
+                next(launches)
+            except StopIteration as end:
+                return end.value
+
+    def launch(
+        self, batches: Batches, order: torch.Generator, augment: torch.Generator
+    ) -> Generator[None, None, Totals]:
+        """`train`, which yields after every `STEPS` steps, unless something in them is random.
+
+        A device takes so many launches ahead and no more. A whole epoch of one run would fill it,
+        and the others' streams would stay empty meanwhile.
+        """
         self.model.train()
         self._refresh()
         self._start()
@@ -137,8 +154,10 @@ class CapturedLoop(PlainLoop):
         for kept, new in zip(self._drawn, drawn, strict=True):
             kept.copy_(new)
         images = len(batches.labels)
-        with self.pruner.by_hand(), in_turn(self._device) if self._draws else nullcontext():
-            for size in _sizes(images, batches.size):
+        with self.pruner.by_hand(), in_turn(self._device) if self.draws else nullcontext():
+            for i, size in enumerate(_sizes(images, batches.size)):
+                if i and i % STEPS == 0 and not self.draws:
+                    yield
                 self.pruner.before_pass(training=True)
                 key = "train", size, self.pruner.due
                 self._replays(key, lambda size=size: self._train_batch(batches, size))

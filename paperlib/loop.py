@@ -4,7 +4,7 @@
 this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -103,6 +103,8 @@ def evaluate(
 class PlainLoop:
     """A run's way to train and evaluate: by the functions above."""
 
+    draws = True  # random numbers of torch's own, perhaps: of a network nothing else is known
+
     def __init__(
         self,
         model: nn.Module,
@@ -118,6 +120,13 @@ class PlainLoop:
         return train_epoch(
             self.model, batches, self.optimizer, self.pruner.hold, self.autocast, order, augment
         )
+
+    def launch(
+        self, batches: Batches, order: torch.Generator, augment: torch.Generator
+    ) -> Generator[None, None, Totals]:
+        """`train`, which yields where another run may launch its steps: never, where it `draws`."""
+        yield from ()
+        return self.train(batches, order, augment)
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
         """One pass over the test images, in batches of `size`."""

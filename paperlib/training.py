@@ -323,10 +323,10 @@ def run_together(
     """`run` several at once on one device; returns the record of each, or why there is none.
 
     Each has a CUDA stream of its own. A step of a small network leaves most of a GPU idle; steps
-    of several share it. They take turns in launching their epochs, in this one thread, so that
-    what is random in one does not hang on the others. callbacks: one a run. A run that another
-    process has is not waited for: its `locks.Claimed` is returned. On a CPU it is no faster than
-    one after the other.
+    of several share it. They take turns in launching their steps, some at a time, in this one
+    thread; what is random in one does not hang on the others. callbacks: one a run. A run that
+    another process has is not waited for: its `locks.Claimed` is returned. On a CPU it is no faster
+    than one after the other.
     """
     configs = list(configs)
     callbacks = [None] * len(configs) if callbacks is None else callbacks
@@ -452,7 +452,7 @@ def _run(
     callback,
     checkpoint: Checkpoint | None = None,
 ) -> Generator[None, None, RunRecord]:
-    """The run itself; it yields wherever it would wait for the device."""
+    """The run itself; it yields wherever it would wait for the device, or for its launches."""
     channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
     classes, channels = len(dataset.classes), dataset.train_images.shape[1]
     model = build(config, classes, channels).to(device, memory_format=channels_last)
@@ -495,8 +495,8 @@ def _run(
         if not takes_event_only:
             order = generator(config.seed, "order", epoch)
             augment = generator(config.seed, "augmentation", epoch)
-            with seeded(config.seed, "dropout", epoch):
-                totals = loop.train(train, order, augment)
+            with seeded(config.seed, "dropout", epoch) if loop.draws else nullcontext():
+                totals = yield from loop.launch(train, order, augment)
             trained += 1
         tested = loop.evaluate(test, evaluation_batch)
         yield

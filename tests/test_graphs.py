@@ -301,13 +301,38 @@ TOGETHER = ("filters", "dropout", "gaussian", "residual")
 
 
 @pytest.mark.parametrize("with_graphs", [False, True])
-def test_together_as_alone(with_graphs, request):
+def test_together_as_alone(with_graphs, request, monkeypatch):
     if with_graphs:
         request.getfixturevalue("captured")
+    monkeypatch.setattr(graphs, "STEPS", 2)  # of the 4 or 5 of an epoch here
     alone = [numbers(SETTINGS[name]) for name in TOGETHER]
+    before = torch.get_rng_state()
     records = run_together([SETTINGS[name] for name in TOGETHER], device="cpu")
     for record, rows in zip(records, alone, strict=True):
         assert record.epochs.drop(columns="seconds").equals(rows)
+    assert torch.get_rng_state().equal(before)
+
+
+def launching(name, monkeypatch) -> str:
+    """Whose steps were launched, in order: two runs of one epoch of four steps."""
+    order, real = [], Replays.__call__
+
+    def noted(replays, key, function):
+        if key[0] == "train":
+            order.append(id(replays))
+        real(replays, key, function)
+
+    monkeypatch.setattr(Replays, "__call__", noted)
+    monkeypatch.setattr(graphs, "STEPS", 2)
+    config = SETTINGS[name].with_(epochs=1, train_per_class=6, batch=16)
+    run_together([config.with_(seed=seed) for seed in range(2)], device="cpu")
+    names = {each: str(i) for i, each in enumerate(dict.fromkeys(order))}
+    return "".join(names[each] for each in order)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("plain", "00110011"), ("dropout", "00001111")])
+def test_steps_take_turns(name, expected, captured, monkeypatch):
+    assert launching(name, monkeypatch) == expected
 
 
 def test_one_that_fails_leaves_the_others(tmp_path):

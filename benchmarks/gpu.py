@@ -3,20 +3,23 @@
     python -m benchmarks.gpu --minutes 10 --data images:cifar10-jpeg.tar.xz
     python -m benchmarks.gpu --device cpu --tiny          # all of its logic, as the tests run it
 
-Parts come in the order of their importance, each in a process of its own: one that fails or hangs
-costs no other. Rows are printed, and written as JSON, as they come, so that what was measured
-survives a stop. What no longer fits into the time is left out, and the rows say so.
+Parts come in the order of their importance, each in a process of its own: one that fails costs no
+other, and one that hangs no more than its share of the time. Rows are printed, and written as JSON,
+as they come, so that what was measured survives a stop. What no longer fits into the time is left
+out, and the rows say so. The tables at the end come in the reverse order, what matters most last.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -33,8 +36,10 @@ from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharp
 
 NETWORK = "vgg11_bn"
 RUNS, EPOCHS = 60, 325  # of VGG11 in Figure 2: six settings, ten seeds
-SPARE = 15.0  # seconds at the end, to stop what still runs
+SPARE = 30.0  # seconds: of what came before `main`, and at the end, to stop what still runs
+SHARES = {"epochs": 0.35, "runs": 0.4, "curvature": 0.2, "agreement": 0.15}  # of the time, at most
 NOTE = "note"
+MINUTES = f"minutes of {RUNS} runs"
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,22 @@ class Part:
         self.connection.send(about | row)
         gc.collect()
         if self.plan.where.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # once something has gone wrong there, each call raises
+                torch.cuda.empty_cache()
         return found
 
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Peaks since `_reset_peak`. What a graph works in is only counted as reserved."""
+    row = {"peak GiB": flatness.peak_gib(device.type)}
+    if device.type == "cuda":
+        row["reserved GiB"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return row
 
 
 # Parts
@@ -120,22 +134,23 @@ def epochs(part: Part, name: str = NETWORK) -> None:
         peaks[precision] = rate["TFLOP/s"] if rate else float("nan")
     # Convolutions of float32 compute by TF32 on a GPU, unless told otherwise.
     peaks["float32"] = peaks.get("tf32", peaks["float32"])
-    ordinary: dict = {}
+    ordinary: dict = {}  # the quickest
 
     def laps(make: Callable, config: Config, **options) -> dict:
         _reset_peak(device)
         loop, start, kept = make(config, *half, device, **options), time.time(), []
-        for i in range(plan.rounds + 2):
+        for i in itertools.count():
             seconds = training.lap(loop)
             if i >= (1 if make is OrdinaryLoop else 2):  # graphs are captured in the second
                 kept.append(seconds)
-            if kept and time.time() - start > 25:
+            enough = len(kept) >= plan.rounds and np.sum(kept, axis=0)[2] >= plan.seconds
+            if enough or (kept and time.time() - start > 25):
                 break
         row = training.rates(np.min(kept, axis=0), *counts)
         rate = training.step_flops(config) * row["training"] / 1e12
         row |= {"TFLOP/s": rate, "of peak": rate / peaks[config.precision]}
         row["seconds an epoch"] = float(np.min(kept, axis=0)[2])
-        return with_ratio(row | {"peak GiB": flatness.peak_gib(plan.device)})
+        return with_ratio(row | _memory(device))
 
     def with_ratio(row: dict) -> dict:
         return row | {f"{w} x": row[w] / ordinary[w] for w in WHAT if w in ordinary and w in row}
@@ -146,19 +161,19 @@ def epochs(part: Part, name: str = NETWORK) -> None:
         seconds = float(record.epochs.seconds[2:].median())
         return with_ratio({"whole epoch": counts[0] / seconds, "seconds an epoch": seconds})
 
-    about = {"network": name, "loop": "ordinary, 2 workers", "precision": "float32"}
-    config = plan.config(name)
-    ordinary = part.row(about, 40, lambda: laps(OrdinaryLoop, config)) or {}
+    config, most = plan.config(name), max(training.WORKERS, min(8, os.cpu_count() or 1))
+    for workers in sorted({training.WORKERS, most} if name == NETWORK else {most}):
+        about = {"network": name, "loop": f"ordinary, {workers} workers", "precision": "float32"}
+        row = part.row(about, 40, lambda n=workers: laps(OrdinaryLoop, config, workers=n))
+        if row and row["whole epoch"] > ordinary.get("whole epoch", 0.0):
+            ordinary = row
     for precision in plan.precisions:
         about = {"network": name, "precision": precision}
         config = plan.config(name, precision=precision)
         part.row(about | {"loop": "captured"}, 15, lambda c=config: laps(OurLoop, c))
         part.row(about | {"loop": "training.run"}, 15, lambda c=config: run(c))
-        part.row(about | {"loop": "plain"}, 20, lambda c=config: laps(OurLoop, c, plain=True))
-    workers = min(8, os.cpu_count() or 1)
-    if workers > training.WORKERS and name == NETWORK:
-        about = {"network": name, "loop": f"ordinary, {workers} workers", "precision": "float32"}
-        part.row(about, 30, lambda: laps(OrdinaryLoop, plan.config(name), workers=workers))
+        if name == NETWORK:
+            part.row(about | {"loop": "plain"}, 20, lambda c=config: laps(OurLoop, c, plain=True))
 
 
 def product(plan: Plan, precision: str) -> float:
@@ -185,11 +200,17 @@ def at_once(plan: Plan, configs: list[Config], images: int) -> dict:
     for record in records:
         if isinstance(record, Exception):
             raise record
-    first, last = max(times[1] for times in ends), min(times[-1] for times in ends)
-    done = sum(first < t <= last for times in ends for t in times)
-    rate = done * images / (last - first) if last > first else float("nan")
-    row = {"images a second": rate, "seconds in all": wall}
-    return row | {"peak GiB": flatness.peak_gib(plan.device)}
+    rate = images * epochs_a_second(ends)
+    row = {"images a second": rate, "TFLOP/s": training.step_flops(configs[0]) * rate / 1e12}
+    return row | {"seconds in all": wall} | _memory(plan.where)
+
+
+def epochs_a_second(ends: list[list[float]]) -> float:
+    """Of all runs, from when each of their epochs ended, the first two left out.
+
+    Run by run: runs whose epochs end at the same moments share a window only by its edges.
+    """
+    return sum((len(times) - 2) / (times[-1] - times[1]) for times in ends)
 
 
 def runs(part: Part, name: str = NETWORK) -> None:
@@ -204,7 +225,7 @@ def runs(part: Part, name: str = NETWORK) -> None:
         for count in plan.counts:
             length = 3 + max(1, round(plan.seconds * speed / images / count))
             needs = count * (2 + length * images / speed)
-            config = training.with_events(few, length)
+            config = training.with_events(few, 1, length)
             configs = [config.with_(seed=seed) for seed in range(count)]
             about = {"network": name, "precision": precision, "runs": count}
             row = part.row(about, needs, lambda c=configs, n=images: at_once(plan, c, n))
@@ -220,11 +241,12 @@ def _project(part: Part, base: Config, speed: float, count: int) -> None:
     plan = part.plan
     dataset = data.load(base.data)
     images = len(dataset.train_labels)
-    config = training.with_events(base, 4)
+    config = training.with_events(base, 1, 4)
     configs = [config.with_(seed=seed) for seed in range(count)]
 
     def minutes(rate: float) -> dict:
-        return {"minutes of 60 runs": RUNS * EPOCHS * images / rate / 60}
+        trained = -(-RUNS // count) * count  # the last runs at once are as slow with fewer
+        return {MINUTES: trained * EPOCHS * images / rate / 60}
 
     def measure() -> dict:
         row = at_once(plan, configs, images)
@@ -238,7 +260,10 @@ def _project(part: Part, base: Config, speed: float, count: int) -> None:
 
 
 def agreement(part: Part) -> None:
-    """Loss curves of captured runs beside plain ones, and of plain ones beside each other."""
+    """Loss curves of captured runs beside plain ones, and of plain ones beside each other.
+
+    Off: by how much at most, over all epochs. agrees: the losses of the first two to 2%.
+    """
     plan = part.plan
     train, test, length = plan.agreement
     activation = setting("resnet18").pruning
@@ -253,6 +278,8 @@ def agreement(part: Part) -> None:
         "vgg11_bn, dropout": plan.config("vgg11_bn", dropout=0.5),
         "conv4, dropout": plan.config("conv4", dropout=experiments.CONV4_DROPOUT),
     }
+    if plan.precisions[0] != "float32":
+        settings["vgg11_bn, bfloat16"] = plan.config("vgg11_bn", precision="bfloat16")
 
     def curves(config: Config, plain: bool) -> np.ndarray:
         with mock.patch.dict(os.environ, PAPERLIB_PLAIN=str(int(plain))):
@@ -261,10 +288,12 @@ def agreement(part: Part) -> None:
 
     def measure(config: Config) -> dict:
         captured, plain, again = (curves(config, plain) for plain in (False, True, True))
-        row = {"last loss": captured[-1, 0], "plain": plain[-1, 0]}
+        first = slice(0, 2)  # epochs; rounding grows in those after them
+        same = np.allclose(captured[first, :2], plain[first, :2], rtol=0.02)
+        row = {"agrees": same, "last loss": captured[-1, 0], "plain": plain[-1, 0]}
         for i, what in enumerate(("train loss", "test loss", "accuracy %")):
-            row[f"{what}, captured - plain"] = float(np.abs(captured - plain)[:, i].max())
-            row[f"{what}, plain - plain"] = float(np.abs(again - plain)[:, i].max())
+            row[f"{what} off"] = float(np.abs(captured - plain)[:, i].max())
+            row[f"{what} of plain off"] = float(np.abs(again - plain)[:, i].max())
         return row | {"captured losses": captured[:, 0].tolist(), "losses": plain[:, 0].tolist()}
 
     for name, config in settings.items():
@@ -283,7 +312,7 @@ def networks(part: Part) -> None:
 def evaluation(part: Part) -> None:
     """Batch sizes of evaluation: images a second."""
     plan = part.plan
-    options = argparse.Namespace(width=plan.width, tested=plan.tested, rounds=plan.rounds)
+    options = argparse.Namespace(width=plan.width, tested=plan.tested, rounds=3 * plan.rounds)
     for precision in plan.precisions:
         for name in plan.networks:
             part.row(
@@ -299,7 +328,8 @@ def processes(part: Part) -> None:
     """Runs at once on one device, in processes."""
     plan, precision = part.plan, part.plan.precisions[0]
     train, test = (10 * count for count in plan.per_class)
-    job = {"config": plan.config(NETWORK, precision=precision), "train": train, "test": test}
+    config = plan.config(NETWORK, precision=precision).with_(augment=False)  # as in `runs`
+    job = {"config": config, "train": train, "test": test}
     job |= {"kind": "paperlib", "threads": 1, "device": plan.device}
 
     def measure(count: int) -> dict:
@@ -315,9 +345,11 @@ def processes(part: Part) -> None:
 def curvature(part: Part) -> None:
     """Flatness, which Figure 2's runs of VGG11 measure once each, for the figures they share."""
     plan, f = part.plan, part.plan.flatness
-    images, labels = training.halves(plan.data)[1]
-    model, pruner = training.pruned(plan.config(NETWORK), plan.where)
-    held = pruner.held()
+    train, (images, labels) = training.halves(plan.data)
+    loop = OurLoop(plan.config(NETWORK), train, (images, labels), plan.where)
+    for _ in range(2):  # a spectrum is that of a network that was trained
+        loop.train()
+    model, held = loop.model.eval(), loop.loop.pruner.held()
     test = data.Batches(images, labels, training.MEAN, training.STD, plan.where)
     x, y = test.first(f.images)
     everything = [torch.cat(tensors) for tensors in zip(*test.evaluation(), strict=True)]
@@ -350,7 +382,7 @@ def curvature(part: Part) -> None:
     part.row(
         {"what": "all", "seconds a run": total},
         0,
-        lambda: {f"minutes of {RUNS} runs, one by one": RUNS * total / 60},
+        lambda: {MINUTES: RUNS * total / 60},
     )
 
 
@@ -366,11 +398,11 @@ PARTS: dict[str, Callable[[Part], None]] = {
     for f in (
         epochs,
         runs,
+        curvature,
         agreement,
         evaluation,
         networks,
         processes,
-        curvature,
         more_runs,
     )
 }
@@ -422,9 +454,29 @@ def tiny(plan: dict) -> Plan:
 
 def printed(rows: list[dict]) -> str:
     """A part's table; what has no place in one is in the JSON only."""
+
+    def cell(value: object) -> object:
+        return f"{value[:40]}..." if isinstance(value, str) and len(value) > 43 else value
+
     return training.table(
-        [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+        [{k: cell(v) for k, v in row.items() if not isinstance(v, list)} for row in rows]
     )
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, float]:
+    """What Figure 2's runs of VGG11 take: trained at the best number at once, and measured."""
+    found = {}
+    for row in results.get("runs", []):
+        if MINUTES in row and "fewer" not in row["of"]:
+            found[f"{MINUTES}, training, {row['precision']}"] = row[MINUTES]
+    for row in results.get("curvature", []):
+        if MINUTES in row:
+            found[f"{MINUTES}, flatness, one by one"] = row[MINUTES]
+    for row in results.get("epochs", []):
+        if row.get("loop") == "training.run" and "whole epoch x" in row:
+            key = f"times the quickest ordinary epoch, {row['precision']}"
+            found[key] = row["whole epoch x"]
+    return found
 
 
 def line(row: dict) -> str:
@@ -477,9 +529,15 @@ def main(argv: list[str] | None = None) -> dict:
                 print(f"[{time.time() - start:3.0f} s] {line(row)}", flush=True)
 
             print(f"\n{PARTS[name].__doc__.splitlines()[0]}", flush=True)
-            perform(name, plan, take)
-    for name in options.only:
+            until = time.time() + 60 * options.minutes * SHARES.get(name, 1.0)
+            perform(name, replace(plan, end=min(plan.end, until)), take)
+    for name in reversed(options.only):
         print(f"\n{PARTS[name].__doc__.splitlines()[0]}\n{printed(results[name])}")
+    results["summary"] = summary(results)
+    write()
+    print()
+    for what, value in results["summary"].items():
+        print(f"{what}: {value:.3g}")
     return results
 
 

@@ -99,7 +99,7 @@ def test_all_that_a_gpu_is_for_runs_without_one(tmp_path):
     out = tmp_path / "gpu.json"
     results = gpu.main(["--device", "cpu", "--tiny", "--minutes", "9", "--out", str(out)])
     assert json.loads(out.read_text()) == results
-    assert set(results) == {"machine", *gpu.PARTS}
+    assert set(results) == {"machine", "summary", *gpu.PARTS}
     for name in gpu.PARTS:
         assert results[name], name
         assert not [row for row in results[name] if gpu.NOTE in row], name
@@ -113,13 +113,40 @@ def test_all_that_a_gpu_is_for_runs_without_one(tmp_path):
         assert hours == pytest.approx(60 * 325 * 160 / row["images a second"] / 3600)
     for row in results["agreement"]:  # here of the CPU's quick loop
         assert row["captured losses"] == pytest.approx(row["losses"], rel=1e-3)
+        assert row["agrees"]
+    assert results["summary"].keys() == {
+        *(f"minutes of 60 runs, training, {name}" for name in native),
+        "minutes of 60 runs, flatness, one by one",
+        *(f"times the quickest ordinary epoch, {name}" for name in native),
+    }
+    for name in native:
+        (row,) = (row for row in rows if row["precision"] == name)
+        key = f"minutes of 60 runs, training, {name}"
+        assert results["summary"][key] == row["minutes of 60 runs"]
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.05, 0.9])
+def test_speed_of_runs_at_once_whatever_their_phase(apart):
+    """Four runs, an epoch of each every two seconds; their first two epochs take longer."""
+    ends = [[5 + i * apart, *(9 + i * apart + 2 * n for n in range(4))] for i in range(4)]
+    assert gpu.epochs_a_second(ends) == pytest.approx(4 / 2)
+
+
+def test_a_part_that_hangs_costs_its_share(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(gpu, "perform", lambda name, plan, take: given.update({name: plan.end}))
+    start = time.time()
+    out = str(tmp_path / "gpu.json")
+    gpu.main(["--device", "cpu", "--tiny", "--minutes", "10", "--out", out])
+    assert given["epochs"] == pytest.approx(start + 210, abs=30)
+    assert given["more_runs"] == pytest.approx(start + 600 - gpu.SPARE, abs=30)
 
 
 def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):
     plan = gpu.tiny({"device": "cpu", "data": "digits", "end": time.time(), "cache": str(tmp_path)})
     rows = []
     gpu.perform("agreement", plan, rows.append)
-    assert len(rows) == 4
+    assert len(rows) == 4 + (plan.precisions[0] != "float32")
     assert all(row[gpu.NOTE].startswith("left out") for row in rows)
     rows.clear()
     gpu.perform("epochs", replace(plan, end=time.time() - gpu.SPARE), rows.append)

@@ -4,7 +4,7 @@
 
 Nothing is trained: pairs are made of the runs that the store and `results/` hold. A pair has the
 same seed, initial network and order of images. Then the conclusions, in each precision, from the
-same seeds: paired differences of methods, and correlations of stability and accuracy.
+same seeds: paired differences of methods, and correlations of stability with accuracy and flatness.
 """
 
 import argparse
@@ -15,12 +15,13 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import training
-from paperlib import experiments, stats
+from paperlib import experiments, landscape, stats
 from paperlib.runs import Store
 
 KEYS = ["network", "method", "label", "seed"]
 PRECISIONS = ("float32", "bfloat16")
 NUMBERS = {"best_accuracy": "best test accuracy", "mean_stability": "mean stability"}  # percent
+FLATNESS = {"curvature": "Tr(H)", "noise": "Tr(C)"}  # where it was measured in all of the runs
 
 
 def pairs(
@@ -29,15 +30,20 @@ def pairs(
     """The settings and seeds of a figure that are there in float32 and in bfloat16.
 
     One row a pair: network, method, label, seed and each of `NUMBERS` in both precisions, in
-    percent.
+    percent; those of `FLATNESS`, too, where there are any.
     """
     found = []
     for precision in PRECISIONS:
         plan = experiments.plan(name, profile, data, seeds, precision)
         there = store.find(plan.run)
+        measured = [config.identity for config in plan.config if config.flatness is not None]
+        flat = landscape.measures(store.records([run for run in measured if run in there]))
         _, runs = store.frames([run for run in plan.run if run in there])
+        if len(flat):
+            runs = runs.merge(flat[["run", *FLATNESS]], on="run", how="left")
         found.append(experiments.annotate(runs, plan).drop_duplicates(KEYS))
-    both = [frame[[*KEYS, *NUMBERS]] for frame in found if len(frame)]
+    columns = [*KEYS, *NUMBERS, *FLATNESS]
+    both = [frame[frame.columns.intersection(columns)] for frame in found if len(frame)]
     if len(both) < 2:
         return pd.DataFrame(columns=KEYS)
     return both[0].merge(both[1], on=KEYS, suffixes=(" float32", " bfloat16"))
@@ -62,24 +68,31 @@ def differences(paired: pd.DataFrame) -> list[dict]:
 
 
 def correlations(paired: pd.DataFrame) -> list[dict]:
-    """Pearson's r of mean stability and best test accuracy over pruned runs, in both precisions.
+    """Pearson's r of mean stability and another number, in both precisions.
 
-    What claim T1 of arXiv 1906.03728 is judged by, in figure 2. From the pairs, which have the same
-    settings and seeds in both.
+    What two claims of arXiv 1906.03728 are judged by: T1, in figure 2, by best test accuracy over
+    the runs pruned in training; T4, in figure 6, by Tr(H) and Tr(C) over all runs. From the pairs,
+    which have the same settings and seeds in both.
     """
     rows = []
-    for network, mine in paired[paired.method != experiments.NO_PRUNING].groupby("network"):
-        row = {"network": network}
-        for precision in PRECISIONS:
-            x, y = (mine[f"{name} {precision}"] for name in ("mean_stability", "best_accuracy"))
-            row[precision] = str(stats.pearson(x, y))
-        rows.append(row)
+    for network, mine in paired.groupby("network", sort=False):
+        pruned = mine[~mine.method.isin([experiments.NO_PRUNING, experiments.SCRATCH])]
+        cases = [("best_accuracy", NUMBERS["best_accuracy"] + ", pruned runs", pruned)]
+        for name, words in FLATNESS.items():
+            if f"{name} float32" in mine and mine[f"{name} float32"].notna().any():
+                cases.append((name, words, mine.dropna(subset=f"{name} float32")))
+        for name, words, chosen in cases:
+            row = {"network": network, "with": words}
+            for precision in PRECISIONS:
+                x, y = (chosen[f"{column} {precision}"] for column in ("mean_stability", name))
+                row[precision] = str(stats.pearson(x, y))
+            rows.append(row)
     return rows
 
 
 CONCLUSIONS = {
     "differences in best test accuracy, points": differences,
-    "r of mean stability and best test accuracy, pruned runs": correlations,
+    "r of mean stability with others": correlations,
 }
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,3 +179,32 @@ def test_pairs_of_precisions(tmp_path):
     assert row["network"] == "conv4"
     assert row["float32"].endswith("n = 1")  # of what is pruned
     assert precision.main(["figure-R1", "--runs", str(tmp_path / "empty")]) == {}
+
+
+def test_precisions_compare_flatness_too(tmp_path):
+    store = Store(tmp_path / "runs", tmp_path / "none")
+    stability = {"No Pruning": 100.0, "Prune_S": 90.0, "Prune_R": 80.0, "Prune_L": 60.0}
+    for name, sign in (("float32", 1), ("bfloat16", -1)):
+        plan = experiments.plan("figure-6", "smoke", seeds=1, precision=name)
+        chosen = plan.drop_duplicates("method")
+        for method, config in zip(chosen.method, chosen.config, strict=True):
+            record = records.record(config, 12, False)
+            record.epochs[["removed", "pre", "post"]] = 0, 50.0, 50.0
+            if method in stability:
+                if method != "No Pruning":
+                    record.epochs.loc[3, ["removed", "post"]] = 1, 0.5 * stability[method]
+                trace = sign * stability[method]
+                record.arrays.update(
+                    eigenvalues=np.array([2 * trace, -trace]),
+                    noise=np.array(-trace),
+                    epsilons=np.array([-0.1, 0.0, 0.1]),
+                    losses=np.ones((1, 3)),
+                    accuracies=np.ones((1, 3)),
+                )
+                store.write(record)
+    arguments = ["figure-6", "--profile", "smoke", "--seeds", "1", "--runs", str(store.path)]
+    rows = precision.main(arguments)["figure-6"]["correlations"]
+    assert [row["with"] for row in rows] == ["best test accuracy, pruned runs", "Tr(H)", "Tr(C)"]
+    assert rows[0]["float32"].endswith("n = 3")
+    assert rows[1]["float32"] == rows[2]["bfloat16"] == "1.00 [1.00, 1.00], n = 4"
+    assert rows[2]["float32"] == rows[1]["bfloat16"] == "-1.00 [-1.00, -1.00], n = 4"

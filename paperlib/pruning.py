@@ -158,12 +158,15 @@ def prunable_layers(model: nn.Module) -> dict[str, PrunableLayer]:
     Every convolution is one, but those on the shortcut of a residual block and grouped ones.
     Raises PruningError where torch.fx cannot follow the network's forward.
     """
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(model)
+        graph = tracer.trace(model)
     except Exception as error:
         raise PruningError(
             f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
         ) from error
+    finally:
+        vars(tracer).clear()  # it is part of a cycle, and would keep the network
     modules = dict(model.named_modules())
     layers = {}
     for node in graph.nodes:
@@ -479,9 +482,9 @@ class FilterPruner(Pruner):
                     f"{layer.name!r}, which has none"
                 )
         if score == "activation":
-            self.activation = ActivationScore(self.layers.values())
+            self.activation = activation = ActivationScore(self.layers.values())
             model.register_forward_pre_hook(self._hook)
-            return lambda layer: self.activation.scores[layer.name]
+            return lambda layer: activation.scores[layer.name]
         return _SCORES[score]
 
     @torch.no_grad()

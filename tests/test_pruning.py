@@ -2,8 +2,10 @@
 
 import copy
 import doctest
+import gc
 import importlib
 import math
+import weakref
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -969,3 +971,19 @@ def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"paperlib.{name}"))
     assert result.failed == 0
     assert result.attempted > 0
+
+
+@pytest.mark.parametrize("score", ["l2", "activation"])
+def test_a_network_and_its_pruner_go_with_their_last_use(score):
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        model = network("resnet20")
+        pruner = FilterPruner(model, [0.5] * len(prunable_layers(model)), score=score)
+        kept = [weakref.ref(model), weakref.ref(pruner), *map(weakref.ref, model.parameters())]
+        model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+        del model, pruner
+        assert [each() for each in kept] == [None] * len(kept)
+    finally:
+        if collects:
+            gc.enable()

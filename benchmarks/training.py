@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks import flatness
-from paperlib import data, experiments, sweep, training
+from paperlib import backends, data, experiments, sweep, training
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.memory import kept
 from paperlib.pruning import FilterPruner
@@ -282,7 +282,7 @@ class OurLoop:
         with ExitStack() as stack:
             if self.stream is not None:
                 stack.enter_context(torch.cuda.stream(self.stream))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
+                stack.enter_context(backends.switched(torch.backends.cudnn, benchmark=True))
             stack.enter_context(kept())
             yield
 

@@ -40,7 +40,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib import models, pruning
+from paperlib import backends, models, pruning
 from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import FilterPruner, WeightPruner
 
@@ -118,7 +118,7 @@ def _example(model: nn.Module, example: Sequence[int] | Tensor) -> Tensor:
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: Tensor, what: str) -> object:
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with backends.full_float32():
             return model(inputs)
     except Exception as error:
         raise CompactError(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
-from paperlib import convolutions, memory, per_image
+from paperlib import backends, convolutions, memory, per_image
 from paperlib.landscape import RISE
 from paperlib.landscape import delta_w as delta_w
 from paperlib.landscape import tic as tic
@@ -623,21 +623,16 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     What torch.compile makes has no second derivatives, and its layers cannot be watched.
     """
     modes = {module: module.training for module in model.modules()}
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
         stack.enter_context(
-            cudnn.flags(
-                enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-            )
+            backends.switched(torch.backends.cudnn, benchmark=False, deterministic=True)
         )
+        stack.enter_context(backends.full_float32())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(torch.set_float32_matmul_precision, precision)
         stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes.items()])
-        torch.set_float32_matmul_precision("highest")
         model.eval()
         yield
 

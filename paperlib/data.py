@@ -220,9 +220,12 @@ class Batches:
         indices = torch.arange(min(count, number))
         if count < number and bool((self.labels.diff() >= 0).all()):
             indices = indices * number // count
-        indices = indices.to(self.labels.device)
-        height, width = self._inner
-        return self._normalise(self.pixels[indices][:, height, width]), self.labels[indices]
+        return self.unaugmented(indices.to(self.labels.device))
+
+    def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of these images (B,) as they are: x and y."""
+        images = self.pixels.index_select(0, indices)[:, *self._inner]
+        return self._normalise(images), self.labels[indices]
 
     @property
     def _inner(self) -> tuple[slice, slice]:

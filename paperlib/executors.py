@@ -20,7 +20,10 @@ CLOSE = 15.0  # and a cluster of ours
 
 
 class WorkerDied(RuntimeError):
-    """The process that had the work ended without an answer; the message says how."""
+    """The process that had the work ended without an answer; the message says how.
+
+    Raised by work, it ends its process, as when the GPU that it has answers no more.
+    """
 
 
 class ClusterError(RuntimeError):
@@ -111,6 +114,9 @@ class Processes(Executor):
             except Exception as error:  # what cannot be sent
                 future.set_exception(error)
             else:
+                if isinstance(result, WorkerDied):
+                    self._forget(process)
+                    process = None
                 (future.set_result if worked else future.set_exception)(result)
         if process is not None:
             with suppress(OSError):
@@ -158,6 +164,8 @@ def _worker(pipe: connection.Connection, device: str) -> None:
             except BaseException as error:
                 answer = (False, error)
             pipe.send(answer)
+            if isinstance(answer[1], WorkerDied):
+                return
 
 
 def _end_with_parent() -> None:
@@ -184,7 +192,9 @@ def alone(function: Callable, *args: Any) -> Any:
 
 def gpus() -> int:
     """How many CUDA devices there are; imports torch only where there may be some."""
-    if not list(Path("/dev").glob("nvidia[0-9]*")) and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+    dev = Path("/dev")  # dxg: what Windows lends to WSL
+    there = (dev / "dxg").exists() or any(dev.glob("nvidia[0-9]*"))
+    if not there and not os.environ.get("CUDA_VISIBLE_DEVICES"):
         return 0
     import torch
 

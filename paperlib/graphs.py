@@ -7,8 +7,10 @@ that moves on; what pruning holds at zero is a mask there; and what a pruner or 
 forward pass is done before the replay. What a step is, `loop` says.
 """
 
+import gc
 from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,11 +32,31 @@ Capture = Callable[[Callable[[], None]], Graph]
 STEPS = 32  # that are launched before other runs may launch theirs
 
 
+class CaptureError(RuntimeError):
+    """A capture that failed: what else this process does on the device may fail from now on."""
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected meanwhile: a graph among it would be destroyed, which ends captures.
+
+    What counts references still frees at once.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class CudaGraphs:
     """Makes CUDA graphs of what functions launch on the current stream, without executing it.
 
     All share one pool of memory, as they are replayed one after the other. Raises RuntimeError on
-    the default stream, which cannot be captured.
+    the default stream, which cannot be captured, and CaptureError; OutOfMemoryError where memory is
+    short and nothing else is wrong.
     """
 
     def __init__(self) -> None:
@@ -48,9 +70,14 @@ class CudaGraphs:
         self._keeper = self(lambda: torch.zeros((), device="cuda"))
 
     def __call__(self, function: Callable[[], None]) -> Graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            function()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with _uncollected(), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                function()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"a CUDA graph could not be captured: {error}") from error
         return graph
 
 
@@ -67,7 +94,7 @@ class Replays:
         self._warm: set[Hashable] = set()
         self._graphs: dict[Hashable, Graph] = {}
 
-    def __call__(self, key: Hashable, function: Callable[[], None]) -> None:
+    def __call__(self, function: Callable[[], None], *key: Hashable) -> None:
         """Do `function`, which for this key is always the same, or was until `forget`."""
         if key not in self._warm:
             self._warm.add(key)
@@ -77,9 +104,10 @@ class Replays:
             self._graphs[key] = self._capture(function)
         self._graphs[key].replay()
 
-    def forget(self) -> None:
-        """Capture afresh: what the graphs hold has changed."""
-        self._graphs.clear()
+    def forget(self, *start: Hashable) -> None:
+        """Capture afresh what has a key that starts so: what those graphs hold has changed."""
+        for key in [key for key in self._graphs if key[: len(start)] == start]:
+            del self._graphs[key]
 
 
 _last_turn: dict[torch.device, torch.cuda.Event] = {}
@@ -97,9 +125,11 @@ def in_turn(device: torch.device) -> Iterator[None]:
         return
     if device in _last_turn:
         _last_turn[device].wait()
-    yield
-    _last_turn[device] = torch.cuda.Event()
-    _last_turn[device].record()
+    try:
+        yield
+    finally:
+        _last_turn[device] = torch.cuda.Event()
+        _last_turn[device].record()
 
 
 class CapturedLoop(PlainLoop):
@@ -159,8 +189,8 @@ class CapturedLoop(PlainLoop):
                 if i and i % STEPS == 0 and not self.draws:
                     yield
                 self.pruner.before_pass(training=True)
-                key = "train", size, self.pruner.due
-                self._replays(key, lambda size=size: self._train_batch(batches, size))
+                batch = partial(self._train_batch, batches, size)
+                self._replays(batch, "train", size, self.pruner.due)
         return self._totals(images)
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
@@ -170,22 +200,29 @@ class CapturedLoop(PlainLoop):
         self.model.eval()
         self._refresh()
         self._start()
-        self.pruner.before_pass(training=False)
+        images = len(batches.labels)
         with self.pruner.by_hand():
-            self._replays(("test", size), lambda: self._evaluate(batches, size))
+            for count in _sizes(images, size):
+                self.pruner.before_pass(training=False)
+                self._replays(partial(self._test_batch, batches, count), "test", count)
         self.model.train()
-        return self._totals(len(batches.labels))
+        return self._totals(images)
 
     def _train_batch(self, batches: Batches, size: int) -> None:
-        rows = self._position + torch.arange(size, device=self._device)
+        rows = self._rows(size)
         x, y = batches.pick(*(drawn.index_select(0, rows) for drawn in self._drawn))
         self._add(*step(self.model, self.optimizer, self._hold, self.autocast, x, y))
-        self._position += size
 
     @torch.no_grad()
-    def _evaluate(self, batches: Batches, size: int) -> None:
-        for x, y in batches.evaluation(size):
-            self._add(*score(self.model, self.autocast, x, y))
+    def _test_batch(self, batches: Batches, size: int) -> None:
+        x, y = batches.unaugmented(self._rows(size))
+        self._add(*score(self.model, self.autocast, x, y))
+
+    def _rows(self, size: int) -> Tensor:
+        """The next places of a pass."""
+        rows = self._position + torch.arange(size, device=self._device)
+        self._position += size
+        return rows
 
     def _add(self, loss: Tensor, correct: Tensor) -> None:
         self._loss += loss
@@ -216,7 +253,7 @@ class CapturedLoop(PlainLoop):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         if rates != self._rates:
             self._rates = rates
-            self._replays.forget()
+            self._replays.forget("train")
             for group in self.optimizer.param_groups:
                 if "capturable" in group:
                     group["capturable"] = True

@@ -455,7 +455,8 @@ def _work(
     """In a worker: do runs, at once where they are several.
 
     Returns of each its mean seconds an epoch, None where others have claimed it, or why it failed;
-    what a caller can put right as a StoreError.
+    what a caller can put right as a StoreError. Raises WorkerDied where this process should do no
+    more; what it has done is in the store.
     """
     from paperlib import training
 
@@ -463,6 +464,9 @@ def _work(
     try:
         where = executors.mine(device)
         records = training.run_together(configs, Store(store, results), where, notes)
+        for record in records:
+            if training.spoils(record):
+                raise executors.WorkerDied(f"{type(record).__name__}: {record}")
         return [_outcome(record) for record in records]
     finally:
         for note in notes:

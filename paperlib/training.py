@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperlib import checkpoints, data, graphs, locks, memory, models, provenance
+from paperlib import backends, checkpoints, data, graphs, locks, memory, models, provenance
 from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
@@ -308,7 +309,7 @@ def run(
     finite, which the store then notes, or where the process that was waited for failed; and
     `locks.Lost` where another process took the run over from this one.
     """
-    going = _Running(config, store, device, callback, wait)
+    going = _Running(config, store, device, callback, wait, alone=True)
     while going.result is None:
         going.go_on()
     return going.result
@@ -325,34 +326,57 @@ def run_together(
     Each has a CUDA stream of its own. A step of a small network leaves most of a GPU idle; steps
     of several share it. They take turns in launching their steps, some at a time, in this one
     thread; what is random in one does not hang on the others. callbacks: one a run. A run that
-    another process has is not waited for: its `locks.Claimed` is returned. On a CPU it is no faster
-    than one after the other.
+    another process has is not waited for: its `locks.Claimed` is returned. One that finds no memory
+    beside the others is begun again, from its checkpoint, when they are done. On a CPU it is no
+    faster than one after the other.
     """
     configs = list(configs)
     callbacks = [None] * len(configs) if callbacks is None else callbacks
     runs = [
-        _Running(config, store, device, callback, wait=False)
+        _Running(config, store, device, callback, wait=False, alone=len(configs) == 1)
         for config, callback in zip(configs, callbacks, strict=True)
     ]
     try:
         while going := [one for one in runs if one.result is None]:
-            for one in going:
+            for one in [one for one in going if not one.alone] or going[:1]:
                 try:
                     one.go_on()
                 except Exception as error:
-                    one.result = error
+                    if isinstance(error, torch.OutOfMemoryError) and not one.alone:
+                        one.put_off()
+                    else:
+                        one.result = error
+                    _let_go(error)
     finally:
         for one in runs:
             one.close()
     return [one.result for one in runs]
 
 
-class _Running:
-    """A run that goes on from one wait for the device to the next, on a stream of its own."""
+def _let_go(error: BaseException) -> None:
+    """Free what the frames of an error's traceback hold: a network, its graphs, their memory."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__context__
 
-    def __init__(self, config: Config, store: Store | None, device: str, callback, wait: bool):
+
+def spoils(error: object) -> bool:
+    """Whether, after this, all else that its process does on a GPU may fail as well."""
+    return isinstance(error, graphs.CaptureError | torch.AcceleratorError)
+
+
+class _Running:
+    """A run that goes on from one wait for the device to the next, on a stream of its own.
+
+    alone: no other has memory of the device meanwhile.
+    """
+
+    def __init__(
+        self, config: Config, store: Store | None, device: str, callback, wait: bool, alone: bool
+    ):
         self.config, self.store, self.device = config, store, device
-        self.options = callback, wait
+        self.callback, self.wait, self.alone = callback, wait, alone
         self.steps: Generator[None, None, RunRecord] | None = None
         self.stream: torch.cuda.Stream | None = None
         self.result: RunRecord | Exception | None = None
@@ -365,9 +389,11 @@ class _Running:
                 return
         with ExitStack() as stack:
             if self.stream is not None:
+                # Of the device first: a stream's end would begin something on the one before.
+                stack.enter_context(torch.cuda.device(self.stream.device))
                 stack.enter_context(torch.cuda.stream(self.stream))
                 # The quickest kernels, found by trial at their first use.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
+                stack.enter_context(backends.switched(torch.backends.cudnn, benchmark=True))
             try:
                 next(self.steps)
             except StopIteration as end:
@@ -381,7 +407,11 @@ class _Running:
             return
         where = choose_device(self.device)
         self.stream = torch.cuda.Stream(where) if where.type == "cuda" else None
-        self.steps = _claimed(config, store, where, *self.options)
+        self.steps = _claimed(config, store, where, self.callback, self.wait, self.alone)
+
+    def put_off(self) -> None:
+        """Begin again, alone."""
+        self.steps, self.alone = None, True
 
     def close(self) -> None:
         """Give up what a run that is not done has claimed."""
@@ -390,7 +420,7 @@ class _Running:
 
 
 def _claimed(
-    config: Config, store: Store | None, device: torch.device, callback, wait: bool
+    config: Config, store: Store | None, device: torch.device, callback, wait: bool, alone: bool
 ) -> Generator[None, None, RunRecord]:
     """Check the run, claim it, do it, and read its record."""
     if store is not None:
@@ -412,7 +442,7 @@ def _claimed(
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config.identity not in store:
             with memory.kept():
-                yield from _run_once(config, store, device, callback, claim)
+                yield from _run_once(config, store, device, callback, claim, alone)
         return store.read(config.identity)
 
 
@@ -422,7 +452,7 @@ def _dataset(config: Config, root: Path | None = None) -> data.Dataset:
 
 
 def _run_once(
-    config: Config, store: Store, device: torch.device, callback, claim: locks.Claim
+    config: Config, store: Store, device: torch.device, callback, claim: locks.Claim, alone: bool
 ) -> Iterator[None]:
     """Run what this process has claimed, and write its record or why it failed."""
     dataset = _dataset(config, store.path / "data")
@@ -434,10 +464,13 @@ def _run_once(
             except checkpoints.UnusableCheckpoint as error:
                 checkpoint.set_aside(error)
                 record = yield from _run(config, dataset, device, callback, checkpoint)
-    except (TrainingError, torch.OutOfMemoryError) as error:
+    except TrainingError as error:
         store.fail(config, error)
-        if isinstance(error, TrainingError):
-            checkpoints.discard(store.path, config.identity)
+        checkpoints.discard(store.path, config.identity)
+        raise
+    except torch.OutOfMemoryError as error:
+        if alone:
+            store.fail(config, error)
         raise
     claim.check()
     if config.identity not in store:  # one that was copied there meanwhile stays

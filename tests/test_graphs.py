@@ -5,7 +5,9 @@ each operation with the very tensors it read and wrote, and does those again, wi
 between them; and it refuses what a capture refuses.
 """
 
+import gc
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pandas as pd
@@ -159,14 +161,14 @@ def test_the_first_call_is_an_ordinary_one():
 
     replays = Replays(Counted)
     for _ in range(3):
-        replays("a", lambda: calls.append("called"))
+        replays(lambda: calls.append("called"), "a")
     assert calls == ["called", "replayed", "replayed"]
     assert len(made) == 1
     replays.forget()
-    replays("a", lambda: calls.append("called"))
+    replays(lambda: calls.append("called"), "a")
     assert calls[3:] == ["replayed"]
     assert len(made) == 2
-    replays("b", lambda: calls.append("called"))
+    replays(lambda: calls.append("called"), "b")
     assert calls[4:] == ["called"]
 
 
@@ -188,7 +190,8 @@ class Pools:
             self.pools = pools
 
         def __del__(self):
-            self.pools.uses[self.pool] -= 1
+            if self.pool is not None:  # captured
+                self.pools.uses[self.pool] -= 1
 
     @contextmanager
     def capture(self, graph, pool, stream):
@@ -204,13 +207,43 @@ def test_the_pool_outlives_forgotten_graphs(monkeypatch):
     replays = Replays(graphs.CudaGraphs())
     monkeypatch.setattr(Pools.OfOne, "replay", lambda graph: made.append(graph.pool), raising=False)
     for _ in range(3):
-        replays("a", lambda: None)
+        replays(lambda: None, "a")
     replays.forget()
-    replays("a", lambda: None)
+    replays(lambda: None, "a")
     assert made == [7, 7, 7]
     assert pools.uses == {7: 2}
     del replays
     assert pools.uses == {7: 0}
+
+
+def test_no_garbage_is_collected_in_a_capture(monkeypatch):
+    Pools(monkeypatch)
+    capture, seen = graphs.CudaGraphs(), []
+    for collects in (True, False):
+        monkeypatch.setattr(gc, "isenabled", lambda collects=collects: collects)
+        monkeypatch.setattr(gc, "disable", lambda: seen.append("off"))
+        monkeypatch.setattr(gc, "enable", lambda: seen.append("on"))
+        capture(lambda: seen.append("captured"))
+    assert seen == ["off", "captured", "on", "off", "captured"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(RuntimeError, graphs.CaptureError), (torch.OutOfMemoryError, torch.OutOfMemoryError)],
+)
+def test_captures_that_fail(error, raised, monkeypatch):
+    def fails():
+        raise error("no such kernel")
+
+    Pools(monkeypatch)
+    capture = graphs.CudaGraphs()
+    with pytest.raises(raised, match="no such kernel") as caught:
+        capture(fails)
+    assert type(caught.value) is raised
+    assert gc.isenabled()
+    assert training.spoils(caught.value) == (raised is graphs.CaptureError)
+    assert training.spoils(torch.AcceleratorError("an illegal address"))
+    assert not training.spoils(RuntimeError())
 
 
 def test_graphs_need_a_stream(monkeypatch):
@@ -241,6 +274,23 @@ def test_what_is_random_in_graphs_takes_turns(monkeypatch):
     first = [("launch", 0), ("record", 0), ("wait", 0), ("launch", 0), ("record", 1)]
     other = [("launch", 1), ("record", 2)]
     assert done == [*first, *other, ("wait", 1), ("launch", 0), ("record", 3)]
+
+
+def test_the_next_turn_waits_for_one_that_failed(monkeypatch):
+    done = []
+
+    class Event:
+        record = wait = lambda self: done.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(graphs, "_last_turn", {})
+    with pytest.raises(ZeroDivisionError), graphs.in_turn(torch.device("cuda", 0)):
+        raise ZeroDivisionError
+    with graphs.in_turn(torch.device("cuda", 0)):
+        done.append("launch")
+    failed, waited, *rest = done
+    assert failed is waited
+    assert rest[0] == "launch"
 
 
 @pytest.mark.parametrize(("name", "turns"), [("dropout", CONV.epochs), ("filters", 0)])
@@ -317,10 +367,10 @@ def launching(name, monkeypatch) -> str:
     """Whose steps were launched, in order: two runs of one epoch of four steps."""
     order, real = [], Replays.__call__
 
-    def noted(replays, key, function):
+    def noted(replays, function, *key):
         if key[0] == "train":
             order.append(id(replays))
-        real(replays, key, function)
+        real(replays, function, *key)
 
     monkeypatch.setattr(Replays, "__call__", noted)
     monkeypatch.setattr(graphs, "STEPS", 2)
@@ -349,6 +399,67 @@ def test_one_that_fails_leaves_the_others(tmp_path):
     assert bad.identity in store.failures()
     again = run_together([BASE], store, "cpu")
     assert again[0].provenance == second.provenance
+
+
+def test_one_that_fails_holds_no_memory(monkeypatch, captured):
+    models, alive = [], []
+    real = training.make_loop
+
+    def make_loop(config, model, *rest):
+        models.append(weakref.ref(model))
+        return real(config, model, *rest)
+
+    monkeypatch.setattr(training, "make_loop", make_loop)
+    numbers(BASE.with_(epochs=1))  # what is imported in a first run may stay in cycles with it
+    models.clear()
+    bad = BASE.with_(learning_rate=1e30, optimizer="sgd", pruning=PRUNING)
+    look = [None, lambda moment: alive.append(models[0]() is not None)]
+    gc.collect()
+    gc.disable()
+    try:
+        first, second = run_together([bad, BASE], None, "cpu", callbacks=look)
+    finally:
+        gc.enable()
+    assert isinstance(first, training.TrainingError)
+    assert len(second.epochs) == BASE.epochs
+    assert len(models) == 2
+    assert not alive[-1]
+
+
+def test_one_without_memory_beside_others_is_done_after_them(tmp_path, monkeypatch):
+    from paperlib.runs import Store
+
+    class Short(training.QuickLoop):
+        """With a second run there is no memory for the first's third epoch."""
+
+        def launch(self, *rest):
+            going.append(self)
+            if len(ended) < 1 and self is going[0] and going.count(self) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return (yield from super().launch(*rest))
+
+    def make_loop(config, model, optimizer, pruner, device):
+        loop = MAKE_LOOP(config, model, optimizer, pruner, device)
+        return Short(model, optimizer, pruner, loop.autocast)
+
+    configs = [BASE.with_(seed=seed) for seed in range(2)]
+    alone = [numbers(config) for config in configs]
+    monkeypatch.setattr(training, "make_loop", make_loop)
+    store, going, ended = Store(tmp_path, tmp_path / "none"), [], []
+
+    def note(moment):
+        if moment.epoch == BASE.epochs - 1:
+            ended.append(moment)
+
+    records = run_together(configs, store, "cpu", callbacks=[note, note])
+    for record, rows in zip(records, alone, strict=True):
+        assert record.epochs.drop(columns="seconds").equals(rows)
+    assert not store.failures()
+    assert len({id(loop) for loop in going}) == 3
+    going, ended = [], []
+    (only,) = run_together([BASE.with_(seed=2)], store, "cpu")
+    assert isinstance(only, torch.OutOfMemoryError)
+    assert "out of memory" in store.failure(BASE.with_(seed=2).identity)
 
 
 def test_a_record_that_cannot_be_read_leaves_the_others(tmp_path, monkeypatch):

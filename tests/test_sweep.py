@@ -476,8 +476,37 @@ def test_processes_take_any_work():
         with pytest.raises(executors.WorkerDied, match="ended with code 3"):
             pool.submit(os._exit, 3).result(60)
         assert pool.submit(max, 3, 8).result(60) == 8
+        first = pool.submit(os.getpid).result(60)
+        with pytest.raises(executors.WorkerDied, match="the GPU is gone"):
+            pool.submit(gone).result(60)
+        assert pool.submit(os.getpid).result(60) != first
     with pytest.raises(RuntimeError, match="shutdown"):
         pool.submit(max, 1, 2)
+
+
+def gone():
+    raise executors.WorkerDied("the GPU is gone")
+
+
+def test_runs_go_on_elsewhere_when_a_capture_spoils_their_process(store, threads, monkeypatch):
+    from paperlib import training
+    from paperlib.graphs import CaptureError
+
+    real, asked = training.run_together, []
+
+    def run_together(configs, store, device, callbacks):
+        asked.append(len(configs))
+        if len(asked) == 1:
+            return [CaptureError("no capture"), *real(configs[1:], store, device, callbacks[1:])]
+        return real(configs, store, device, callbacks)
+
+    monkeypatch.setattr(training, "run_together", run_together)
+    monkeypatch.setattr(executors, "devices", lambda *rest: (["cpu"], 3))
+    monkeypatch.setattr(executors, "Processes", lambda devices: threads)
+    assert sweep.execute(seeds(3), store) == 3
+    assert asked == [3, 1, 1, 1]  # two of these were done, and are read
+    assert all(config.identity in store for config in seeds(3))
+    assert not store.failures()
 
 
 # Several at one store

@@ -200,6 +200,8 @@ def at_once(plan: Plan, configs: list[Config], images: int) -> dict:
     for record in records:
         if isinstance(record, Exception):
             raise record
+    if max(times[1] for times in ends) >= min(times[-1] for times in ends):
+        raise torch.OutOfMemoryError("some found no memory beside the others, and came after them")
     rate = images * epochs_a_second(ends)
     row = {"images a second": rate, "TFLOP/s": training.step_flops(configs[0]) * rate / 1e12}
     return row | {"seconds in all": wall} | _memory(plan.where)

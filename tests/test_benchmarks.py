@@ -11,6 +11,7 @@ import torch
 from benchmarks import gpu, precision, training
 from benchmarks import sweep as records
 from paperlib import data, experiments, sweep
+from paperlib import training as ours
 from paperlib.runs import Store
 
 CPU = torch.device("cpu")
@@ -131,6 +132,31 @@ def test_speed_of_runs_at_once_whatever_their_phase(apart):
     """Four runs, an epoch of each every two seconds; their first two epochs take longer."""
     ends = [[5 + i * apart, *(9 + i * apart + 2 * n for n in range(4))] for i in range(4)]
     assert gpu.epochs_a_second(ends) == pytest.approx(4 / 2)
+
+
+def test_runs_that_were_not_at_once_have_no_speed_at_once(tmp_path, monkeypatch):
+    class Short(ours.QuickLoop):
+        first = None
+
+        def launch(self, *rest):
+            Short.first = Short.first or self
+            if self is Short.first:
+                raise torch.OutOfMemoryError("out of memory")
+            return (yield from super().launch(*rest))
+
+    def make_loop(config, model, optimizer, pruner, device):
+        loop = make(config, model, optimizer, pruner, device)
+        return Short(model, optimizer, pruner, loop.autocast)
+
+    make = ours.make_loop
+    plan = gpu.tiny({"device": "cpu", "data": "digits", "end": 0.0, "cache": str(tmp_path)})
+    config = plan.config("conv4").with_(data="digits", train_per_class=4, test_per_class=2)
+    config = training.with_events(config, 1, 4)
+    configs = [config.with_(seed=seed) for seed in range(2)]
+    assert gpu.at_once(plan, configs, 40)["images a second"] > 0
+    monkeypatch.setattr(ours, "make_loop", make_loop)
+    with pytest.raises(torch.OutOfMemoryError, match="came after them"):
+        gpu.at_once(plan, configs, 40)
 
 
 def test_a_part_that_hangs_costs_its_share(tmp_path, monkeypatch):

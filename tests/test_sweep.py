@@ -371,6 +371,19 @@ def test_number_of_jobs(monkeypatch, given, expected):
 
 
 @pytest.mark.parametrize(
+    ("files", "visible", "expected"),
+    [((), "", 0), (("nvidiactl",), "", 0), (("nvidia0",), "", 2), (("dxg",), "", 2), ((), "0", 2)],
+)
+def test_gpus_are_looked_for_without_torch(files, visible, expected, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(executors, "Path", lambda path: tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert executors.gpus() == expected
+
+
+@pytest.mark.parametrize(
     ("asked", "jobs", "per_device", "gpus", "expected"),
     [
         ("auto", None, None, 0, (["auto"] * 5, 1)),

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import math
 import os
+import sys
 import threading
 import time
 import traceback
@@ -336,6 +337,7 @@ def run_together(
         _Running(config, store, device, callback, wait=False, alone=len(configs) == 1)
         for config, callback in zip(configs, callbacks, strict=True)
     ]
+    handled = sys.exception()
     try:
         while going := [one for one in runs if one.result is None]:
             for one in [one for one in going if not one.alone] or going[:1]:
@@ -346,19 +348,21 @@ def run_together(
                         one.put_off()
                     else:
                         one.result = error
-                    _let_go(error)
+                    _let_go(error, handled)
     finally:
         for one in runs:
             one.close()
     return [one.result for one in runs]
 
 
-def _let_go(error: BaseException) -> None:
-    """Free what the frames of an error's traceback hold: a network, its graphs, their memory."""
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__context__
+def _let_go(error: BaseException | None, handled: BaseException | None) -> None:
+    """Free what the frames of an error's traceback hold: a network, its graphs, their memory.
+
+    handled: what the caller is handling, and wants to look into yet.
+    """
+    while error is not None and error is not handled:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def spoils(error: object) -> bool:

@@ -426,6 +426,20 @@ def test_one_that_fails_holds_no_memory(monkeypatch, captured):
     assert not alive[-1]
 
 
+def test_one_that_fails_leaves_what_its_caller_handles():
+    def raises():
+        kept = "to be looked at"
+        raise ZeroDivisionError(kept)
+
+    try:
+        raises()
+    except ZeroDivisionError as error:
+        (failed,) = run_together([BASE.with_(learning_rate=1e30, optimizer="sgd")], None, "cpu")
+        frame = error.__traceback__.tb_next.tb_frame
+    assert isinstance(failed, training.TrainingError)
+    assert frame.f_locals == {"kept": "to be looked at"}
+
+
 def test_one_without_memory_beside_others_is_done_after_them(tmp_path, monkeypatch):
     from paperlib.runs import Store
 

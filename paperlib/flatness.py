@@ -17,6 +17,7 @@ import logging
 import math
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -409,19 +410,21 @@ def _over_chunks(
         for x, y in pieces:
             yield measure(only, x, y)
         return
-    own = threading.local()
+    own, threads_used = threading.local(), min(threads, len(pieces))
+    # All made before the first thread starts: what a chunk measures may use the model itself.
+    twins = deque(twin() for _ in range(threads_used))
 
     def start() -> None:
         torch.get_num_threads()  # sets the thread up, which would undo the next line later on
         torch.set_num_threads(1)
-        own.twin = twin()
+        own.twin = twins.pop()
 
     def call(piece: tuple[Tensor, Tensor]) -> Tensor:
         with _measuring(own.twin):
             return measure(own.twin, *piece)
 
     try:
-        with ThreadPoolExecutor(threads, initializer=start) as pool:
+        with ThreadPoolExecutor(threads_used, initializer=start) as pool:
             yield from pool.map(call, pieces)
     finally:
         torch.set_num_threads(threads)  # threads that start from now on take it from here

@@ -525,6 +525,23 @@ def test_trace_of_several_chunks_at_once(three_threads, centered):
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
+def test_twins_are_made_before_any_thread_uses_the_model(three_threads, monkeypatch):
+    """The check by single images swaps the model's parameters, in the thread of the first chunk."""
+    model, (images, labels), makers = network(), batch(), []
+    real = flatness._twin
+
+    def twin(*args):
+        makers.append(threading.get_ident())
+        time.sleep(0.02)
+        return real(*args)
+
+    monkeypatch.setattr(flatness, "_twin", twin)
+    for chunk in (2, 10):  # of 24 images: more chunks than threads, and as many
+        flatness.gradient_covariance_trace(model, images, labels, chunk=chunk)
+    assert set(makers) == {threading.get_ident()}
+    assert len(makers) == 2 * (1 + 3)  # of each: one that finds what can be folded
+
+
 def test_one_of_several_chunks_fails(three_threads):
     model, (images, labels) = Forgetful(), batch()
     images[20] = math.inf

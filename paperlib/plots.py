@@ -186,7 +186,7 @@ def tradeoff(epochs: pd.DataFrame, runs: pd.DataFrame) -> tuple[Figure, dict[str
     No Pruning is in the second panel only. Returns the figure, and Pearson's r by network.
     """
     networks = runs.network.unique()
-    figure, axes = panels(len(networks), 2)
+    figure, axes = panels(len(networks), 2, (PANEL[0] + 0.8, PANEL[1]))
     estimates = {}
     for (left, right), network in zip(axes, networks, strict=True):
         mine, lines = runs[runs.network == network], epochs[epochs.network == network]
@@ -201,7 +201,9 @@ def tradeoff(epochs: pd.DataFrame, runs: pd.DataFrame) -> tuple[Figure, dict[str
         last = lines.epoch.max()
         focus(right, lines[lines.epoch > last / 3].groupby(["label", "epoch"]).post.mean())
         right.set_title(network)
-        right.legend(title="setting (mean stability)", title_fontsize=7)
+        # Beside the panel: within it, it would hide how far accuracy falls at the last events.
+        title = "setting (mean stability)"
+        right.legend(title=title, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, estimates
 
 

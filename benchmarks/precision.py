@@ -21,7 +21,7 @@ from paperlib.runs import Store
 KEYS = ["network", "method", "label", "seed"]
 PRECISIONS = ("float32", "bfloat16")
 NUMBERS = {"best_accuracy": "best test accuracy", "mean_stability": "mean stability"}  # percent
-FLATNESS = {"curvature": "Tr(H)", "noise": "Tr(C)"}  # where it was measured in all of the runs
+FLATNESS = {"curvature": "Tr(H)", "noise": "Tr(C)"}  # of the runs in which it was measured
 
 
 def pairs(

@@ -243,9 +243,10 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
     described["event epochs"] = _spans(events)
     described["steps between events"] = an_epoch * min(gaps) if gaps else "one event"
     if filters:
-        count = config.width * LAST_FILTERS[config.model]
+        count = round(config.width * LAST_FILTERS[config.model])
+        kept = math.ceil(round((1 - pruning.fractions[-1]) * count, 6))
         described["dose (filters an event, last layer)"] = round(
-            pruning.fractions[-1] * count / len(events[-1]), 1
+            (count - kept) / len(events[-1]), 1
         )
     last = max(epochs[-1] for epochs in events)
     described["steps after the last event"] = an_epoch * (config.epochs - 1 - last)

@@ -43,7 +43,7 @@ def check_derivatives(loss: Loss, order: int) -> None:
     def direction(at: Loss) -> Tensor:
         steps = []
         for name, w in at.weights.items():
-            step = w * torch.randn(w.shape, generator=generator).to(w)
+            step = w * torch.randn(w.shape, generator=generator, device="cpu").to(w)
             steps.append(step.masked_fill(loss.held[name], 0) if name in loss.held else step)
         return torch.cat([step.flatten() for step in steps])
 

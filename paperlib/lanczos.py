@@ -169,7 +169,8 @@ class _Space:
     def append_random(self, row: int) -> None:
         """Make `row` a random unit vector that is orthogonal to the rows before it."""
         like = self.basis
-        w = torch.randn(like.shape[1], generator=self.generator, dtype=like.dtype).to(like.device)
+        w = torch.randn(like.shape[1], generator=self.generator, dtype=like.dtype, device="cpu")
+        w = w.to(like.device)
         _orthogonalise(w, self.basis[:row])
         self.basis[row] = w / w.norm()
 

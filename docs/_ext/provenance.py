@@ -6,26 +6,27 @@ from pathlib import Path
 from PIL import Image
 from sphinx.application import Sphinx
 
+from paperlib.experiments import FIGURES
+
 PROFILES = ("small", "paper", "demo")
 KINDS = ("png", "pdf", "csv", "tex")
 
 
-def files_of(notebook: str, text: str, figures: Path) -> list[list[Path]]:
+def files_of(notebook: str, figures: Path) -> list[list[Path]]:
     """Return the files of each figure that a notebook draws, a list for each profile and figure.
 
     Args:
-        notebook: its name without suffix.
-        text: its JSON. A figure is its own if it has its name or is named in it.
+        notebook: its path in `notebooks/`, without suffix.
         figures: the folder with a folder for each profile.
     """
+    names = {name for name, figure in FIGURES.items() if figure.notebook == notebook}
+    names.add(Path(notebook).name)
     found = []
     for profile in PROFILES:
-        files = [path for path in (figures / profile).glob("*.*") if path.suffix[1:] in KINDS]
-        for name in sorted({path.stem for path in files}):
-            if name.startswith(notebook) or f'\\"{name}\\"' in text:
-                mine = [path for path in files if path.stem == name]
-                found.append(sorted(mine, key=lambda path: KINDS.index(path.suffix[1:])))
-    return found
+        for name in sorted(names):
+            paths = [figures / profile / f"{name}.{kind}" for kind in KINDS]
+            found.append([path for path in paths if path.exists()])
+    return list(filter(None, found))
 
 
 def stamp_of(files: list[Path]) -> str:
@@ -37,11 +38,11 @@ def stamp_of(files: list[Path]) -> str:
     return ""
 
 
-def section(docname: str, text: str, root: Path) -> str:
+def section(docname: str, root: Path) -> str:
     """Return "Files and provenance" of a notebook's page, in Markdown."""
     name = Path(docname).name
     lines = ["## Files and provenance", "", f"- {{download}}`{name}.ipynb </{docname}.ipynb>`"]
-    for files in files_of(name, text, root / "figures"):
+    for files in files_of(docname.removeprefix("notebooks/"), root / "figures"):
         links = [
             f"{{download}}`{path.suffix[1:].upper()} </{path.relative_to(root)}>`" for path in files
         ]
@@ -55,7 +56,7 @@ def add_section(app: Sphinx, docname: str, source: list[str]) -> None:
     if app.env.doc2path(docname).suffix == ".ipynb":
         notebook = json.loads(source[0])
         cell = {"cell_type": "markdown", "metadata": {}, "id": "files-and-provenance"}
-        cell["source"] = section(docname, source[0], app.srcdir)
+        cell["source"] = section(docname, app.srcdir)
         notebook |= {"cells": [*notebook["cells"], cell], "nbformat": 4, "nbformat_minor": 5}
         source[0] = json.dumps(notebook)
 

@@ -62,4 +62,5 @@ MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/math
 html_static_path = ["_static", str(MATHJAX / "tex-svg-full.js")]
 mathjax_path = "tex-svg-full.js"
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
 html_additional_pages = {"index": "redirect.html"}

@@ -11,9 +11,9 @@ def escape(line: str) -> str:
     """Escape a * or | that would start markup, outside of `code`."""
     if line.lstrip().startswith((">>>", "...")):
         return line
-    parts = line.split("`")
+    parts = re.split("(`+[^`]*`+)", line)
     parts[::2] = [STARTS_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
-    return "`".join(parts)
+    return "".join(parts)
 
 
 def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list) -> None:

@@ -44,6 +44,7 @@ if (COMMITTED / "claims.csv").exists():
 if (COMMITTED / "figure-2.png").exists():
     myst_substitutions["picture"] = "![Stability and accuracy](/figures/small/figure-2.png)"
 
+highlight_language = "none"  # of blocks in docstrings that name no language
 default_role = "py:obj"  # `name` in a docstring is a link where there is such a name
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

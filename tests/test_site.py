@@ -68,3 +68,14 @@ def test_plain_docstrings_read_as_they_are_written(line):
     document = publish_doctree(escape(line), settings_overrides={"report_level": 5})
     assert "problematic" not in document.pformat()
     assert document.astext() == re.sub("`+", "", line)
+
+
+def test_an_indented_block_of_a_docstring_keeps_its_lines():
+    from docutils.core import publish_doctree
+    from docutils.nodes import literal_block
+
+    table = "done    whether *all* is\n        there\n\nruns    |n|"
+    text = "Columns:\n\n" + re.sub("^(?=.)", "    ", table, flags=re.M) + "\n\nArgs:\n    x: *y.\n"
+    lines = extension("plain_docstrings").plain(text.splitlines())
+    [block] = publish_doctree("\n".join(lines)).findall(literal_block)
+    assert block.astext() == table

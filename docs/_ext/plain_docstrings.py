@@ -1,4 +1,5 @@
-"""Docstrings in plain English, where | and * are not reStructuredText: |Hv - av|, *args."""
+"""Docstrings in plain English are not quite reStructuredText: | and * are no markup in |Hv - av| or
+*args, and an indented block, such as a table or a formula, keeps its lines."""
 
 import re
 
@@ -16,9 +17,24 @@ def escape(line: str) -> str:
     return "".join(parts)
 
 
+def plain(lines: list[str]) -> list[str]:
+    """Return the lines of a docstring as reStructuredText."""
+    result: list[str] = []
+    literal = False
+    for i, line in enumerate(lines):
+        indented = line.startswith("  ")
+        if indented and not literal and i > 1 and not lines[i - 1]:
+            before = next(filter(None, lines[i - 1 :: -1]))
+            literal = not before.startswith((" ", "- ", ">>>")) and not before.endswith("::")
+            result += ["::", ""] if literal else []
+        literal = literal and (indented or not line)
+        result.append(line if literal else escape(line))
+    return result
+
+
 def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list) -> None:
-    """Escape a docstring's lines, before napoleon reads them."""
-    lines[:] = map(escape, lines)
+    """Rewrite a docstring before napoleon reads it."""
+    lines[:] = plain(lines)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

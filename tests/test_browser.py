@@ -31,8 +31,8 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-STARTED_SECONDS = 60
-SHOWN_SECONDS = 30
+STARTED_SECONDS = 120
+SHOWN_SECONDS = 60
 NOTEBOOK_SECONDS = 420
 IMAGES = ".jp-OutputArea-output img"
 # Every cell in the page, nothing saved by itself, nothing asked of the network.
@@ -44,7 +44,7 @@ SETTINGS = {
 
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no chromium"),
-    pytest.mark.timeout(NOTEBOOK_SECONDS + 120),
+    pytest.mark.timeout(NOTEBOOK_SECONDS + 180),
 ]
 
 

@@ -207,7 +207,8 @@ _WEIGHTED = {*_AFFINE, *_NORMS}
 _SIZED = {*_WEIGHTED, ResidualSum, PadChannels}
 
 
-class _Tracer(pruning._Tracer):
+from paperlib.pruning.graph import Tracer as _T
+class _Tracer(_T):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, PadChannels) or super().is_leaf_module(module, name)
 

@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.pruning import FilterPruner, Pruner, PruningError
+from paperlib.pruning.operations import NORMS
+from paperlib.pruning.pruners import PassHook
+from paperlib.pruning.zeros import Entries
 
 KINDS = ("zeroing", "gaussian", "restored")
 
@@ -89,6 +92,7 @@ class FilterNoise(Pruner):
         self._spans: dict[str, Span] = {}
         self._paused = False
         pruner.unhook()
+        self._hook = PassHook(self.before_pass)
         model.register_forward_pre_hook(self._hook)
 
     def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from paperlib import compact as module
 from paperlib import models
-from paperlib.compact import CompactError, compact, cost, cost_table, export_onnx, latency
+from paperlib.compact import CompactError, compact, cost, cost_table, latency
 from paperlib.pruning import FilterPruner, WeightPruner, prunable_layers
 
 torch.set_num_threads(1)

@@ -252,13 +252,12 @@ class FilterPruner(Pruner):
                 if name not in self._before and (layer.name not in self._gone):
                     continue
                 if name not in self._before:
-                    shape, weight = (mask.channels, 1, 1), layer.conv.weight
-                    there = mask_of(mask.module)
-                    whole = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+                    there, weight = mask_of(mask.module), layer.conv.weight
+                    whole = torch.ones(mask.channels, dtype=weight.dtype, device=weight.device)
                     self._before[name] = whole if there is None else there.clone()
                 keep = new.setdefault(name, self._before[name].clone())
                 for offset in mask.offsets:
-                    keep[offset : offset + len(kept)] *= kept.view(-1, 1, 1)
+                    keep[offset : offset + len(kept)] *= kept
         modules = {n: m.module for layer in self._masking() for n, m in layer.masks.items()}
         for name, keep in new.items():
             set_mask(modules[name], keep)
@@ -275,9 +274,8 @@ class FilterPruner(Pruner):
         event = [event] * n if isinstance(event, int) else list(event)
         events = [events] * n if isinstance(events, int) else list(events)
         if len(event) != n or len(events) != n:
-            raise PruningError(
-                f"an event for {len(event)} layers and numbers for {len(events)}, but {n} are pruned"
-            )
+            given = len(event) if len(event) != n else len(events)
+            raise PruningError(f"an event for {given} layers, but {n} are pruned")
         for name, i, of in zip(self.layers, event, events, strict=True):
             if i is not None:
                 yield name, i, of

@@ -20,7 +20,7 @@ A network of one's own, residual or not, is pruned in the same way:
 """
 
 from paperlib.pruning.layers import PrunableLayer, PruningError, prunable_layers
-from paperlib.pruning.pruners import FilterPruner, Pruner, WeightPruner
+from paperlib.pruning.pruners import FilterPruner, Pruner
 from paperlib.pruning.scores import (
     OBSERVE_DECAY,
     OBSERVE_EVERY,
@@ -33,6 +33,7 @@ from paperlib.pruning.scores import (
     kept_weights,
     select,
 )
+from paperlib.pruning.weights import WeightPruner
 
 __all__ = [
     "OBSERVE_DECAY",

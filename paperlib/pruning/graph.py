@@ -129,21 +129,6 @@ class Traced:
         """Return the calls of modules that a node is part of, outermost first, with their names."""
         return {call: name for call, (name, _) in node.meta.get("nn_module_stack", {}).items()}
 
-    def channels(self, node: fx.Node) -> int | None:
-        """Return the size of dimension 1 of a node's output, where layers tell it."""
-        key, module = self.key(node), self.module(node)
-        if key in (*CONVOLUTIONS, *TRANSPOSED):
-            return module.out_channels
-        if key in NORMS:
-            return norm_channels(module)
-        if key in ops.CAT:
-            parts = [self.channels(part) for part in self.tensors(node)]
-            return None if None in parts else sum(parts)
-        if key in ops.PASSING | ops.ACTIVATIONS | ops.ELEMENTWISE | ops.SPATIAL | {ResidualSum}:
-            known = (self.channels(source) for source in self.tensors(node))
-            return next((count for count in known if count is not None), None)
-        return None
-
     def at_zero(self, node: fx.Node) -> float | None:
         """Return what an operation on single values makes of zeros, None where it cannot tell."""
 
@@ -169,11 +154,6 @@ class Traced:
         *_, scope = ["", *self.scopes(node).values()]
         name = getattr(node.target, "__name__", node.target)
         return f"{name!r} in {scope!r}" if scope else repr(name)
-
-
-def norm_channels(norm: nn.Module) -> int:
-    """Return how many channels a norm's scale and shift have."""
-    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
 
 
 def trace(model: nn.Module, training: bool, *leaves: type) -> Traced:

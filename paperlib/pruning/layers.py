@@ -1,6 +1,6 @@
 """The convolutions of a network: which can be pruned, and what goes with a filter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -119,7 +119,7 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
 def check_network(model: nn.Module) -> None:
     """Raise PruningError where a network is compiled: its code would not notice the pruning."""
     for name, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
         if compiled or isinstance(module, torch.jit.ScriptModule):
             where = f"{name!r}" if name else type(model).__name__
             raise PruningError(
@@ -136,6 +136,12 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
                 names = owners.setdefault(_address(parameter), [])
                 names.append(f"{path}.{name}" if path else name)
     return owners
+
+
+def check_order(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise PruningError unless names are in the order of the known ones, once each."""
+    if list(names) != [name for name in known if name in set(names)]:
+        raise PruningError(f"layers must be named once each, in forward order, got {list(names)}")
 
 
 def weight_refusal(

@@ -1,4 +1,4 @@
-"""Pruners: of whole filters (arXiv 1906.03728) and of single weights (arXiv 1805.01930)."""
+"""The interface of a pruner, and the pruner of whole filters (arXiv 1906.03728)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,14 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from paperlib.pruning.layers import (
-    PrunableLayer,
-    PruningError,
-    check_network,
-    parameter_owners,
-    survey,
-    weight_refusal,
-)
+from paperlib.pruning.layers import PrunableLayer, PruningError, check_order, survey
 from paperlib.pruning.masks import expect_mask, mask_of, set_mask
 from paperlib.pruning.scores import (
     ActivationScore,
@@ -21,7 +14,6 @@ from paperlib.pruning.scores import (
     check_score,
     check_target,
     kept_filters,
-    kept_weights,
     scores_of,
     select,
 )
@@ -236,9 +228,9 @@ class FilterPruner(Pruner):
             gone = (~mask).nonzero().squeeze(1)
             if len(gone):
                 self._gone[name] = [
-                    (entries.module, parameter, entries.of(gone))
+                    (entries.module, key, entries.of(gone).to(entries.device))
                     for entries in self.layers[name].zeroed(self.norm).values()
-                    for parameter in entries.parameters
+                    for key in entries.parameters
                 ]
         self._masked = False
 
@@ -257,7 +249,7 @@ class FilterPruner(Pruner):
                     self._before[name] = whole if there is None else there.clone()
                 keep = new.setdefault(name, self._before[name].clone())
                 for offset in mask.offsets:
-                    keep[offset : offset + len(kept)] *= kept
+                    keep[offset : offset + len(kept)] *= kept.to(keep.device)
         modules = {n: m.module for layer in self._masking() for n, m in layer.masks.items()}
         for name, keep in new.items():
             set_mask(modules[name], keep)
@@ -283,7 +275,7 @@ class FilterPruner(Pruner):
     def _checked_scores(self, name: str) -> Tensor:
         layer = self.layers[name]
         scores = scores_of(layer, self.score, self.activation)
-        scores = torch.as_tensor(scores, device=layer.conv.weight.device)
+        scores = torch.as_tensor(scores, device=self.masks[name].device)
         if scores.shape != (layer.filters,):
             raise PruningError(
                 f"the score of {name!r} has shape {tuple(scores.shape)}, not ({layer.filters},)"
@@ -324,15 +316,10 @@ def _chosen(
             raise PruningError(
                 f"cannot prune {name!r}: {why}. Choose other layers, among {can or 'none'}{instead}"
             )
-    _check_order(names, countable)
+    check_order(names, countable)
     if len(names) != len(fractions):
         raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
     return names
-
-
-def _check_order(names: Sequence[str], known: Sequence[str]) -> None:
-    if list(names) != [name for name in known if name in set(names)]:
-        raise PruningError(f"layers must be named once each, in forward order, got {list(names)}")
 
 
 def _parameters(layer: PrunableLayer, norm: bool) -> Iterator[tuple[str, Tensor, Entries]]:
@@ -340,106 +327,3 @@ def _parameters(layer: PrunableLayer, norm: bool) -> Iterator[tuple[str, Tensor,
     for name, entries in layer.zeroed(norm).items():
         for key in entries.parameters:
             yield f"{name}.{key}", getattr(entries.module, key), entries
-
-
-class WeightPruner(Pruner):
-    """Prunes single weights of layers by magnitude, event by event (arXiv 1805.01930).
-
-    Args:
-        model: any network.
-        layer: name of a dense or convolutional layer, or several names in the order of the model.
-        fraction: the share that is gone of each after the last event, one for all or one a layer.
-        target: which magnitudes go: "largest", "smallest" or "random".
-        schedule: "linear", or "annealing" with mu, see `kept_weights`.
-        mu: of the schedule, at least 0.
-        generator: a CPU generator for target "random".
-
-    Attributes:
-        masks: by name of layer, bool of the weights' shape, True where a weight is kept.
-        layers: the layers by name.
-        fractions: by name of layer.
-
-    Raises PruningError on a value or layer that cannot be used, before anything is changed.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str | Sequence[str],
-        fraction: float | Sequence[float],
-        target: str = "largest",
-        schedule: str = "linear",
-        mu: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        check_target(target)
-        check_network(model)
-        names = [layer] if isinstance(layer, str) else list(layer)
-        fractions = [fraction] * len(names) if isinstance(fraction, int | float) else fraction
-        if len(fractions) != len(names):
-            raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
-        for f in fractions:
-            kept_weights(1, f, 1, 1, schedule, mu)  # raises where one of them cannot be
-        self.layers = _weighted(model, names)
-        self.fractions = dict(zip(names, fractions, strict=True))
-        self.target, self.schedule, self.mu, self.generator = target, schedule, mu, generator
-        self.masks = {
-            name: torch.ones(module.weight.shape, dtype=torch.bool, device=module.weight.device)
-            for name, module in self.layers.items()
-        }
-
-    @torch.no_grad()
-    def prune(self, event: int, events: int) -> int:
-        """Do one event (1-based) in every layer; return how many weights were removed."""
-        chosen = {}
-        for name, module in self.layers.items():
-            mask = self.masks[name].view(-1)
-            kept = kept_weights(
-                mask.numel(), self.fractions[name], event, events, self.schedule, self.mu
-            )
-            count = int(mask.sum()) - kept
-            if count > 0:
-                magnitudes = module.weight.detach().reshape(-1).abs()
-                if not magnitudes.isfinite().all():
-                    raise PruningError(f"the weight of {name!r} is not finite")
-                chosen[name] = select(magnitudes, mask, count, self.target, self.generator)
-        for name, indices in chosen.items():
-            self.masks[name].view(-1)[indices] = False
-        self.hold()
-        return sum(len(indices) for indices in chosen.values())
-
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Set every pruned weight to zero; to be called after each optimizer step."""
-        for name, mask in self.masks.items():
-            self.layers[name].weight.masked_fill_(~mask, 0)
-
-    def held(self) -> dict[str, Tensor]:
-        """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
-        return {f"{name}.weight": ~mask for name, mask in self.masks.items()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all that later events depend on, as named tensors."""
-        return {f"mask.{name}": mask for name, mask in self.masks.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state_dict`: what it says is pruned is set to zero."""
-        for name, mask in self.masks.items():
-            mask.copy_(state[f"mask.{name}"])
-        self.hold()
-
-
-def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The named dense and convolutional layers, all of which can be pruned."""
-    bases = (nn.Linear, nn.Conv2d)
-    known = {name: m for name, m in model.named_modules() if isinstance(m, bases)}
-    owners = parameter_owners(model)
-    for name in names:
-        if name not in known:
-            raise PruningError(f"no prunable layer {name!r}: one of {', '.join(known)}")
-        base = nn.Linear if isinstance(known[name], nn.Linear) else nn.Conv2d
-        why = weight_refusal(known[name], base, owners, "weight")
-        if why is not None:
-            raise PruningError(f"cannot prune {name!r}: {why}")
-    _check_order(names, list(known))
-    return {name: known[name] for name in names}

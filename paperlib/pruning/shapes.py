@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import fx, nn
 
+from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.graph import Traced
+from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,32 @@ class Layout:
     dims: int
     flat: bool = False
     shift: int = 0
+
+
+def channels_of(traced: Traced, node: fx.Node) -> int | None:
+    """Return the size of dimension 1 of a node's output, None where layers do not tell it."""
+    key, module, tensors = traced.key(node), traced.module(node), traced.tensors(node)
+    if key in (*CONVOLUTIONS, *TRANSPOSED):
+        return module.out_channels
+    if key in NORMS:
+        return norm_channels(module)
+    if key in ops.CAT:
+        parts = [channels_of(traced, part) for part in tensors]
+        return None if None in parts else sum(parts)
+    if key in ops.VIEW:
+        sizes = _sizes(node)
+        source, dim = _size(sizes[1] if len(sizes) > 1 else None)
+        return channels_of(traced, source) if dim == 1 else None
+    pixels = key is F.pad and len(node.args[1]) <= 4
+    if pixels or key in ops.PASSING | ops.ACTIVATIONS | ops.ELEMENTWISE | ops.SPATIAL:
+        known = (channels_of(traced, source) for source in tensors)
+        return next((count for count in known if count is not None), None)
+    return channels_of(traced, tensors[0]) if key is ResidualSum else None
+
+
+def norm_channels(norm: nn.Module) -> int:
+    """Return how many channels a norm's scale and shift have."""
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
 
 
 def laid_out(
@@ -77,9 +106,7 @@ def _flattened(module: nn.Flatten | None, node: fx.Node, before: Layout) -> Layo
 def _viewed(
     traced: Traced, node: fx.Node, before: Layout, per_image: Callable[[fx.Node], bool]
 ) -> Layout | None:
-    sizes = node.args[1:] or (node.kwargs.get("shape"),)
-    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-        sizes = sizes[0]
+    sizes = _sizes(node)
     if len(sizes) < 2 or not all(isinstance(size, int | fx.Node) for size in sizes):
         return None
     source, dim = _size(sizes[0])
@@ -92,9 +119,15 @@ def _viewed(
         whole = sizes[1] % before.channels == 0 and not _becomes_images(traced, node)
         return flat if whole else None
     source, dim = _size(sizes[1])
-    channels = traced.channels(source) if dim == 1 and per_image(source) else sizes[1]
+    channels = channels_of(traced, source) if dim == 1 and per_image(source) else sizes[1]
     same = before.channels is not None and channels == before.channels
     return Layout(before.channels, len(sizes)) if images and same and not before.flat else None
+
+
+def _sizes(node: fx.Node) -> tuple:
+    """The sizes in the arguments of a view."""
+    sizes = node.args[1:] or (node.kwargs.get("shape"),)
+    return tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
 
 
 def _size(node: object) -> tuple[fx.Node | None, int | None]:

@@ -7,7 +7,7 @@ closed: an operation that it does not know is refused, and so is one that turns 
 something else which the next layer reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import Traced, norm_channels
+from paperlib.pruning.graph import Traced
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
-from paperlib.pruning.shapes import Layout, argument, laid_out
+from paperlib.pruning.shapes import Layout, argument, channels_of, laid_out, norm_channels
 from paperlib.pruning.sums import Sums
 
 
@@ -68,6 +68,11 @@ class Entries:
     parameters: tuple[str, ...]
     offsets: tuple[int, ...] = (0,)
     repeat: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where these parameters are."""
+        return getattr(self.module, self.parameters[0]).device
 
     def of(self, filters: Tensor) -> Tensor:
         """Return the indices of these filters' entries, for indices of filters (n,)."""
@@ -132,6 +137,7 @@ class Trail:
 
     def _rule(self, node: fx.Node) -> Callable[[fx.Node, list[Channels]], Channels | None]:
         key = self.traced.key(node)
+        self._check("out" not in node.kwargs, node)
         if self.sums.is_part(node):
             # Its sum looks at what it adds.
             return lambda node, found: replace(found[0], spoilt=node)
@@ -196,15 +202,13 @@ class Trail:
             if module.bias is not None:
                 self._zero(node, ("bias",), first)
             return replace(first, direct=False)
-        for spoilt in (c.spoilt for c in found if c.spoilt is not None):
-            raise Refused(
-                f"{self.traced.describe(spoilt)} turns its zeros into something else, which "
-                f"{self.traced.describe(node)} reads"
-            )
+        self._check_unspoilt(node, found)
         return None
 
     def _norm(self, node: fx.Node, found: list[Channels]) -> Channels:
         norm, first = self.traced.module(node), found[0]
+        if isinstance(norm, nn.GroupNorm):
+            self._check_unspoilt(node, found)  # its statistics are of several channels
         if first.direct and not first.normed:
             self.norms.append(node.target)
         names = tuple(n for n in ("weight", "bias") if getattr(norm, n) is not None)
@@ -225,7 +229,7 @@ class Trail:
         self._check(all(c.dims == first.dims for c in found), node)
         total, offsets = 0, ()
         for part in parts:
-            channels = self._at.get(part, Channels(self.traced.channels(part), ()))
+            channels = self._at.get(part, Channels(channels_of(self.traced, part), ()))
             if offsets is not None and channels.offsets:
                 known = total is not None and not channels.flat
                 offsets = (*offsets, *(total + o for o in channels.offsets)) if known else None
@@ -258,16 +262,15 @@ class Trail:
             spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
             return replace(first, direct=False, spoilt=spoilt)
         if branch in self._at:
-            return self._ends_branch(node, self._at[branch])
+            ended = self._at[branch]
+            found = [c for c in found if not c.same_place(ended)]
+            self._check_unspoilt(node, found)
+            return self._ends_branch(node, ended)
         if branch is None:
             raise OnShortcut(f"none of what {what} adds is deeper than the others")
         if not self.sums.behind(branch) & set(self.calls):
             raise OnShortcut(f"it is on the shortcut of the residual sum {what}")
-        for spoilt in (c.spoilt for c in found if c.spoilt is not None):
-            raise Refused(
-                f"{self.traced.describe(spoilt)} turns its zeros into something else, which {what} "
-                "adds"
-            )
+        self._check_unspoilt(node, found)
         return None
 
     # What a rule needs and finds
@@ -304,6 +307,13 @@ class Trail:
     def _note(self, where: dict, name: str, value: Entries | Mask) -> None:
         if where.setdefault(name, value) != value:
             raise Refused(f"{name!r} is used more than once, with other channels each time")
+
+    def _check_unspoilt(self, node: fx.Node, found: Sequence[Channels]) -> None:
+        for spoilt in (c.spoilt for c in found if c.spoilt is not None):
+            raise Refused(
+                f"{self.traced.describe(spoilt)} turns its zeros into something else, which "
+                f"{self.traced.describe(node)} reads"
+            )
 
     def _check(self, understood: bool, node: fx.Node) -> None:
         if not understood:

@@ -225,7 +225,7 @@ def _layer(traced: Traced, sums: Sums, name: str, owners: Mapping[int, list[str]
         trail.entries,
         trail.masks,
         len(trail.calls),
-        trail.behind_sum,
+        trail.plain_sum,
         leak=_leak(traced, trail, owners),
     )
 

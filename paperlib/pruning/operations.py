@@ -57,6 +57,8 @@ SPATIAL = functions(
     *(nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.LocalResponseNorm, nn.ZeroPad2d),
     *(nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
 }
+# Of these, a channel also depends on others, but zero stays zero.
+ACROSS = functions("local_response_norm") | {nn.LocalResponseNorm}
 REDUCE = functions("mean sum amax")
 CAT = functions("cat concat concatenate")
 STACK = functions("stack")

@@ -100,8 +100,7 @@ class Trail:
         masks: by name of module, masks that residual sums need.
         norms: names of the norms that the convolution's output meets before any activation.
         observed: the `ResidualSum` that it meets so, by name, or None.
-        behind_sum: it ends the branch of a sum that is not a `ResidualSum`.
-
+        plain_sum: it meets a sum so that is not a `ResidualSum`.
         passed: names of the modules that the filters pass through, their convolution first.
 
     Raises Refused or OnShortcut.
@@ -114,7 +113,7 @@ class Trail:
         self.masks: dict[str, Mask] = {}
         self.norms: list[str] = []
         self.observed: str | None = None
-        self.behind_sum = False
+        self.plain_sum = False
         self._met: dict[str, set[fx.Node]] = {}
         self._at: dict[fx.Node, Channels] = {}
         for node in traced.graph.nodes:
@@ -162,27 +161,28 @@ class Trail:
     # Rules: from where the filters are in a node's inputs to where they are in its output
 
     def _single_values(self, node: fx.Node, found: list[Channels]) -> Channels:
-        first, tensors = replace(found[0], direct=False), self.traced.tensors(node)
-        if self.traced.key(node) in ops.MULTIPLY:
+        key, tensors, first = self.traced.key(node), self.traced.tensors(node), found[0]
+        direct = key in ops.MULTIPLY | ops.ADD and all(c.direct for c in found)
+        known = all(t in self._at or t.op == "get_attr" for t in tensors)
+        if key in ops.MULTIPLY:
             # Zero times anything is zero; what has fewer dimensions is spread over the others'.
             zero = [c for c in found if c.spoilt is None] or found
-            first = replace(max(zero, key=lambda c: c.dims), direct=False)
-            others = (t in self._at or t.op == "get_attr" for t in tensors)
-            self._check(first.dims == 4 or all(others), node)
+            first = max(zero, key=lambda c: c.dims)
             self._check(first.dims == max(c.dims for c in found), node)
-            return first
-        if len(found) == len(tensors) and all(c.same_place(first) for c in found):
-            spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
-            if spoilt is None and self.traced.at_zero(node) != 0:
-                spoilt = node
-            return replace(first, spoilt=spoilt)
-        # With a parameter, which is not zero.
-        self._check(all(t in self._at or t.op == "get_attr" for t in tensors), node)
-        return replace(first, spoilt=first.spoilt or node)
+            self._check(first.dims == 4 or known, node)
+            return replace(first, direct=direct)
+        self._check(known, node)
+        spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
+        same = len(found) == len(tensors) and all(c.same_place(first) for c in found)
+        if spoilt is None and not (same and self.traced.at_zero(node) == 0):
+            spoilt = node  # also by a parameter, which is not zero
+        return replace(first, direct=direct, spoilt=spoilt)
 
     def _channel_by_channel(self, node: fx.Node, found: list[Channels]) -> Channels:
         key, first = self.traced.key(node), found[0]
         self._check(len(found) == 1 and self.traced.tensors(node)[0] in self._at, node)
+        if key in ops.ACROSS:
+            self._check_unspoilt(node, found)
         if key in ops.SPATIAL:
             module = self.traced.module(node)
             indices = getattr(module, "return_indices", node.kwargs.get("return_indices"))
@@ -207,8 +207,8 @@ class Trail:
 
     def _norm(self, node: fx.Node, found: list[Channels]) -> Channels:
         norm, first = self.traced.module(node), found[0]
-        if isinstance(norm, nn.GroupNorm):
-            self._check_unspoilt(node, found)  # its statistics are of several channels
+        if isinstance(norm, nn.GroupNorm):  # its statistics are of several channels
+            self._check_unspoilt(node, found)
         if first.direct and not first.normed:
             self.norms.append(node.target)
         names = tuple(n for n in ("weight", "bias") if getattr(norm, n) is not None)
@@ -262,10 +262,8 @@ class Trail:
             spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
             return replace(first, direct=False, spoilt=spoilt)
         if branch in self._at:
-            ended = self._at[branch]
-            found = [c for c in found if not c.same_place(ended)]
             self._check_unspoilt(node, found)
-            return self._ends_branch(node, ended)
+            return self._ends_branch(node, self._at[branch])
         if branch is None:
             raise OnShortcut(f"none of what {what} adds is deeper than the others")
         if not self.sums.behind(branch) & set(self.calls):
@@ -289,8 +287,8 @@ class Trail:
         if isinstance(module, ResidualSum):
             self.observed = where if channels.direct else self.observed
         else:
-            self.behind_sum = self.behind_sum or channels.direct
-        return replace(channels, direct=False, spoilt=None)
+            self.plain_sum = self.plain_sum or channels.direct
+        return replace(channels, direct=False)
 
     def _zero(self, node: fx.Node, names: tuple[str, ...], channels: Channels) -> None:
         """The filters' entries of these parameters of a module are zero with the filters."""

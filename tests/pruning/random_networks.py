@@ -19,7 +19,6 @@ from paperlib.models import ResidualSum
 
 KEEPING = {  # of zeros
     "relu": nn.ReLU,
-    "relu in place": lambda: nn.ReLU(inplace=True),
     "leaky": lambda: nn.LeakyReLU(0.2),
     "tanh": nn.Tanh,
     "gelu": nn.GELU,
@@ -42,6 +41,7 @@ SPOILING = {
 FUNCTIONS = {  # written as functions and methods: keeping zeros
     "F.relu": F.relu,
     "x.relu": lambda x: x.relu(),
+    "x.relu_": lambda x: x.clone().relu_(),
     "2x": lambda x: 2 * x,
     "x * x": lambda x: x * x,
     "x * sigmoid": lambda x: x * x.sigmoid(),
@@ -110,7 +110,7 @@ class Body(nn.Module):
         values = [x]
         for step in self.steps:
             inputs = [values[i] for i in step.sources]
-            part = self.parts[step.part] if step.part in self.parts else None
+            part = self._part(step)
             if step.kind == "function":
                 values.append((FUNCTIONS | STRANGE)[step.name](*inputs))
             elif step.kind == "cat":
@@ -126,14 +126,24 @@ class Body(nn.Module):
                 values.append(part(*inputs))
         return values[-1]
 
-    def cut(self, x: Present, masks: dict[str, Tensor], training: bool, path: str = "") -> Present:
-        """As `forward`, in eager mode, without the filters that are not in `masks`."""
+    def _part(self, step: Step) -> nn.Module | None:
+        return dict(self.parts.items()).get(step.part)
+
+    def cut(
+        self, x: Present, masks: dict[str, Tensor], training: bool, seen: dict, path: str
+    ) -> Present:
+        """As `forward`, without the filters that are not in `masks`.
+
+        seen: is filled, by name of each layer that mixes channels, with those that it reads.
+        """
         values = [x]
         for step in self.steps:
             inputs = [values[i] for i in step.sources]
             name = f"{path}parts.{step.part}"
-            part = self.parts[step.part] if step.part in self.parts else None
+            part = self._part(step)
             first = inputs[0]
+            if step.kind in ("conv", "gate"):
+                seen[name] = first.kept
             if step.kind == "conv":
                 kept = masks.get(name, torch.ones(part.out_channels, dtype=torch.bool))
                 bias = None if part.bias is None else part.bias[kept]
@@ -166,7 +176,7 @@ class Body(nn.Module):
             elif step.kind == "scale":
                 out = Present(first.x * self.scales[step.part][first.kept], first.kept)
             elif step.kind == "body":
-                out = part.cut(first, masks, training, f"{name}.")
+                out = part.cut(first, masks, training, seen, f"{name}.")
             else:
                 function = part or (FUNCTIONS | STRANGE)[step.name]
                 out = Present(function(first.x.clone()), first.kept)
@@ -236,12 +246,10 @@ class Maker:
         if self.chance.random() < norm:
             kinds = [
                 lambda: nn.BatchNorm2d(channels),
-                lambda: nn.SyncBatchNorm(channels),
                 lambda: nn.GroupNorm(2, channels),
                 lambda: nn.InstanceNorm2d(channels, affine=True),
             ]
-            # SyncBatchNorm trains on a GPU only.
-            self._add(body, "norm", part=self.chance.choice(kinds[:1] + kinds[2:])())
+            self._add(body, "norm", part=self.chance.choice(kinds)())
         for _ in range(self.chance.randint(0, 2)):
             self._activation(body, channels)
 
@@ -342,9 +350,18 @@ class Network(nn.Module):
         x = self.body(x)
         return self.head(x.mean((2, 3)) if self.pooled else x.flatten(1))
 
-    def cut(self, x: Tensor, masks: dict[str, Tensor], training: bool) -> Tensor:
-        """The output without the filters that are not in `masks`."""
-        value = self.body.cut(Present(x, torch.ones(3, dtype=torch.bool)), masks, training, "body.")
+    def cut(
+        self, x: Tensor, masks: dict[str, Tensor], training: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output without the filters that are not in `masks`; and which channels are read.
+
+        The latter, bool (channels,), by name of each layer that mixes channels.
+        """
+        seen: dict[str, Tensor] = {}
+        start = Present(x, torch.ones(3, dtype=torch.bool))
+        value = self.body.cut(start, masks, training, seen, "body.")
+        pixels = self.head.in_features // len(value.kept)
+        seen["head"] = value.kept.repeat_interleave(pixels)
         weight = self.head.weight.view(3, len(value.kept), -1)[:, value.kept].flatten(1)
-        seen = value.x.mean((2, 3)) if self.pooled else value.x.flatten(1)
-        return F.linear(seen, weight, self.head.bias)
+        x = value.x.mean((2, 3)) if self.pooled else value.x.flatten(1)
+        return F.linear(x, weight, self.head.bias), seen

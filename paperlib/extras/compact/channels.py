@@ -16,14 +16,13 @@ from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.graph import trace
 from paperlib.pruning.masks import BUFFER, mask_of
-from paperlib.pruning.operations import functions
 
 # Operations on single values, the same for all channels: their constants are computed.
 _ELEMENTWISE = ops.ELEMENTWISE | ops.ACTIVATIONS | ops.PASSING
 _FLATTEN = ops.FLATTEN | ops.VIEW
 _AFFINE = {nn.Conv2d: 4, nn.Linear: 2}  # and the dimensions of the input they are understood for
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_PER_PIXEL = ops.SPATIAL - functions("local_response_norm") - {nn.LocalResponseNorm}
+_PER_CHANNEL = ops.SPATIAL - ops.ACROSS
 
 
 class CompactError(ValueError):
@@ -145,7 +144,7 @@ class Following:
             return self._elementwise(node, sources)
         if key in ops.CAT and (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):
             return _joined([self.channels[source] for source in node.args[0]])
-        if len(sources) == 1 and (key in _PER_PIXEL or _is_spatial(key, node)):
+        if len(sources) == 1 and (key in _PER_CHANNEL or _is_spatial(key, node)):
             return replace(sources[0], values=self._evaluate(node))
         return None
 

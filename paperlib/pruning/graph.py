@@ -59,7 +59,8 @@ class Tracer(fx.Tracer):
         self.returns: dict[str, list[fx.Node | None]] = {}
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        known = isinstance(module, self.leaves) or layer_type(module) in _BASES
+        # A norm's forward pass branches on its input: one of its own class is not looked into.
+        known = isinstance(module, (*self.leaves, *NORMS)) or layer_type(module) in _BASES
         return known or super().is_leaf_module(module, name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -4,8 +4,9 @@ At `width=1` architecture, initialisation and order of parameters are those of t
 1906.03728 and, for `conv4`, arXiv 1805.01930). Images are (N, C, 32, 32), logits (N, num_classes).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,13 +32,21 @@ class ResidualSum(nn.Module):
         super().__init__()
         self.inplace = inplace
         self.register_buffer("keep", None)
+        self.register_load_state_dict_pre_hook(_expect_keep)
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         if self.keep is None:
             return branch.add_(shortcut) if self.inplace else branch + shortcut
-        keep = self.keep.to(branch.dtype)
+        keep = self.keep.to(branch)
         add = branch.addcmul_ if self.inplace else branch.addcmul
         return add(shortcut, keep)
+
+
+def _expect_keep(add: ResidualSum, state: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
+    """Let `load_state_dict` of a pruned network's state work in one that has no masks yet."""
+    stored = state.get(prefix + "keep")
+    if stored is not None and add.keep is None:
+        add.keep = torch.ones_like(stored)
 
 
 class Subsample(nn.Module):

@@ -25,16 +25,26 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.pruning import FilterPruner, Pruner, PruningError
+from paperlib.pruning.pruners import PassHook
+from paperlib.pruning.zeros import Entries
 
 KINDS = ("zeroing", "gaussian", "restored")
+_TENSORS = {
+    "scale": "weight",
+    "shift": "bias",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+}
 
 
 @dataclass
 class Span:
     """A layer's noise, from its latest event until the pass that ends it.
 
-    filters: (n,) indices of the filters it acts on. saved: by `_tensors` name, (n, ...), the
-    values those filters had at the event. passes: forward passes since then.
+    Attributes:
+        filters: (n,) indices of the filters it acts on.
+        saved: the values those filters had at the event, by the names of `FilterNoise._tensors`.
+        passes: forward passes since then.
     """
 
     filters: Tensor
@@ -53,18 +63,23 @@ class FilterNoise(Pruner):
     - gaussian: passes 1 to N + 1, normal noise is added to them, and so accumulates. Its standard
       deviation is that (unbiased, as torch's) of the weights of the layer's first filter never
       chosen so far, read at that pass; there is one, as a fraction to prune is below 1.
-    - restored: passes 1 to N, all filters chosen so far have weights, batch-norm scale and shift
-      zero; before pass N + 1 these and their running statistics get back the values they had at
-      the latest event. Filters that an earlier event still holds at zero then have none to
-      restore: they stay zero, so events should be further apart than N passes.
+    - restored: passes 1 to N, all filters chosen so far have weights, and scale and shift of the
+      norms that follow, zero; before pass N + 1 these and their running statistics get back the
+      values they had at the latest event. Filters that an earlier event still holds at zero then
+      have none to restore: they stay zero, so events should be further apart than N passes.
 
     A new event replaces what is left of its layer's noise. Biases of convolutions, and the
-    optimizer's state, are left alone.
+    optimizer's state, are left alone. A backward pass must be done before the next forward pass,
+    which changes weights.
 
-    pruner: chooses, on the same `model`; made with norm=False, since batch norm stays. kind: one
-    of `KINDS`. generator: a CPU generator for Gaussian noise, drawn on the CPU in float32 so that
-    all devices see the same; not part of `state_dict`. The pruner draws random choices from its
-    own. A backward pass must be done before the next forward pass, which changes weights.
+    Args:
+        model: the network.
+        pruner: chooses, on the same network; made with norm=False, since batch norm stays. It draws
+            random choices from its own generator.
+        kind: "zeroing", "gaussian" or "restored".
+        passes: N, at least 0.
+        generator: a CPU generator for Gaussian noise, drawn on the CPU in float32 so that all
+            devices see the same; not part of `state_dict`.
 
     Raises PruningError on a value that cannot be used, and names the valid ones.
     """
@@ -83,12 +98,16 @@ class FilterNoise(Pruner):
             raise PruningError(f"noise passes must be at least 0, got {passes}")
         if pruner.norm:
             raise PruningError("noise leaves batch norm alone: its pruner needs norm=False")
+        for name, layer in pruner.layers.items():
+            if kind == "restored" and layer.leak:
+                raise PruningError(f"filters of {name!r} cannot be set to zero: {layer.leak}")
         self.pruner, self.kind, self.passes, self.generator = pruner, kind, passes, generator
         self.masks, self.layers = pruner.masks, pruner.layers
         self.removed = False
         self._spans: dict[str, Span] = {}
         self._paused = False
         pruner.unhook()
+        self._hook = PassHook(self.before_pass)
         model.register_forward_pre_hook(self._hook)
 
     def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:
@@ -101,8 +120,8 @@ class FilterNoise(Pruner):
             if self.kind == "restored":
                 gone = (~self.masks[name]).nonzero().squeeze(1)
                 saved = {
-                    key: tensor.detach().index_select(0, gone)
-                    for key, tensor in self._tensors(name).items()
+                    key: tensor.detach().index_select(0, entries.of(gone))
+                    for key, (tensor, entries) in self._tensors(name).items()
                 }
                 self._spans[name] = Span(gone, saved)
         return sum(len(filters) for filters in chosen.values())
@@ -111,21 +130,20 @@ class FilterNoise(Pruner):
         """End all noise and set the weights of all filters chosen so far to zero for good."""
         self._spans.clear()
         self.removed = True
-        # An event in no layer: it chooses nothing and sets what is marked to zero.
-        self.pruner.prune([None] * len(self.layers), 1)
+        self.pruner.hold()
 
     def hold(self) -> None:
-        """After an optimizer step: once they are removed, chosen filters stay zero."""
+        """Set chosen filters to zero again, after an optimizer step, once they are removed."""
         if self.removed:
             self.pruner.hold()
 
     def held(self) -> dict[str, Tensor]:
-        """As `FilterPruner.held` once filters are removed; before that nothing is held."""
+        """Return what `FilterPruner.held` does once filters are removed; before that, nothing."""
         return self.pruner.held() if self.removed else {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For measurements: forward passes in this context neither count nor change anything."""
+        """Neither count forward passes nor change anything in this context, for measurements."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -133,7 +151,7 @@ class FilterNoise(Pruner):
             self._paused = before
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The pruner's state and the noise still to come, as named tensors."""
+        """Return the pruner's state and the noise still to come, as named tensors."""
         state = self.pruner.state_dict() | {"noise.removed": torch.tensor(self.removed)}
         for name, span in self._spans.items():
             state[f"noise.passes.{name}"] = torch.tensor(span.passes)
@@ -142,17 +160,13 @@ class FilterNoise(Pruner):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`; weights are the network's own state, and are left as they are."""
+        """Resume from a `state_dict`; weights are the network's own state, and are left alone."""
         self.removed = bool(state["noise.removed"])
         self._spans.clear()
         if self.removed:
             self.pruner.load_state_dict(state)
             return
-        # Not by the pruner's own method, which sets what is marked to zero.
-        for name, mask in self.masks.items():
-            mask.copy_(state[f"mask.{name}"])
-        if self.pruner.activation is not None:
-            self.pruner.activation.load_state_dict(state)
+        self.pruner.load_masks(state)
         for name, mask in self.masks.items():
             if f"noise.passes.{name}" not in state:
                 continue
@@ -166,7 +180,7 @@ class FilterNoise(Pruner):
 
     @property
     def due(self) -> bool:
-        """As of the pruner that chooses."""
+        """Whether the pruner that chooses observes the pass that follows."""
         return self.pruner.due
 
     @property
@@ -176,11 +190,11 @@ class FilterNoise(Pruner):
 
     @torch.no_grad()
     def before_pass(self, training: bool) -> None:
-        """Disturbs the weights, and has the pruner that chooses count the pass."""
+        """Disturb the weights, and have the pruner that chooses count the pass."""
         self.pruner.before_pass(training)
         if self._paused or not self._spans:
             return
-        # In forward order: the order of draws must not hang on that of events.
+        # In forward order: the order of draws must not depend on that of events.
         for name in [name for name in self.masks if name in self._spans]:
             span = self._spans[name]
             span.passes += 1
@@ -193,25 +207,28 @@ class FilterNoise(Pruner):
     def _disturb(self, name: str, span: Span) -> None:
         tensors = self._tensors(name)
         if self.kind == "gaussian":
-            weight, first = tensors["weight"], self.masks[name].int().argmax(0, keepdim=True)
+            weight, first = tensors["weight"][0], self.masks[name].int().argmax(0, keepdim=True)
             shape = (len(span.filters), *weight.shape[1:])
             noise = torch.randn(shape, generator=self.generator, dtype=torch.float32)
             noise = noise.to(weight) * weight.index_select(0, first).std()
             weight.index_add_(0, span.filters, noise)
         elif self.kind == "zeroing":
-            tensors["weight"].index_fill_(0, span.filters, 0)
-        elif span.passes > self.passes:
-            for key, tensor in tensors.items():
-                tensor.index_copy_(0, span.filters, span.saved[key])
+            tensors["weight"][0].index_fill_(0, span.filters, 0)
         else:
-            for key in {"weight", "scale", "shift"} & tensors.keys():
-                tensors[key].index_fill_(0, span.filters, 0)
+            for key, (tensor, entries) in tensors.items():
+                if span.passes > self.passes:
+                    tensor.index_copy_(0, entries.of(span.filters), span.saved[key])
+                elif not key.startswith("running"):
+                    tensor.index_fill_(0, entries.of(span.filters), 0)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        """What noise may change of a layer, each with one entry a filter along the first axis."""
-        conv, norm = self.layers[name].conv, self.layers[name].norm
-        found = {"weight": conv.weight}
-        if norm is not None:
-            found |= {"scale": norm.weight, "shift": norm.bias}
-            found |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
-        return {key: tensor for key, tensor in found.items() if tensor is not None}
+    def _tensors(self, name: str) -> dict[str, tuple[Tensor, Entries]]:
+        """Return what noise may change of a layer, and where a filter's entries are in it."""
+        layer = self.layers[name]
+        found = {"weight": (layer.conv.weight, Entries(layer.conv, ("weight",)))}
+        norms = [e for e in layer.entries.values() if not isinstance(e.module, nn.Conv2d)]
+        for i, entries in enumerate(norms):
+            for key, of_norm in _TENSORS.items():
+                tensor = getattr(entries.module, of_norm, None)
+                if tensor is not None:
+                    found[f"{key}.{i}" if i else key] = (tensor, entries)
+        return found

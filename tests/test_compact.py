@@ -1,21 +1,15 @@
 """Compact networks against the masked ones they are made from."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
-import onnxruntime
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from paperlib import compact as module
 from paperlib import models
-from paperlib.compact import CompactError, compact, cost, cost_table, export_onnx, latency
+from paperlib.compact import CompactError, compact, cost, cost_table, latency
+from paperlib.extras.compact import cut
 from paperlib.pruning import FilterPruner, WeightPruner, prunable_layers
 
 torch.set_num_threads(1)
@@ -411,6 +405,101 @@ def test_sequential_network_of_another_input():
     assert small[8].in_features == 24
 
 
+class Depthwise(nn.Module):
+    """Depthwise convolutions with and without bias, and a gate, as in MobileNet's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.Hardswish())
+        self.depthwise = nn.Conv2d(12, 12, 3, 2, 1, groups=12, bias=False)
+        self.norm, self.slopes = nn.BatchNorm2d(12), nn.PReLU(12)
+        self.gate = nn.Conv2d(12, 12, 1)
+        self.again = nn.Conv2d(12, 12, (1, 3), groups=12)
+        self.project = nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.slopes(self.norm(self.depthwise(self.expand(x))))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.project(F.relu(self.again(x)))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_depthwise_convolutions_and_slopes_of_each_channel_are_cut(norm):
+    network = randomised(sequential(Depthwise(), nn.Flatten(), nn.Linear(6 * 15 * 13, 3)))
+    nn.init.uniform_(network[3].slopes.weight, -0.5, 0.5)
+    layers = ["0", "3.expand.0", "3.project"]
+    small = compact(network, pruned(network, 0.5, layers=layers, norm=norm))
+    assert_same(network, small)
+    if norm:
+        cut_block = small[3]
+        assert widths(small) == {
+            **{"0": 4, "3.expand.0": 6, "3.depthwise": 6, "3.gate": 6, "3.again": 6},
+            "3.project": 3,
+        }
+        assert cut_block.depthwise.groups == cut_block.depthwise.in_channels == 6
+        assert cut_block.again.groups == cut_block.slopes.num_parameters == 6
+        assert cut_block.norm.num_features == 6
+    again = compact(small)
+    assert parameters(again) == parameters(small)
+
+
+def test_constant_channels_of_depthwise_convolutions():
+    network = randomised(sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    network[3].weight.data[:3] = 0
+    network[3].bias.data[:3] = torch.tensor([1.0, 0.5, -1.0])
+    small = compact(network)
+    assert_same(network, small)
+    assert widths(small) == {"0": 5, "3": 5, "5": 4}
+
+
+def test_grouped_convolutions_keep_what_they_read_and_write():
+    network = randomised(
+        sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1))
+    )
+    small = compact(network, pruned(network, 0.5, layers=["0", "5"]))
+    assert_same(network, small)
+    assert widths(small) == {"0": 8, "3": 8, "5": 3, "6": 4}
+
+
+def test_a_mask_on_a_layer_of_torch_is_cut():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.b(F.relu(self.a(x))) + x) * 2
+
+    network = sequential(Block(), nn.Conv2d(8, 4, 3))
+    pruner = pruned(network, 0.5, target="largest", score=first_filters, layers=["0", "3.b"])
+    assert network[3].relu.kept_channels.shape == (1, 8, 1, 1)
+    small = compact(network, pruner)
+    assert_same(network, small)
+    assert widths(small) == {"0": 4, "3.a": 8, "3.b": 4, "4": 4}
+    assert not hasattr(small[3].relu, "kept_channels")
+    pruner = pruned(network, 0.25, target="smallest", score=first_filters, layers=["3.b"])
+    assert_same(network, compact(network, pruner))
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("mobilenet_v2", 0.7),
+        ("mobilenet_v3_small", 0.8),
+        ("squeezenet1_0", 0.5),
+        ("resnext50_32x4d", 1),  # what its grouped convolutions read stays
+    ],
+)
+def test_networks_of_torchvision(name, share):
+    torch.manual_seed(0)
+    network = randomised(torchvision.models.get_model(name, weights=None, num_classes=5))
+    layers = [n for n, layer in prunable_layers(network).items() if not layer.masks]
+    small = compact(network, pruned(network, 0.5, layers=layers), example=(2, 3, 64, 64))
+    assert_same(network, small, images(2, 64))
+    assert parameters(small) < share * parameters(network)
+
+
 class Reshaped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view(-1, 8 * 30 * 30)
@@ -471,7 +560,6 @@ def shared() -> nn.Module:
         (sequential(Mean()), r"'3.mean' \(Softmax2d\)"),
         (sequential(Standardised(8, 4, 3)), "'conv2d' in '3'"),
         (sequential(nn.GroupNorm(2, 8)), r"'3' \(GroupNorm\)"),
-        (sequential(nn.Conv2d(8, 8, 3, groups=2)), r"'3' \(Conv2d\)"),
         (sequential(nn.ConvTranspose2d(8, 8, 3)), r"'3' \(ConvTranspose2d\)"),
         (sequential(nn.Flatten(2)), r"'3' \(Flatten\)"),
         (sequential(nn.Linear(30, 8)), r"'3' \(Linear\)"),
@@ -503,16 +591,22 @@ def test_hooks_that_change_an_output():
     network[2].register_forward_hook(lambda layer, inputs, output: output + 1)
     with pytest.raises(CompactError, match="would not be the same network"):
         compact(network)
+
+
+def test_masks_are_the_networks_and_need_no_pruner():
     network = plain()
-    pruned(network, 0.5, layers=["one.b"])
-    with pytest.raises(CompactError, match="would not be the same network"):
-        compact(network)  # without its pruner
+    pruner = pruned(network, 0.5, layers=["one.a", "one.b", "two.a"])
+    small = compact(network)
+    assert_same(network, small)
+    assert widths(small) == widths(compact(network, pruner))
+    assert widths(small)["one.a"] == 3
 
 
 def test_a_wrong_cut_is_never_returned(monkeypatch):
     network = build("vgg11_bn")
     pruner = pruned(network, 0.5)
-    monkeypatch.setattr(module, "_foldable", lambda layer, values: torch.ones(len(values)).bool())
+    everything = lambda layer, values: torch.ones(len(values)).bool()  # noqa: E731
+    monkeypatch.setattr(cut, "foldable", everything)
     with pytest.raises(CompactError, match="would not be the same network"):
         compact(network, pruner)
 
@@ -534,153 +628,6 @@ def test_pruners_that_do_not_hold():
         compact(build("resnet20"), pruner)
 
 
-# Files
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_saved_and_loaded(name, tmp_path):
-    network = models.build(name, 7, 3, NETWORKS[name], dropout=0.3)
-    small = compact(network, pruned(randomised(network), 0.5))
-    *_, last = (key for key, layer in small.named_modules() if isinstance(layer, nn.Linear))
-    WeightPruner(small, last, 0.9).prune(1, 1)
-    module.save(small, tmp_path / "network.safetensors")
-    state = torch.get_rng_state()
-    loaded = module.load(tmp_path / "network.safetensors")
-    assert torch.get_rng_state().equal(state)
-    assert not loaded.training
-    assert outputs(loaded, images()).equal(outputs(small, images()))
-    assert repr(loaded) == repr(small)
-    expected = small.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    assert all(tensor.equal(expected[key]) for key, tensor in loaded.state_dict().items())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_are_saved(dtype, tmp_path):
-    network = with_gone_units().to(dtype)
-    small = compact(network)
-    module.save(small, tmp_path / "network.safetensors")
-    loaded = module.load(tmp_path / "network.safetensors")
-    assert loaded.dense.weight.dtype == dtype
-    assert outputs(loaded, images().to(dtype)).equal(outputs(small, images().to(dtype)))
-
-
-def test_own_network_is_saved_with_its_masks_and_loaded_into_a_fresh_one(tmp_path):
-    network = plain()
-    small = compact(network, pruned(network, 0.5, layers=["stem", "one.a", "one.b", "two.b"]))
-    module.save(small, tmp_path / "own.safetensors")
-    assert_same(network, module.load(tmp_path / "own.safetensors", PlainResidual()))
-    with pytest.raises(CompactError, match="network of your own"):
-        module.load(tmp_path / "own.safetensors")
-    with pytest.raises(CompactError, match="no module 'stem'"):
-        module.load(tmp_path / "own.safetensors", nn.Sequential())
-    with pytest.raises(CompactError, match="hook"):
-        module.save(network, tmp_path / "masked.safetensors")
-
-
-def test_constants_folded_into_a_new_bias_are_loaded(tmp_path):
-    def network() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False))
-
-    masked = network()
-    masked[0].weight.data[:3] = 0
-    masked[0].bias.data.fill_(1)
-    small = compact(masked)
-    module.save(small, tmp_path / "own.safetensors")
-    assert_same(small, module.load(tmp_path / "own.safetensors", network()))
-
-
-def test_a_file_loaded_into_another_network(tmp_path):
-    module.save(nn.Sequential(nn.Conv2d(3, 6, 3)), tmp_path / "own.safetensors")
-    with pytest.raises(CompactError, match=r"'0\.weight' is \(6, 3, 3, 3\) in the file"):
-        module.load(tmp_path / "own.safetensors", nn.Sequential(nn.Conv2d(3, 6, 5)))
-    with pytest.raises(CompactError, match=r"lacks 1\.bias, 1\.weight"):
-        module.load(
-            tmp_path / "own.safetensors", nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3))
-        )
-    with pytest.raises(CompactError, match="'0' in Sequential has no"):
-        module.load(tmp_path / "own.safetensors", nn.Sequential(nn.ReLU()))
-
-
-def rewritten(path: Path, change: Callable[[dict, dict], object]) -> Path:
-    """The file at `path` with its description and tensors changed."""
-    with safe_open(path, framework="pt") as file:
-        description = json.loads(file.metadata()["description"])
-    tensors = safetensors.torch.load_file(path)
-    change(description, tensors)
-    safetensors.torch.save_file(tensors, path, {"description": json.dumps(description)})
-    return path
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda d, t: d["tensors"]["fc.bias"].update(shape=[9]), "'fc.bias'"),
-        (lambda d, t: d["tensors"]["fc.bias"].update(dtype="float64"), "'fc.bias'"),
-        (lambda d, t: d["tensors"]["fc.bias"].pop("shape"), "'fc.bias'"),
-        (lambda d, t: d["tensors"]["fc.bias"].update(sparse=True), "'fc.bias'"),
-        (lambda d, t: d["tensors"]["dense.weight"].update(shape=[2, 2]), "'dense.weight'"),
-        (lambda d, t: d["tensors"].pop("fc.bias"), "does not have: fc.bias"),
-        (lambda d, t: (d["tensors"].pop("fc.bias"), t.pop("fc.bias")), "lacks fc.bias"),
-        (lambda d, t: t.pop("fc.bias"), "'fc.bias'"),
-        (lambda d, t: t.update(more=torch.zeros(2)), "does not have: more"),
-        (lambda d, t: t.update({"fc.bias": torch.zeros(11)}), "'fc.bias'"),
-        (lambda d, t: t["dense.weight:bitmap"].zero_(), "'dense.weight'"),
-        (lambda d, t: t.update({"dense.weight:values": torch.zeros(1)}), "'dense.weight'"),
-        (lambda d, t: d.update(network="resnet20"), "lacks"),
-        (lambda d, t: d.update(network="resnet21"), "network of your own"),
-        (lambda d, t: d.update(format=2), "format 2"),
-        (lambda d, t: d.pop("tensors"), "not the file of a network"),
-        (lambda d, t: d["settings"].update(fc=1), "'fc' is a Linear"),
-        (lambda d, t: d["settings"].update(gone=1), "no module 'gone'"),
-    ],
-)
-def test_description_and_tensors_that_disagree(change, named, tmp_path):
-    network = build("conv4")
-    WeightPruner(network, "dense", 0.9).prune(1, 1)
-    module.save(network, tmp_path / "network.safetensors")
-    with pytest.raises(CompactError, match=named):
-        module.load(rewritten(tmp_path / "network.safetensors", change))
-
-
-def test_what_is_no_file_of_a_network(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        module.load(tmp_path / "none.safetensors")
-    (tmp_path / "text").write_text("text, and enough of it for a header")
-    with pytest.raises(CompactError, match="not the file of a network"):
-        module.load(tmp_path / "text")
-    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "tensors")
-    with pytest.raises(CompactError, match="not the file of a network"):
-        module.load(tmp_path / "tensors")
-    module.save(build("conv4"), tmp_path / "cut")
-    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-100])
-    with pytest.raises(CompactError, match="not the file of a network"):
-        module.load(tmp_path / "cut")
-
-
-# Exported
-
-
-@pytest.mark.parametrize("name", ["conv4", "residual", "plain"])
-def test_exported_networks_agree(name, tmp_path):
-    if name == "residual":
-        torch.manual_seed(0)
-        network = randomised(models.ResNet(1, (8, 16), False, 10, 3, 0.0))
-    else:
-        network = plain() if name == "plain" else build(name)
-    layers = [layer for layer in prunable_layers(network) if layer != "stem"]
-    small = compact(network, pruned(network, 0.5, layers=layers))
-    x = images(5)
-    program = torch.export.export(small.eval(), (x,))
-    assert program.module()(x).equal(outputs(small, x))
-    small.train()
-    export_onnx(small, tmp_path / "network.onnx")
-    assert small.training
-    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
-    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(out), outputs(network, x), rtol=1e-4, atol=1e-4)
-
-
 # What they cost
 
 
@@ -699,12 +646,16 @@ def test_cost_against_counts_by_hand():
     assert counts["multiply_adds"] == 64 * 27 * 4 + 4 * 36 * 6 + 24 * 5
 
 
-def test_bytes_are_those_of_the_file(tmp_path):
+def test_bytes_of_tensors_stored_densely_and_sparsely():
     network = build("conv4")
+    dense = cost(network)
+    tensors = network.state_dict()
+    whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    assert dense["bytes_dense"] == pytest.approx(whole, abs=256 * len(tensors))
+    assert dense["bytes_sparse"] == dense["bytes_dense"]
     WeightPruner(network, "dense", 0.9).prune(1, 1)
-    module.save(network, tmp_path / "network.safetensors")
     counts = cost(network)
-    assert counts["bytes_sparse"] == (tmp_path / "network.safetensors").stat().st_size
+    assert counts["bytes_dense"] == dense["bytes_dense"]
     weights = network.dense.weight.numel()
     saved = weights * 4 - (weights - weights * 9 // 10) * 4 - weights / 8
     assert counts["bytes_dense"] - counts["bytes_sparse"] == pytest.approx(saved, abs=200)

@@ -324,6 +324,62 @@ def test_a_gpu_sees_the_same_noise(kind):
     torch.testing.assert_close(*weights)
 
 
+class Late(nn.Module):
+    """Norms after an activation, after joining channels, and in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3)
+        self.groups, self.joined = nn.GroupNorm(2, 4), nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 3, 1)
+        for parameter in (*self.groups.parameters(), *self.joined.parameters()):
+            nn.init.uniform_(parameter, 0.5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.a(x).relu(), self.groups(self.b(x).relu())], 1)
+        return self.head(self.joined(x))
+
+
+def test_restored_noise_reaches_norms_wherever_they_are():
+    model = Late().eval()
+    pruner = FilterPruner(model, [0.5], target="largest", norm=False, layers=["b"])
+    noise = FilterNoise(model, pruner, "restored", 2)
+    noise.prune(1, 1)
+    before, reads = snapshot(model), []
+    model.head.register_forward_pre_hook(lambda module, inputs: reads.append(inputs[0]))
+    lost = torch.cat([torch.zeros(4, dtype=torch.bool), ~noise.masks["b"]])
+    with torch.no_grad():
+        for passes in range(1, 5):
+            model(batch(0)[0])
+            zero = {
+                "b.weight": ~noise.masks["b"],
+                **{f"groups.{key}": ~noise.masks["b"] for key in ("weight", "bias")},
+                **{f"joined.{key}": lost for key in ("weight", "bias")},
+            }
+            for name, tensor in model.state_dict().items():
+                if name in zero and passes <= 2:
+                    assert not tensor[zero[name]].any()
+                    assert torch.equal(tensor[~zero[name]], before[name][~zero[name]])
+                else:
+                    assert torch.equal(tensor, before[name])
+            biased = model.b.bias[~noise.masks["b"]].any()
+            assert biased
+            assert bool(reads[-1][:, lost].any()) == (passes > 2)
+    state = noise.state_dict()
+    again = FilterNoise(model, pruner, "restored", 2)
+    again.load_state_dict(state)
+    assert not again.busy
+
+
+def test_restored_noise_needs_zeros_that_can_be_followed():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Softmax2d(), nn.Conv2d(4, 2, 1))
+    pruner = FilterPruner(model, [0.5], layers=["0"], norm=False)
+    with pytest.raises(PruningError, match=r"'0'.*'1'"):
+        FilterNoise(model, pruner, "restored", 1)
+    FilterNoise(model, pruner, "zeroing", 1)
+
+
 def test_noise_that_cannot_be():
     model = network()
     pruner = FilterPruner(model, FRACTIONS, norm=False)

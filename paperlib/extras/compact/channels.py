@@ -1,0 +1,326 @@
+"""What each channel of a network is, found by following its graph in evaluation mode.
+
+Forwards from the input: which channels are the same for every image and pixel, and with what value;
+which are one and the same; and which layers read and write them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+
+from paperlib.models import PadChannels, ResidualSum
+from paperlib.pruning import operations as ops
+from paperlib.pruning.graph import trace
+from paperlib.pruning.masks import BUFFER, mask_of
+
+# Operations on single values, the same for all channels: their constants are computed.
+_ELEMENTWISE = ops.ELEMENTWISE | ops.ACTIVATIONS | ops.PASSING
+_FLATTEN = ops.FLATTEN | ops.VIEW
+_AFFINE = {nn.Conv2d: 4, nn.Linear: 2}  # and the dimensions of the input they are understood for
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_PER_CHANNEL = ops.SPATIAL - ops.ACROSS
+
+
+class CompactError(ValueError):
+    """A network that cannot be made compact or measured; the message names the module."""
+
+
+@dataclass
+class Channels:
+    """A tensor's features along dimension 1.
+
+    Attributes:
+        ids: (features,), the channel that each one is of; several are of one after a flattening.
+        values: (features,), what each one is for every image and pixel; nan where it varies.
+    """
+
+    ids: Tensor
+    values: Tensor
+
+
+@dataclass
+class Layer:
+    """A module that has to be resized, with the channels that it reads and writes.
+
+    Attributes:
+        module: the module.
+        reads: the channels of its input.
+        writes: those of its output.
+        mixes: each output is made of all inputs.
+        masks: its mask is resized, and nothing else of it.
+    """
+
+    module: nn.Module
+    reads: Channels
+    writes: Channels
+    mixes: bool = False
+    masks: bool = False
+
+
+class _Values(ShapeProp):
+    """Runs a graph, and notes the shape of each tensor and the value of all else."""
+
+    def run_node(self, node: fx.Node) -> object:
+        result = super().run_node(node)
+        if not isinstance(result, Tensor):
+            node.meta["value"] = result
+        return result
+
+
+class Following:
+    """Follows a network's channels from its input on.
+
+    Attributes:
+        count: how many channels there are; their ids are 0 to count - 1.
+        fixed: ids of channels that have to stay.
+        ties: (2, n) ids of channels that stay or go together.
+        layers: the layers to resize, by name.
+
+    Raises CompactError where the graph is not understood and pruned channels reach that place.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self.device, self.dtype = inputs.device, inputs.dtype
+        try:
+            self.traced = trace(model, False, PadChannels)
+            _Values(fx.GraphModule(model, self.traced.graph)).propagate(inputs)
+        except Exception as error:
+            raise CompactError(
+                f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
+            ) from error
+        self.count = 0
+        self.fixed: list[Tensor] = []
+        self.ties: list[Tensor] = []
+        self.layers: dict[str, Layer] = {}
+        self.channels: dict[fx.Node, Channels | None] = {}
+        for node in self.traced.graph.nodes:
+            self.channels[node] = self._follow(node)
+
+    def _follow(self, node: fx.Node) -> Channels | None:
+        if node.op == "output":
+            self.fixed += [c.ids for c in self._sources(node) if c is not None]
+            return None
+        if node.op == "placeholder":
+            return self._fix(node)
+        if node.op == "get_attr":
+            return self._mask(node) if node.target.rpartition(".")[2] == BUFFER else None
+        if node in self.traced.shapes and not isinstance(
+            node.meta.get("tensor_meta"), TensorMetadata
+        ):
+            return None
+        channels = self._understood(node)
+        if channels is None:
+            return self._unknown(node)
+        module = self.traced.module(node)
+        if module is not None and getattr(module, BUFFER, None) is not None:
+            # Its hook is not in the graph.
+            values = torch.where(mask_of(module) == 0, 0, channels.values)
+            channels = replace(channels, values=values)
+            self._add(f"{node.target}.{BUFFER}", Layer(module, channels, channels, masks=True))
+        return channels
+
+    def _understood(self, node: fx.Node) -> Channels | None:
+        """Return the channels of a node's output, None where its operation is not known."""
+        sources, key = self._sources(node), self.traced.key(node)
+        if not sources or sources[0] is None or _shape(node) is None:
+            return None
+        if key in _FLATTEN and (flat := self._flattened(node, sources[0])) is not None:
+            return flat
+        if None in sources:
+            return None
+        if key in _AFFINE:
+            return self._convolved(node, sources[0])
+        if key in _NORMS:
+            return self._normed(node, sources[0])
+        if key is ResidualSum:
+            return self._summed(node, sources)
+        if key is PadChannels:
+            return self._padded(node, sources[0])
+        if key in _ELEMENTWISE:
+            return self._elementwise(node, sources)
+        if key in ops.CAT and (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):
+            return _joined([self.channels[source] for source in node.args[0]])
+        if len(sources) == 1 and (key in _PER_CHANNEL or _is_spatial(key, node)):
+            return replace(sources[0], values=self._evaluate(node))
+        return None
+
+    def _unknown(self, node: fx.Node) -> Channels | None:
+        """Of an operation that is not understood nothing may be cut, neither before nor after."""
+        for source in self._sources(node):
+            if source is not None and not source.values.isnan().all():
+                raise CompactError(
+                    f"pruned channels are read by {self.traced.describe(node)}, and how that "
+                    "treats channels is not known"
+                )
+            if source is not None:
+                self.fixed.append(source.ids)
+        return self._fix(node)
+
+    # Rules: from the channels of a node's inputs to those of its output
+
+    def _flattened(self, node: fx.Node, source: Channels) -> Channels | None:
+        before, out = _shape(node.all_input_nodes[0]), _shape(node)
+        *_, last = node.args
+        last = last[-1] if isinstance(last, tuple | list) else last
+        views = self.traced.key(node) in ops.VIEW and last != -1
+        if views or out != (before[0], math.prod(before[1:])):
+            return None
+        pixels = math.prod(before[2:])
+        return Channels(*(t.repeat_interleave(pixels) for t in (source.ids, source.values)))
+
+    def _convolved(self, node: fx.Node, source: Channels) -> Channels | None:
+        module = self.traced.module(node)
+        if len(_shape(node.all_input_nodes[0])) != _AFFINE[self.traced.key(node)]:
+            return None
+        groups = getattr(module, "groups", 1)
+        if groups > 1 and not groups == module.in_channels == module.out_channels:
+            # What it reads and writes stays as it is, zero or not.
+            self.fixed.append(source.ids)
+            return self._fix(node)
+        ignores = foldable(module, source.values)
+        if groups > 1:
+            varies = (takes(module) & ~ignores[:, None]).any(1)
+            values = total(module).flatten() * source.values.nan_to_num()
+        else:
+            varies = (takes(module) & ~ignores).any(1)
+            values = total(module) @ source.values.nan_to_num()
+        if module.bias is not None:
+            values = values + module.bias.detach()
+        values = torch.where(varies, torch.nan, values)
+        writes = Channels(source.ids, values) if groups > 1 else self._new(values)
+        return self._add(node.target, Layer(module, source, writes, mixes=groups == 1))
+
+    def _normed(self, node: fx.Node, source: Channels) -> Channels:
+        norm, values = self.traced.module(node), self._evaluate(node)
+        if norm.weight is not None:
+            shift = 0 if norm.bias is None else norm.bias
+            values = torch.where(norm.weight == 0, shift, values)
+        return self._add(node.target, Layer(norm, source, replace(source, values=values)))
+
+    def _summed(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
+        if len(sources) != 2:
+            return None
+        module, values = self.traced.module(node), sources[1].values
+        if module.keep is not None:
+            values = torch.where(mask_of(module) == 0, 0, values)
+        tied = self._tied(sources, sources[0].values + values)
+        return self._add(node.target, Layer(module, sources[0], tied, masks=True))
+
+    def _padded(self, node: fx.Node, source: Channels) -> Channels:
+        module = self.traced.module(node)
+        before, after = (self._new(torch.zeros(n)) for n in module.padding[-2:])
+        padded = _joined([before, source, after])
+        return self._add(node.target, Layer(module, source, padded))
+
+    def _elementwise(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
+        out, shapes = _shape(node), [_shape(source) for source in self.traced.tensors(node)]
+        if {(len(shape), shape[1]) for shape in shapes} != {(len(out), out[1])}:
+            return None
+        values, module = self._evaluate(node), self.traced.module(node)
+        if self.traced.key(node) in ops.MULTIPLY:
+            zero = torch.stack([source.values == 0 for source in sources]).any(0)
+            values = torch.where(zero, 0, values)
+        channels = self._tied(sources, values)
+        if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+            self._add(node.target, Layer(module, channels, channels))
+        return channels
+
+    def _mask(self, node: fx.Node) -> Channels:
+        owner = self.traced.modules[node.target.rpartition(".")[0]]
+        keep = self._new(mask_of(owner))
+        return self._add(node.target, Layer(owner, keep, keep, masks=True))
+
+    # What the rules are made of
+
+    def _sources(self, node: fx.Node) -> list[Channels | None]:
+        return [self.channels[source] for source in self.traced.tensors(node)]
+
+    @torch.no_grad()
+    def _evaluate(self, node: fx.Node) -> Tensor:
+        """What constant channels are after an operation that treats channels alike and apart."""
+
+        def constant(source: fx.Node) -> object:
+            if source in self.traced.shapes:
+                return source.meta["value"]
+            values, shape = self.channels[source].values, _shape(source)
+            return values.view(1, -1, *[1] * len(shape[2:])).repeat(1, 1, *shape[2:])
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), constant)
+        if node.op == "call_module":
+            out = self.traced.module(node).forward(*args, **kwargs)
+        elif node.op == "call_method":
+            out = getattr(args[0], node.target)(*args[1:], **kwargs)
+        else:
+            out = node.target(*args, **kwargs)
+        low, high = out.reshape(out.shape[1], -1).aminmax(dim=1)
+        uniform = torch.isclose(low, high, rtol=1e-5, atol=0) & high.isfinite()
+        return torch.where(uniform, high, torch.nan)
+
+    def _new(self, values: Tensor) -> Channels:
+        ids = torch.arange(self.count, self.count + len(values), device=self.device)
+        self.count += len(values)
+        return Channels(ids, values.to(self.device, self.dtype))
+
+    def _fix(self, node: fx.Node) -> Channels | None:
+        shape = _shape(node)
+        if shape is None or len(shape) < 2:
+            return None
+        channels = self._new(torch.full(shape[1:2], torch.nan))
+        self.fixed.append(channels.ids)
+        return channels
+
+    def _tied(self, sources: Sequence[Channels], values: Tensor) -> Channels:
+        self.ties += [torch.stack([sources[0].ids, source.ids]) for source in sources[1:]]
+        return Channels(sources[0].ids, values)
+
+    def _add(self, name: str, layer: Layer) -> Channels:
+        if name in self.layers:
+            raise CompactError(f"{name!r} is used more than once in the forward pass")
+        self.layers[name] = layer
+        return layer.writes
+
+
+def takes(module: nn.Module) -> Tensor:
+    """Return, (outputs, inputs) bool, whether an output takes anything of an input."""
+    return module.weight[..., None].flatten(2).any(2)
+
+
+def total(module: nn.Module) -> Tensor:
+    """Return, (outputs, inputs), what outputs take of inputs that are the same at every pixel."""
+    return module.weight.detach()[..., None].flatten(2).sum(2)
+
+
+def foldable(module: nn.Module, values: Tensor) -> Tensor:
+    """Return, (inputs,) bool, whether all that a layer takes of an input is one constant."""
+    padded = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"
+    if padded and module.padding not in ((0, 0), "valid"):
+        return values == 0
+    return ~values.isnan()
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
+
+
+def _is_spatial(key: object, node: fx.Node) -> bool:
+    """Whether a function acts on dimensions after the second only."""
+    dimensions = len(_shape(node.all_input_nodes[0]))
+    if key in ops.REDUCE:
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        dims = [dims] if isinstance(dims, int) else dims
+        return all(d % dimensions >= 2 for d in dims)
+    if key in ops.INDEX:
+        index = node.args[1]
+        return isinstance(index, tuple) and index[:2] == (slice(None), slice(None))
+    if key is torch.nn.functional.pad and len(node.args) > 1:
+        return len(node.args[1]) <= 2 * (dimensions - 2)
+    return False
+
+
+def _joined(parts: Sequence[Channels]) -> Channels:
+    return Channels(torch.cat([p.ids for p in parts]), torch.cat([p.values for p in parts]))

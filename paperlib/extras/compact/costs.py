@@ -1,0 +1,117 @@
+"""What a network costs: parameters, multiply-adds, bytes, milliseconds."""
+
+import gzip
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from paperlib.extras.compact.channels import CompactError
+from paperlib.extras.compact.network import example_input
+
+_ENTRY = 128  # bytes, about, that one more tensor takes in a file's header
+
+
+def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str, int]:
+    """Return what a network takes: counts of parameters and multiply-adds, and bytes.
+
+    Args:
+        model: the network.
+        example: the shape of an input.
+
+    Returns:
+        parameters and nonzero: all of them, and those other than zero. multiply_adds: of
+        convolutions and dense layers for one image, zeros multiplied like the rest. bytes_dense:
+        of its tensors in a safetensors file. bytes_sparse: of one where a tensor that is smaller so
+        is stored as its values other than zero, in order, and a bitmap of where they are.
+        bytes_gzipped: of the latter, gzipped.
+    """
+    with _evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example_input(model, example))
+    sparse = _encoded(model)
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+        "multiply_adds": counter.get_total_flops() // 2 // example[0],
+        "bytes_dense": len(_encoded(model, sparse=False)),
+        "bytes_sparse": len(sparse),
+        "bytes_gzipped": len(gzip.compress(sparse, mtime=0)),
+    }
+
+
+def latency(
+    model: nn.Module, batch: int = 1, repeats: int = 20, image: Sequence[int] = (3, 32, 32)
+) -> float:
+    """Return the median milliseconds that a batch takes on the CPU, in evaluation mode."""
+    return _latencies([model], batch, repeats, image)[0]
+
+
+def cost_table(
+    networks: Mapping[str, nn.Module],
+    batches: Sequence[int] = (1, 128),
+    repeats: int = 20,
+    image: Sequence[int] = (3, 32, 32),
+) -> pd.DataFrame:
+    """Return `cost` and `latency` of several networks, a row each, by name.
+
+    Columns: those of `cost`, and ms_batch_N for each N of `batches`: median milliseconds a batch on
+    the CPU. The networks are timed in turns, so that a busy machine slows all of them alike.
+    """
+    table = pd.DataFrame({name: cost(model, (1, *image)) for name, model in networks.items()}).T
+    for batch in batches:
+        table[f"ms_batch_{batch}"] = _latencies(list(networks.values()), batch, repeats, image)
+    return table
+
+
+def _encoded(model: nn.Module, sparse: bool = True) -> bytes:
+    """The network's tensors as a safetensors file; its header says how each is stored."""
+    stored, entries = {}, {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        there = tensor.flatten() != 0
+        size = int(there.sum()) * tensor.itemsize + math.ceil(tensor.numel() / 8) + _ENTRY
+        entries[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+        if sparse and size < tensor.numel() * tensor.itemsize:
+            stored[f"{name}:values"] = tensor.flatten()[there]
+            stored[f"{name}:bitmap"] = torch.from_numpy(np.packbits(there.numpy()))
+        else:
+            stored[name] = tensor.clone()
+    return safetensors.torch.save(stored, {"tensors": json.dumps(entries)})
+
+
+@torch.inference_mode()
+def _latencies(
+    networks: Sequence[nn.Module], batch: int, repeats: int, image: Sequence[int]
+) -> list[float]:
+    inputs = [example_input(network, (batch, *image)) for network in networks]
+    if any(x.device.type != "cpu" for x in inputs):
+        raise CompactError("latency is measured on the CPU: move the network there first")
+    seconds = [[] for _ in networks]
+    for network, x, times in [*zip(networks, inputs, seconds, strict=True)] * (repeats + 1):
+        with _evaluating(network):
+            start = time.perf_counter()
+            network(x)
+            times.append(time.perf_counter() - start)
+    return [1000 * statistics.median(times[1:]) for times in seconds]  # the first one warms up
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a network in evaluation mode, and its modes as before afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode

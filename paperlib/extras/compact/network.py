@@ -1,0 +1,125 @@
+"""The compact network itself: a copy that is cut, and checked against the original."""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from paperlib import backends
+from paperlib.extras.compact.channels import CompactError, Following
+from paperlib.extras.compact.cut import cut
+from paperlib.pruning import FilterPruner, WeightPruner
+from paperlib.pruning.graph import layer_type
+from paperlib.pruning.masks import multiply_by_mask
+from paperlib.pruning.operations import CONVOLUTIONS, NORMS
+
+TOLERANCE = 1000  # of the output's floating-point resolution, relative to its largest value
+
+
+def compact(
+    model: nn.Module,
+    *pruners: FilterPruner | WeightPruner,
+    example: Sequence[int] | Tensor = (2, 3, 32, 32),
+) -> nn.Module:
+    """Return a copy of a pruned network without what pruning has made superfluous.
+
+    In evaluation mode, for images of the example's size, its outputs are the same but for rounding;
+    it can be trained on. A channel or neuron is cut if no layer that reads it would notice: it is
+    zero, or has no weights going out, or is a constant that can be folded into the reader's bias.
+    The channels of a residual stage are cut together or not at all. What cannot be cut exactly
+    stays, masked: so does a constant other than zero that a padded convolution reads, as with
+    `FilterPruner(norm=False)`, and all that a grouped convolution reads and writes. Every layer
+    keeps at least one channel. Forward hooks are not carried over.
+
+    Args:
+        model: the network. What is zero in it is all that counts.
+        pruners: those of this network; what they hold at zero is checked to be zero.
+        example: an input, or the shape of one, on which both networks are run and compared.
+
+    Raises CompactError, naming the module, where the network's graph is not understood, and where
+    a parameter is not zero that a pruner holds at zero.
+    """
+    _check_parameters(model)
+    _check_held(model, pruners)
+    small = deepcopy(model).eval()
+    inputs = example_input(small, example)
+    expected = _outputs(small, inputs, type(model).__name__)
+    for module in small.modules():
+        module._forward_pre_hooks.clear()
+        for key in [k for k, h in module._forward_hooks.items() if h is not multiply_by_mask]:
+            del module._forward_hooks[key]
+    cut(Following(small, inputs))
+    _check_same(expected, _outputs(small, inputs, f"the compact {type(model).__name__}"))
+    for module, original in zip(small.modules(), model.modules(), strict=True):
+        module.training = original.training
+    return small
+
+
+def example_input(model: nn.Module, example: Sequence[int] | Tensor) -> Tensor:
+    """Return an input for a network: `example`, or random numbers of that shape."""
+    parameter = next(model.parameters(), torch.empty(0))
+    if not isinstance(example, Tensor):
+        example = torch.randn(tuple(example), generator=torch.Generator().manual_seed(0))
+    return example.to(parameter.device, parameter.dtype)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    owners = {}
+    for name, module in model.named_modules():
+        weighted = layer_type(module) in (*CONVOLUTIONS, *NORMS, nn.Linear)
+        if weighted and not {"weight", "bias"} <= set(module._parameters):
+            raise CompactError(
+                f"weight or bias of {name!r} is not a parameter of it: make its pruning or "
+                "parametrization permanent first (torch.nn.utils.prune.remove)"
+            )
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if owners.setdefault(parameter, name) != name:
+            raise CompactError(f"{name!r} is the same parameter as {owners[parameter]!r}")
+
+
+def _check_held(model: nn.Module, pruners: Sequence[FilterPruner | WeightPruner]) -> None:
+    parameters = dict(model.named_parameters())
+    for pruner in pruners:
+        for name, gone in pruner.held().items():
+            parameter = parameters.get(name)
+            if parameter is None or parameter.shape != gone.shape:
+                raise CompactError(f"the pruner is of another network: it holds {name!r} at zero")
+            if parameter[gone].any():
+                raise CompactError(
+                    f"{name!r} is not zero where its pruner holds it: call hold() first, and with "
+                    "the network of this pruner"
+                )
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Tensor, what: str) -> object:
+    try:
+        with backends.full_float32():
+            return model(inputs)
+    except Exception as error:
+        raise CompactError(
+            f"{what} does not run on an input of shape {tuple(inputs.shape)}; another can be given "
+            f"as example: {error}"
+        ) from error
+
+
+def _check_same(expected: object, actual: object) -> None:
+    for a, b in zip(_tensors(expected), _tensors(actual), strict=True):
+        if a.is_floating_point():
+            error, scale = (a - b).abs().max(), a.abs().max()
+            # Written so that outputs that are not finite do not pass.
+            if not error <= TOLERANCE * torch.finfo(a.dtype).eps * scale:
+                raise CompactError(
+                    "the compact network would not be the same network: its outputs differ by "
+                    f"{error:.2g} of {scale:.2g}"
+                )
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors in a network's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)

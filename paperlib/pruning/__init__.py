@@ -1,0 +1,55 @@
+"""Which filters or weights are pruned, and when: scores, targets, schedules and masks.
+
+arXiv 1906.03728 (filters) and arXiv 1805.01930 (single weights). A pruned parameter is set to zero
+and put back to zero by `hold()` after every optimizer step; the forward pass of a pruned network
+is that of a dense one, with nothing masked in it but the shortcuts of residual sums.
+
+A network of one's own, residual or not, is pruned in the same way:
+
+>>> import torch
+>>> from torch import nn
+>>> from paperlib.pruning import FilterPruner
+>>> network = nn.Sequential(
+...     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+... )
+>>> pruner = FilterPruner(network, fractions=[0.5, 0.25], score="l1", target="largest")
+>>> pruner.prune(event=1, events=2), pruner.prune(event=2, events=2)
+(2, 3)
+>>> {name: int(kept.sum()) for name, kept in pruner.masks.items()}
+{'0': 4, '3': 3}
+"""
+
+from paperlib.pruning.layers import PrunableLayer, PruningError, prunable_layers
+from paperlib.pruning.pruners import FilterPruner, Pruner
+from paperlib.pruning.scores import (
+    OBSERVE_DECAY,
+    OBSERVE_EVERY,
+    SCHEDULES,
+    SCORES,
+    TARGETS,
+    ActivationScore,
+    expected_activation,
+    kept_filters,
+    kept_weights,
+    select,
+)
+from paperlib.pruning.weights import WeightPruner
+
+__all__ = [
+    "OBSERVE_DECAY",
+    "OBSERVE_EVERY",
+    "SCHEDULES",
+    "SCORES",
+    "TARGETS",
+    "ActivationScore",
+    "FilterPruner",
+    "PrunableLayer",
+    "Pruner",
+    "PruningError",
+    "WeightPruner",
+    "expected_activation",
+    "kept_filters",
+    "kept_weights",
+    "prunable_layers",
+    "select",
+]

@@ -1,0 +1,184 @@
+"""A network's forward pass as a graph (torch.fx), and what its operations are."""
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+
+from paperlib.models import ResidualSum
+from paperlib.pruning import operations as ops
+from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
+
+_BASES = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
+
+
+def layer_type(module: nn.Module) -> type:
+    """Return the torch layer that a module is in all but name, or else its own class.
+
+    A class made of a layer counts as that layer while it keeps the layer's forward pass.
+    """
+    for base in _BASES:
+        if isinstance(module, base) and not has_own_forward(module, base):
+            return base
+    return type(module)
+
+
+def has_own_forward(module: nn.Module, base: type) -> bool:
+    """Whether a module replaces the forward pass of the layer that its class is made of."""
+    same = all(
+        getattr(type(module), name, None) is getattr(base, name, None)
+        for name in ("forward", "_conv_forward")
+    )
+    return not same or "forward" in vars(module)
+
+
+class _Proxy(fx.Proxy):
+    """As torch.fx's, but `x += y` is told from `x + y`: it writes into x."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class Tracer(fx.Tracer):
+    """Traces a network down to torch's layers, classes made of them, and `leaves`.
+
+    returns: by name of module, the node that each of its calls returns, None where it is no tensor.
+    """
+
+    def __init__(self, *leaves: type) -> None:
+        super().__init__()
+        self.leaves = (ResidualSum, *leaves)
+        self.returns: dict[str, list[fx.Node | None]] = {}
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        # A norm's forward pass branches on its input: one of its own class is not looked into.
+        known = isinstance(module, (*self.leaves, *NORMS)) or layer_type(module) in _BASES
+        return known or super().is_leaf_module(module, name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict) -> object:
+        out = super().call_module(module, forward, args, kwargs)
+        node = out.node if isinstance(out, fx.Proxy) else None
+        self.returns.setdefault(self.path_of_module(module), []).append(node)
+        return out
+
+
+class Traced:
+    """A traced network.
+
+    Attributes:
+        graph: its operations, in the order of the forward pass.
+        modules: by every name that they have.
+        returns: as of `Tracer`.
+        order: each node's place in the forward pass.
+        shapes: nodes that tell a shape or a type, and no value of any tensor.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], returns: dict[str, list]
+    ) -> None:
+        self.graph, self.modules, self.returns = graph, modules, returns
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.shapes: set[fx.Node] = set()
+        for node in graph.nodes:
+            if self._tells_shape(node):
+                self.shapes.add(node)
+
+    def _tells_shape(self, node: fx.Node) -> bool:
+        if node.op == "call_method" and node.target in ops.SHAPE_METHODS:
+            return True
+        if node.target is getattr:
+            return node.args[1] in ops.SHAPE_ATTRIBUTES
+        inputs = node.all_input_nodes
+        arithmetic = node.op == "call_function" and node.target in ops.SHAPE_ARITHMETIC
+        return arithmetic and bool(inputs) and self.shapes.issuperset(inputs)
+
+    def key(self, node: fx.Node) -> object:
+        """Return what a node does: a type of layer, a function, or the name of a method."""
+        if node.op == "call_module":
+            return layer_type(self.modules[node.target])
+        return node.target if node.op in ("call_function", "call_method") else node.op
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls, if it calls one."""
+        return self.modules[node.target] if node.op == "call_module" else None
+
+    def tensors(self, node: fx.Node) -> list[fx.Node]:
+        """Return the inputs of a node whose values it may use."""
+        return [source for source in node.all_input_nodes if source not in self.shapes]
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that may use the values of a node."""
+        return [user for user in node.users if user not in self.shapes]
+
+    def calls(self, name: str) -> list[fx.Node]:
+        """Return the nodes that call one module, in order."""
+        module = self.modules[name]
+        return [node for node in self.graph.nodes if self.module(node) is module]
+
+    def scopes(self, node: fx.Node) -> dict[str, str]:
+        """Return the calls of modules that a node is part of, outermost first, with their names."""
+        return {call: name for call, (name, _) in node.meta.get("nn_module_stack", {}).items()}
+
+    def at_zero(self, node: fx.Node) -> float | None:
+        """Return what an operation on single values makes of zeros, None where it cannot tell."""
+
+        def value(source: fx.Node) -> object:
+            return 1 if source in self.shapes else torch.zeros(1, device="cpu")
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        try:
+            if node.op == "call_module":
+                return float(self.modules[node.target].forward(*args, **kwargs))
+            if node.op == "call_method":
+                return float(getattr(args[0], node.target)(*args[1:], **kwargs))
+            return float(node.target(*args, **kwargs))
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return None
+
+    def describe(self, node: fx.Node) -> str:
+        """Name a node as its network's author would."""
+        if node.op == "call_module":
+            return f"{node.target!r} ({type(self.modules[node.target]).__name__})"
+        if node.op == "output":
+            return "the network's output"
+        *_, scope = ["", *self.scopes(node).values()]
+        name = getattr(node.target, "__name__", node.target)
+        return f"{name!r} in {scope!r}" if scope else repr(name)
+
+
+def trace(model: nn.Module, training: bool, *leaves: type) -> Traced:
+    """Trace a network's forward pass in one of its modes; all modes are as before afterwards.
+
+    leaves: further types of modules not to look into. Raises whatever the tracing raises.
+    """
+    tracer = Tracer(*leaves)
+    try:
+        with _in_mode(model, training):
+            graph = tracer.trace(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        return Traced(graph, modules, tracer.returns)
+    finally:
+        vars(tracer).clear()  # it is part of a cycle, and would keep the network
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

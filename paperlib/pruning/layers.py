@@ -1,0 +1,278 @@
+"""The convolutions of a network: which can be pruned, and what goes with a filter."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import is_lazy
+from torch.nn.utils import parametrize
+
+from paperlib.models import ResidualSum
+from paperlib.pruning import operations as ops
+from paperlib.pruning.graph import Traced, has_own_forward, trace
+from paperlib.pruning.masks import multiply_by_mask
+from paperlib.pruning.operations import CONVOLUTIONS, TRANSPOSED
+from paperlib.pruning.sums import Sums
+from paperlib.pruning.zeros import Entries, Mask, OnShortcut, Refused, Trail
+
+
+class PruningError(ValueError):
+    """A request that cannot be carried out; the message names the value and the valid ones."""
+
+
+@dataclass(frozen=True)
+class PrunableLayer:
+    """A convolution, and what is zero or masked with each of its filters.
+
+    Attributes:
+        name: of the convolution in its network.
+        conv: the convolution itself.
+        norm_name: of the norm that its output meets before any activation, None without one.
+        norm: that norm.
+        sum: the `ResidualSum` whose branch it ends.
+        entries: by name of module, further parameters that are zero with a filter.
+        masks: by name of module, the masks of residual sums whose branch it ends.
+        uses: how many times a forward pass calls the convolution.
+        plain_sum: it ends the branch of a sum that is no `ResidualSum`, so no module's output is
+            this sum before its activation.
+        passed_over: why it is not among the prunable ones (grouped, or on a shortcut), or None.
+        refusal: why its weights cannot be set to zero, or None.
+        leak: why its filters would not be zero where they are used, or None.
+    """
+
+    name: str
+    conv: nn.Module | None
+    norm_name: str | None = None
+    norm: nn.Module | None = None
+    sum: ResidualSum | None = None
+    entries: Mapping[str, Entries] = field(default_factory=dict)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    uses: int = 1
+    plain_sum: bool = False
+    passed_over: str | None = None
+    refusal: str | None = None
+    leak: str | None = None
+
+    @property
+    def filters(self) -> int:
+        """How many filters the convolution has."""
+        return self.conv.out_channels
+
+    @property
+    def output(self) -> nn.Module | None:
+        """The module whose output is this layer's, before its activation; None where none is."""
+        return None if self.plain_sum else self.sum or self.norm or self.conv
+
+    def zeroed(self, norm: bool = True) -> dict[str, Entries]:
+        """Return the parameters that are zero with a filter, by name of module.
+
+        norm: the convolution's bias and the norms that follow are among them.
+        """
+        of_conv = ("weight", "bias") if norm and self.conv.bias is not None else ("weight",)
+        return {self.name: Entries(self.conv, of_conv)} | (dict(self.entries) if norm else {})
+
+
+def prunable_layers(model: nn.Module, norm: bool = True) -> dict[str, PrunableLayer]:
+    """Return a network's prunable convolutions by name, in forward order.
+
+    Grouped convolutions are none, nor are those on the shortcut of a residual sum, nor those that
+    `FilterPruner` would refuse. norm: as of `FilterPruner`.
+
+    Raises PruningError where torch.fx cannot follow the network's forward pass.
+    """
+    return {
+        name: layer
+        for name, layer in survey(model).items()
+        if not (layer.passed_over or layer.refusal or (norm and layer.leak))
+    }
+
+
+def survey(model: nn.Module) -> dict[str, PrunableLayer]:
+    """Return all convolutions of a network by name, in forward order, prunable or not.
+
+    The network is followed in training and in evaluation mode, which may differ.
+
+    Raises PruningError where torch.fx cannot follow its forward pass, and where it is compiled.
+    """
+    check_network(model)
+    graphs = []
+    for training in (True, False):
+        try:
+            graphs.append(trace(model, training))
+        except Exception as error:
+            raise PruningError(
+                f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
+            ) from error
+    if str(graphs[0].graph) == str(graphs[1].graph):
+        del graphs[1]
+    found: dict[str, PrunableLayer] = {}
+    owners = parameter_owners(model)
+    for traced in graphs:
+        sums = Sums(traced)
+        for name in _convolutions(traced):
+            layer = _layer(traced, sums, name, owners)
+            found[name] = _merged(found[name], layer) if name in found else layer
+    return found
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise PruningError where a network is compiled: its code would not notice the pruning."""
+    for name, module in model.named_modules():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            where = f"{name!r}" if name else type(model).__name__
+            raise PruningError(
+                f"{where} is compiled: make the pruner with the network itself, and compile after"
+            )
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names under which modules have each parameter, by address of its memory."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names = owners.setdefault(_address(parameter), [])
+                names.append(f"{path}.{name}" if path else name)
+    return owners
+
+
+def check_order(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise PruningError unless names are in the order of the known ones, once each."""
+    if list(names) != [name for name in known if name in set(names)]:
+        raise PruningError(f"layers must be named once each, in forward order, got {list(names)}")
+
+
+def weight_refusal(
+    module: nn.Module, base: type, owners: Mapping[int, list[str]], *names: str
+) -> str | None:
+    """Say why a layer's parameters cannot be set to zero, or return None.
+
+    Args:
+        module: the layer.
+        base: the class of torch whose forward pass it should have.
+        owners: of `parameter_owners`.
+        names: of the parameters.
+    """
+    kind = type(module).__name__
+    if has_own_forward(module, base):
+        return f"{kind} has a forward pass of its own, which may use its weights in any way"
+    if is_lazy(getattr(module, names[0], None)):
+        return f"{kind} has no weights yet: run it on a batch first"
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is None or parametrize.is_parametrized(module):
+            return (
+                f"its {name} is computed (weight_norm, spectral_norm, prune or another "
+                "parametrization): make that permanent, or remove it first"
+            )
+        shared = owners[_address(parameter)]
+        if len(shared) > 1:
+            return f"its {name} is shared: {' and '.join(shared)} are the same parameter"
+        if not parameter.is_meta and not parameter.isfinite().all():
+            return f"its {name} is not finite"
+    return None
+
+
+def _address(parameter: Tensor) -> int:
+    return id(parameter) if is_lazy(parameter) or parameter.is_meta else parameter.data_ptr()
+
+
+def _convolutions(traced: Traced) -> Iterator[str]:
+    """Names of the modules that convolve, in forward order; of functions, those they are in."""
+    seen = set()
+    for node in traced.graph.nodes:
+        names = [n for n in traced.scopes(node).values() if _convolves(traced.modules[n])]
+        if not names and traced.key(node) in ops.FUNCTIONAL_CONVOLUTIONS:
+            names = [list(traced.scopes(node).values())[-1] if traced.scopes(node) else node.name]
+        for name in names:
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _convolves(module: nn.Module) -> bool:
+    quantised = "quantized" in type(module).__module__ and "Conv" in type(module).__name__
+    return quantised or isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+
+
+def _layer(traced: Traced, sums: Sums, name: str, owners: Mapping[int, list[str]]) -> PrunableLayer:
+    conv = traced.modules.get(name)
+    if not isinstance(conv, nn.Conv2d):
+        kind = "a convolution by a function" if not _convolves(conv) else type(conv).__name__
+        return PrunableLayer(name, conv, refusal=f"it is {kind}, and not an nn.Conv2d")
+    if conv.groups != 1:
+        why = f"it is a grouped convolution (groups={conv.groups})"
+        return PrunableLayer(name, conv, passed_over=why)
+    names = ["weight"] if conv.bias is None else ["weight", "bias"]
+    refusal = weight_refusal(conv, nn.Conv2d, owners, *names) or _read_directly(traced, name)
+    if refusal is not None:
+        return PrunableLayer(name, conv, refusal=refusal)
+    try:
+        trail = Trail(traced, sums, name)
+    except OnShortcut as error:
+        return PrunableLayer(name, conv, passed_over=str(error))
+    except Refused as error:
+        return PrunableLayer(name, conv, leak=str(error))
+    norm_name = trail.norms[0] if len(set(trail.norms)) == 1 else None
+    return PrunableLayer(
+        name,
+        conv,
+        norm_name,
+        traced.modules.get(norm_name),
+        traced.modules.get(trail.observed),
+        trail.entries,
+        trail.masks,
+        len(trail.calls),
+        trail.plain_sum,
+        leak=_leak(traced, trail, owners),
+    )
+
+
+def _leak(traced: Traced, trail: Trail, owners: Mapping[int, list[str]]) -> str | None:
+    """Why what is to be zero with a filter cannot be, or what might turn its zeros into others."""
+    for name, entries in trail.entries.items():
+        module = entries.module
+        base = traced.key(traced.calls(name)[0])
+        why = weight_refusal(module, base, owners, *entries.parameters)
+        if why := why or _read_directly(traced, name):
+            return f"of {name!r}, which is zero with it, {why}"
+    for name in trail.passed:
+        module = traced.modules[name]
+        hooks = list(module._forward_hooks.values())
+        if name != trail.name:
+            hooks += module._forward_pre_hooks.values()
+        if any(hook is not multiply_by_mask and not hasattr(hook, "watches") for hook in hooks):
+            return f"{name!r} has a forward hook, which may change its output: remove the hook"
+    return None
+
+
+def _read_directly(traced: Traced, name: str) -> str | None:
+    """Say which parameter of a module is used without the module, or return None."""
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target.rpartition(".")[0] == name:
+            return f"the forward pass also reads {node.target!r} by itself"
+    return None
+
+
+def _merged(one: PrunableLayer, other: PrunableLayer) -> PrunableLayer:
+    """What holds of a layer in both modes of its network."""
+    leak = one.leak or other.leak
+    for mine, its in ((one.entries, other.entries), (one.masks, other.masks)):
+        if any(mine[name] != its[name] for name in mine.keys() & its.keys()):
+            leak = leak or "training and evaluation mode have it in different channels"
+    same_norm = one.norm is other.norm
+    return replace(
+        one,
+        norm_name=one.norm_name if same_norm else None,
+        norm=one.norm if same_norm else None,
+        sum=one.sum if one.sum is other.sum else None,
+        entries={**one.entries, **other.entries},
+        masks={**one.masks, **other.masks},
+        uses=max(one.uses, other.uses),
+        plain_sum=one.plain_sum or other.plain_sum,
+        passed_over=one.passed_over or other.passed_over,
+        refusal=one.refusal or other.refusal,
+        leak=leak,
+    )

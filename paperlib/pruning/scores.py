@@ -1,0 +1,242 @@
+"""How many filters or weights are pruned at an event, and which: schedules, scores, targets."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paperlib.pruning.layers import PrunableLayer, PruningError
+
+TARGETS = ("smallest", "largest", "random")
+SCHEDULES = ("linear", "annealing")
+OBSERVE_EVERY = 10
+OBSERVE_DECAY = 0.9
+
+
+# Schedules
+
+
+def kept_filters(filters: int, fraction: float, event: int, events: int) -> int:
+    """Return how many of `filters` are kept after `event` (1-based) of `events`.
+
+    The same number goes at each event but for rounding, which is always up, in favour of keeping
+    (arXiv 1906.03728).
+
+    Raises PruningError where `fraction` is not in [0, 1) or there is no such event.
+    """
+    check_fraction(fraction)
+    if not 1 <= event <= events:
+        raise PruningError(f"event must be from 1 to {events}, got {event}")
+    final = _final(filters, fraction)
+    return final - (filters - final) * (event - events) // events
+
+
+def kept_weights(
+    weights: int, fraction: float, event: int, events: int, schedule: str = "linear", mu: float = 0
+) -> int:
+    """Return how many of `weights` are kept after `event` (1-based) of `events`.
+
+    Args:
+        weights: how many there are.
+        fraction: the share that is gone after the last event.
+        event: which event, from 1 on.
+        events: how many events there are.
+        schedule: "linear", as `kept_filters`, or "annealing", that of Feature Selection with
+            Annealing: a larger mu removes more at first, and mu = 0 is done after half the events.
+        mu: of "annealing", at least 0.
+
+    Raises PruningError on a value outside its range.
+    """
+    if schedule not in SCHEDULES:
+        raise PruningError(f"unknown schedule {schedule!r}: one of {', '.join(SCHEDULES)}")
+    if mu < 0:
+        raise PruningError(f"mu must be at least 0, got {mu}")
+    linear = kept_filters(weights, fraction, event, events)
+    if schedule == "linear":
+        return linear
+    final = _final(weights, fraction)
+    share = max(0.0, (events - 2 * event) / (2 * event * mu + events))
+    return math.ceil(round(final + (weights - final) * share, 6))
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise PruningError unless a fraction to prune is in [0, 1)."""
+    if not 0 <= fraction < 1:
+        raise PruningError(f"a fraction to prune must be in [0, 1), got {fraction}")
+
+
+def _final(count: int, fraction: float) -> int:
+    # Rounded first: (1 - 0.7) * 10 is 3.0000000000000004 in floating point, and must give 3.
+    return math.ceil(round((1 - fraction) * count, 6))
+
+
+# Scores
+
+
+def expected_activation(gamma: Tensor, beta: Tensor, signed: bool = False) -> Tensor:
+    """Return E[BN]: the expected value of relu(gamma * z + beta) for z standard normal.
+
+    Finite for finite input: relu(beta) at gamma = 0, and 0 where the probability to be positive
+    is 0 (arXiv 1906.03728, appendix).
+
+    Args:
+        gamma: the scale of a batch norm, any shape.
+        beta: its shift, of the same shape, which is the result's.
+        signed: gamma counts with its sign; otherwise by its magnitude.
+    """
+    scale = gamma if signed else gamma.abs()
+    alpha = -beta / torch.where(scale == 0, 1, scale)
+    positive = 1 - torch.special.ndtr(alpha)
+    density = torch.exp(-0.5 * alpha.square()) / math.sqrt(2 * math.pi)
+    value = torch.where(positive == 0, 0, positive * beta + density * scale)
+    return torch.where(scale == 0, beta.relu(), value)
+
+
+def _norm_of(order: int) -> Callable[[PrunableLayer], Tensor]:
+    return lambda layer: layer.conv.weight.flatten(1).norm(p=order, dim=1)
+
+
+def _expected(signed: bool) -> Callable[[PrunableLayer], Tensor]:
+    return lambda layer: expected_activation(
+        layer.norm.weight.float().cpu(), layer.norm.bias.float().cpu(), signed
+    )
+
+
+_SCORES = {
+    "l2": _norm_of(2),
+    "l1": _norm_of(1),
+    "ebn": _expected(signed=False),
+    "ebn_signed": _expected(signed=True),
+}
+SCORES = (*_SCORES, "activation")
+
+
+def check_score(score: str | Callable, layers: Iterable[PrunableLayer]) -> None:
+    """Raise PruningError where there is no such score, or a layer lacks what it needs."""
+    if callable(score):
+        return
+    if score not in SCORES:
+        raise PruningError(f"unknown score {score!r}: one of {', '.join(SCORES)}, or a function")
+    for layer in layers:
+        norm = layer.norm
+        scaled = isinstance(norm, _BatchNorm) and norm.weight is not None and norm.bias is not None
+        if score.startswith("ebn") and not scaled:
+            raise PruningError(
+                f"score {score!r} needs a batch norm with scale and shift after convolution "
+                f"{layer.name!r}, which has none"
+            )
+        if score == "activation" and layer.output is None:
+            raise PruningError(
+                f"score 'activation' cannot see the residual sum after {layer.name!r}: add with "
+                "paperlib.models.ResidualSum() instead"
+            )
+        if score == "activation" and layer.uses > 1:
+            raise PruningError(
+                f"score 'activation' needs a convolution that is called once in a forward pass, "
+                f"and {layer.name!r} is called {layer.uses} times"
+            )
+
+
+@torch.no_grad()
+def scores_of(
+    layer: PrunableLayer, score: str | Callable, activation: "ActivationScore | None"
+) -> Tensor:
+    """Return the score of each filter of a layer, (filters,)."""
+    if callable(score):
+        return score(layer.conv)
+    return activation.scores[layer.name] if activation is not None else _SCORES[score](layer)
+
+
+class ActivationScore:
+    """A running mean of each filter's activity before ReLU (arXiv 1906.03728, section 4).
+
+    It is the absolute output, summed over batch and pixels, of the layer's batch norm, or of the
+    sum after the shortcut at the end of a residual block. It is taken on every tenth forward pass
+    in training mode, as 0.9 * old + 0.1 * new, from zero.
+
+    Hooks on the layers' outputs refer to this object and to nothing of the pruner. A deep copy of
+    the network has a copy of it, and leaves the original's scores alone.
+    """
+
+    def __init__(self, layers: Iterable[PrunableLayer]) -> None:
+        self.passes = 0
+        self.due = False
+        self.scores: dict[str, Tensor] = {}
+        self._unseen: set[str] = set()
+        for layer in layers:
+            self.scores[layer.name] = torch.zeros(
+                layer.filters, device=layer.conv.weight.device, dtype=torch.float32
+            )
+            layer.output.register_forward_hook(_Observer(self, layer.name))
+
+    def before_pass(self, training: bool) -> None:
+        """Count a forward pass; every tenth in training mode is due to be observed."""
+        self.passes += training
+        self.due = training and self.passes % OBSERVE_EVERY == 0
+        self._unseen = set(self.scores) if self.due else set()
+
+    @torch.no_grad()
+    def observe(self, name: str, output: Tensor) -> None:
+        """Take a layer's output (images, filters, height, width) into its score, once a pass."""
+        if name in self._unseen:
+            self._unseen.discard(name)
+            total = output.detach().float().abs().sum(dim=(0, 2, 3))
+            self.scores[name].mul_(OBSERVE_DECAY).add_(total, alpha=1 - OBSERVE_DECAY)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return scores and the number of passes, as named tensors."""
+        scores = {f"score.{name}": score for name, score in self.scores.items()}
+        return scores | {"passes": torch.tensor(self.passes)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from a `state_dict`."""
+        self.passes = int(state["passes"])
+        for name, score in self.scores.items():
+            score.copy_(state[f"score.{name}"])
+
+
+class _Observer:
+    """A forward hook that shows a module's output to an `ActivationScore`."""
+
+    watches = True  # and changes nothing
+
+    def __init__(self, activation: ActivationScore, name: str) -> None:
+        self.activation, self.name = activation, name
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.activation.observe(self.name, output)
+
+
+# Targets
+
+
+def check_target(target: str) -> None:
+    """Raise PruningError where there is no such target."""
+    if target not in TARGETS:
+        raise PruningError(f"unknown target {target!r}: one of {', '.join(TARGETS)}")
+
+
+def select(
+    scores: Tensor | None,
+    kept: Tensor,
+    count: int,
+    target: str,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the indices of the filters or weights that go next.
+
+    Args:
+        scores: (n,), unused where target is "random".
+        kept: (n,) bool, the candidates.
+        count: how many go. Ties go by position, the first in order first.
+        target: "smallest", "largest" or "random".
+        generator: a CPU generator, from which "random" draws.
+    """
+    candidates = kept.nonzero().squeeze(1)
+    if target == "random":
+        order = torch.randperm(len(candidates), generator=generator).to(candidates.device)
+    else:
+        order = scores[candidates].sort(descending=target == "largest", stable=True).indices
+    return candidates[order[:count]]

@@ -1,0 +1,119 @@
+"""The pruner of single weights (arXiv 1805.01930)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paperlib.pruning.layers import (
+    PruningError,
+    check_network,
+    check_order,
+    parameter_owners,
+    weight_refusal,
+)
+from paperlib.pruning.pruners import Pruner
+from paperlib.pruning.scores import check_target, kept_weights, select
+
+
+class WeightPruner(Pruner):
+    """Prunes single weights of layers by magnitude, event by event (arXiv 1805.01930).
+
+    Args:
+        model: any network.
+        layer: name of a dense or convolutional layer, or several names in the order of the model.
+        fraction: the share that is gone of each after the last event, one for all or one a layer.
+        target: which magnitudes go: "largest", "smallest" or "random".
+        schedule: "linear", or "annealing" with mu, see `kept_weights`.
+        mu: of the schedule, at least 0.
+        generator: a CPU generator for target "random".
+
+    Attributes:
+        masks: by name of layer, bool of the weights' shape, True where a weight is kept.
+        layers: the layers by name.
+        fractions: by name of layer.
+
+    Raises PruningError on a value or layer that cannot be used, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | Sequence[str],
+        fraction: float | Sequence[float],
+        target: str = "largest",
+        schedule: str = "linear",
+        mu: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_target(target)
+        check_network(model)
+        names = [layer] if isinstance(layer, str) else list(layer)
+        fractions = [fraction] * len(names) if isinstance(fraction, int | float) else fraction
+        if len(fractions) != len(names):
+            raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
+        for f in fractions:
+            kept_weights(1, f, 1, 1, schedule, mu)  # raises where one of them cannot be
+        self.layers = _weighted(model, names)
+        self.fractions = dict(zip(names, fractions, strict=True))
+        self.target, self.schedule, self.mu, self.generator = target, schedule, mu, generator
+        self.masks = {
+            name: torch.ones(module.weight.shape, dtype=torch.bool, device=module.weight.device)
+            for name, module in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def prune(self, event: int, events: int) -> int:
+        """Do one event (1-based) in every layer; return how many weights were removed."""
+        chosen = {}
+        for name, module in self.layers.items():
+            mask = self.masks[name].view(-1)
+            kept = kept_weights(
+                mask.numel(), self.fractions[name], event, events, self.schedule, self.mu
+            )
+            count = int(mask.sum()) - kept
+            if count > 0:
+                magnitudes = module.weight.detach().reshape(-1).abs()
+                if not magnitudes.isfinite().all():
+                    raise PruningError(f"the weight of {name!r} is not finite")
+                chosen[name] = select(magnitudes, mask, count, self.target, self.generator)
+        for name, indices in chosen.items():
+            self.masks[name].view(-1)[indices] = False
+        self.hold()
+        return sum(len(indices) for indices in chosen.values())
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Set every pruned weight to zero; to be called after each optimizer step."""
+        for name, mask in self.masks.items():
+            self.layers[name].weight.masked_fill_(~mask, 0)
+
+    def held(self) -> dict[str, Tensor]:
+        """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
+        return {f"{name}.weight": ~mask for name, mask in self.masks.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that later events depend on, as named tensors."""
+        return {f"mask.{name}": mask for name, mask in self.masks.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from a `state_dict`: what it says is pruned is set to zero."""
+        for name, mask in self.masks.items():
+            mask.copy_(state[f"mask.{name}"])
+        self.hold()
+
+
+def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The named dense and convolutional layers, all of which can be pruned."""
+    bases = (nn.Linear, nn.Conv2d)
+    known = {name: m for name, m in model.named_modules() if isinstance(m, bases)}
+    owners = parameter_owners(model)
+    for name in names:
+        if name not in known:
+            raise PruningError(f"no prunable layer {name!r}: one of {', '.join(known)}")
+        base = nn.Linear if isinstance(known[name], nn.Linear) else nn.Conv2d
+        why = weight_refusal(known[name], base, owners, "weight")
+        if why is not None:
+            raise PruningError(f"cannot prune {name!r}: {why}")
+    check_order(names, list(known))
+    return {name: known[name] for name in names}

@@ -1,0 +1,259 @@
+"""The mask belongs to the network: its copies, files, graphs and compiled forms have it, too."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from pruned_networks import generator, images, network
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from paperlib import models
+from paperlib.noise import FilterNoise
+from paperlib.pruning import FilterPruner, prunable_layers
+
+torch.set_num_threads(1)
+
+
+def small(*blocks: nn.Module) -> nn.Module:
+    """A network of these blocks, from 8 channels to 8, with norms as after training."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), *copy.deepcopy(blocks), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, 0, 1)
+    return model.eval()
+
+
+def ours() -> nn.Module:
+    torch.manual_seed(0)
+    return models.ResNet(2, (8, 16), False, 10, 3, 0.0).eval()
+
+
+NETWORKS = {
+    "basic": lambda: small(BasicBlock(8, 8), BasicBlock(8, 8)),
+    "bottleneck": lambda: small(Bottleneck(8, 2), Bottleneck(8, 2)),
+    "inverted": lambda: small(InvertedResidual(8, 8, 1, 2), InvertedResidual(8, 8, 1, 2)),
+    "ours": ours,
+}
+
+
+def pruner_of(model: nn.Module, *, events: int = 1, score: str = "l2") -> FilterPruner:
+    """Prunes more than half of the last two layers that end the branch of a residual block."""
+    ends = [name for name, layer in prunable_layers(model).items() if layer.masks][-2:]
+    pruner = FilterPruner(model, [0.6] * len(ends), score, "largest", ends)
+    for event in range(1, events + 1):
+        assert pruner.prune(event, 2) > 0
+    return pruner
+
+
+def x(seed: int = 0) -> torch.Tensor:
+    return images(2, seed, double=False)
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    with torch.no_grad():
+        assert torch.allclose(a(x()), b(x()), rtol=1e-5, atol=1e-6)
+
+
+def saved_whole(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def fresh_with_state(model: nn.Module, fresh: nn.Module) -> nn.Module:
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()
+
+
+def extracted(model: nn.Module) -> nn.Module:
+    *_, last = (name for name, _ in model.named_children())
+    extractor = create_feature_extractor(model, {last: "out"})
+    return lambda images: extractor(images)["out"]
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_whole,
+    "symbolic_trace": torch.fx.symbolic_trace,
+    "feature extractor": extracted,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "exported": lambda model: torch.export.export(model, (x(),)).module(),
+    "graph of a copy": lambda model: torch.fx.symbolic_trace(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_copies_are_the_same_function(kind, way):
+    model = NETWORKS[kind]()
+    dense = copy.deepcopy(model)
+    pruner_of(model)
+    with torch.no_grad():
+        assert not torch.allclose(model(x()), dense(x()), rtol=1e-3)
+    assert_same(model, COPIES[way](model))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_copy_stays_as_it_was_when_the_original_is_pruned_on(kind):
+    model = NETWORKS[kind]()
+    pruner = pruner_of(model, events=0)
+    never = copy.deepcopy(model)
+    pruner.prune(1, 2)
+    best = copy.deepcopy(model)
+    traced = copy.deepcopy(torch.fx.symbolic_trace(model))
+    with torch.no_grad():
+        then = best(x()), never(x())
+        pruner.prune(2, 2)
+        assert torch.equal(best(x()), then[0])
+        assert torch.allclose(traced(x()), then[0], atol=1e-6)
+        assert torch.equal(never(x()), then[1])
+        assert not torch.allclose(model(x()), then[0], rtol=1e-3)
+        assert_same(never, NETWORKS[kind]())
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_state_of_a_pruned_network_in_a_fresh_one(kind):
+    model = NETWORKS[kind]()
+    pruner = pruner_of(model)
+    fresh = NETWORKS[kind]()
+    if kind == "ours":
+        assert_same(model, fresh_with_state(model, fresh))
+    else:
+        with pytest.raises(RuntimeError, match="kept_channels"):
+            fresh.load_state_dict(model.state_dict())
+        # With a pruner it knows where masks go.
+        fresh = NETWORKS[kind]()
+    second = pruner_of(fresh, events=0)
+    assert_same(model, fresh_with_state(model, fresh))
+    second.load_state_dict(pruner.state_dict())
+    assert_same(model, fresh)
+    assert pruner.prune(2, 2) == second.prune(2, 2) > 0
+    assert_same(model, fresh)
+    # The other way round, what is missing is named.
+    with pytest.raises(RuntimeError, match=r"keep|kept"):
+        model.load_state_dict(NETWORKS[kind]().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["basic", "inverted", "ours"])
+def test_a_network_compiled_before_it_is_pruned(kind):
+    torch._dynamo.reset()
+    model = NETWORKS[kind]()
+    fast = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        fast(x())
+        pruner = pruner_of(model)
+        with torch.compiler.set_stance("force_eager"):
+            expected = model(x())
+        assert torch.allclose(fast(x()), expected, atol=1e-6)
+        pruner.prune(2, 2)
+        with torch.compiler.set_stance("force_eager"):
+            expected = model(x())
+        assert torch.allclose(fast(x()), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_follow_to_other_types_of_numbers(dtype):
+    model = NETWORKS["basic"]()
+    pruner = pruner_of(model)
+    other, seen = copy.deepcopy(model).to(dtype), []
+    other[3].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    other(x().to(dtype))
+    assert seen[0].dtype == dtype
+    assert not seen[0][:, ~pruner.masks["3.conv2"]].any()
+
+
+def test_a_second_pruner_leaves_the_masks_of_the_first():
+    for make in (NETWORKS["basic"], ours):
+        model = make()
+        first = pruner_of(model)
+        name = list(first.masks)[-1]
+        second = FilterPruner(model, [0.5], target="largest", layers=[name])
+        second.prune(1, 1)
+        gone = ~first.masks[name] | ~second.masks[name]
+        assert gone.sum() > (~second.masks[name]).sum()
+        block = model.get_submodule(name.rpartition(".")[0])
+        seen = []
+        block.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out))
+        model(x())
+        assert not seen[0][:, gone].any()
+        assert seen[0][:, ~gone].any()
+
+
+# What watches a network stays with it
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, saved_whole, lambda model: copy.deepcopy(torch.fx.symbolic_trace(model))]
+)
+def test_passes_of_a_copy_leave_the_scores_of_the_original(way):
+    model = network("resnet20", double=False)
+    pruner = pruner_of(model, score="activation")
+    for seed in range(14):
+        model.train()(x(seed))
+    other = way(model).train()
+    before = {key: value.clone() for key, value in pruner.state_dict().items()}
+    for seed in range(25):
+        other(x(seed))
+    after = pruner.state_dict()
+    assert all(value.equal(after[key]) for key, value in before.items())
+    assert before["passes"] == 14
+    for seed in range(6):
+        model(x(seed))
+    assert pruner.activation.passes == 20
+    assert not pruner.activation.scores["blocks.8.conv2"].equal(before["score.blocks.8.conv2"])
+
+
+def test_a_graph_that_shares_modules_is_not_observed():
+    model = network("resnet20", double=False)
+    pruner = pruner_of(model, score="activation")
+    traced = torch.fx.symbolic_trace(model)
+    for seed in range(10):
+        model.train()(x(seed))
+    before = {key: value.clone() for key, value in pruner.state_dict().items()}
+    assert before["score.blocks.8.conv2"].any()
+    traced(x(1))
+    assert all(value.equal(pruner.state_dict()[key]) for key, value in before.items())
+
+
+def test_network_and_pruner_copied_together_go_on_together():
+    model = network("resnet20", double=False)
+    pruner = pruner_of(model, score="activation")
+    for seed in range(14):
+        model.train()(x(seed))
+    twin, its = copy.deepcopy((model, pruner))
+    for seed in range(14, 25):
+        model(x(seed))
+        twin(x(seed))
+    assert its.activation is not pruner.activation
+    for key, value in pruner.state_dict().items():
+        assert value.equal(its.state_dict()[key])
+    assert pruner.prune(2, 2) == its.prune(2, 2)
+    assert_same(model.eval(), twin.eval())
+    assert all(mask.equal(its.masks[name]) for name, mask in pruner.masks.items())
+
+
+@pytest.mark.parametrize("kind", ["zeroing", "gaussian", "restored"])
+def test_a_copy_of_a_network_with_noise_leaves_the_original(kind):
+    model = network("vgg11_bn", double=False).eval()
+    chooser = FilterPruner(model, [0.5], target="largest", norm=False)
+    noise = FilterNoise(model, chooser, kind, 5, generator())
+    noise.prune(1, 1)
+    model(x())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    left = {key: value.clone() for key, value in noise.state_dict().items()}
+    for other in (copy.deepcopy(model), saved_whole(model)):
+        for _ in range(8):
+            other(x())
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert all(value.equal(left[key]) for key, value in noise.state_dict().items())

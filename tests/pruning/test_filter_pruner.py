@@ -1,0 +1,475 @@
+"""Filter pruning: masked networks against cut ones, events, state, bad input."""
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pruned_networks import (
+    WIDTHS,
+    exactly_kept,
+    generator,
+    gone,
+    images,
+    indices,
+    network,
+    small_net,
+)
+from torch import nn
+
+from paperlib.models import build
+from paperlib.pruning import FilterPruner, PruningError, prunable_layers
+
+torch.set_num_threads(1)
+
+RESNETS = ("resnet18", "resnet20", "resnet56")
+
+# Masked networks against cut ones
+
+
+def cut_vgg(model: nn.Module, masks: dict[str, torch.Tensor]) -> nn.Sequential:
+    """A network without the filters that are not in `masks`."""
+    layers, alive = [], torch.arange(3)
+    for name, module in model.features.named_children():
+        if isinstance(module, nn.Conv2d):
+            kept = indices(masks.get(f"features.{name}", torch.ones(module.out_channels)))
+            conv = nn.Conv2d(len(alive), len(kept), 3, padding=1).double()
+            conv.weight = nn.Parameter(module.weight.detach()[kept][:, alive].clone())
+            conv.bias = nn.Parameter(module.bias.detach()[kept].clone())
+            layers.append(conv)
+            alive = kept
+        elif isinstance(module, nn.BatchNorm2d):
+            norm = nn.BatchNorm2d(len(alive)).double()
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                getattr(norm, key).data = getattr(module, key).detach()[alive].clone()
+            layers.append(norm)
+        else:
+            layers.append(copy.deepcopy(module))
+    dense = nn.Linear(len(alive), 10).double()
+    dense.weight = nn.Parameter(model.classifier[2].weight.detach()[:, alive].clone())
+    dense.bias = nn.Parameter(model.classifier[2].bias.detach().clone())
+    return nn.Sequential(*layers, nn.Flatten(), dense)
+
+
+def cut_resnet(model: nn.Module, weights: dict, masks: dict, x: torch.Tensor, training: bool):
+    """Logits and block outputs from `weights`, the filters not in `masks` sliced away."""
+
+    def norm(out, name, kept):
+        stats = [weights[f"{name}.running_{s}"][kept].clone() for s in ("mean", "var")]
+        gamma, beta = (weights[f"{name}.{p}"][kept] for p in ("weight", "bias"))
+        return F.batch_norm(out, *stats, gamma, beta, training)
+
+    out = F.conv2d(x, weights["conv1.weight"], padding=1)
+    out = F.relu(norm(out, "bn1", torch.arange(out.shape[1])))
+    alive, outputs = torch.arange(out.shape[1]), []
+    for i, block in enumerate(model.blocks):
+        name, stride = f"blocks.{i}", block.conv1.stride[0]
+        first, second = (weights[f"{name}.{conv}.weight"] for conv in ("conv1", "conv2"))
+        inner = indices(masks.get(f"{name}.conv1", torch.ones(len(first))))
+        outer = indices(masks.get(f"{name}.conv2", torch.ones(len(second))))
+        branch = F.conv2d(out[:, alive], first[inner][:, alive], stride=stride, padding=1)
+        branch = F.relu(norm(branch, f"{name}.bn1", inner))
+        branch = F.conv2d(branch, second[outer][:, inner], padding=1)
+        branch = norm(branch, f"{name}.bn2", outer)
+        if isinstance(block.shortcut, nn.Identity):
+            shortcut = out[:, outer]
+        elif f"{name}.shortcut.1.weight" in weights:
+            projection = weights[f"{name}.shortcut.1.weight"][outer]
+            shortcut = F.conv2d(out, projection, stride=stride)
+            shortcut = norm(shortcut, f"{name}.shortcut.2", outer)
+        else:
+            before = (len(second) - out.shape[1]) // 2
+            wide = out.new_zeros(len(out), len(second), *branch.shape[2:])
+            wide[:, before : before + out.shape[1]] = out[:, :, ::2, ::2]
+            shortcut = wide[:, outer]
+        kept = F.relu(branch + shortcut)
+        out = kept.new_zeros(len(kept), len(second), *kept.shape[2:]).index_copy(1, outer, kept)
+        alive = outer
+        outputs.append(out)
+    logits = F.linear(
+        out.mean((2, 3))[:, alive], weights["fc.weight"][:, alive], weights["fc.bias"]
+    )
+    return logits, outputs
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("every", [True, False])
+def test_masked_resnet_is_one_without_the_filters(name, training, every):
+    model = network(name).train(training)
+    weights = {
+        key: value.detach().clone().requires_grad_("running" not in key)
+        for key, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+    count = len(prunable_layers(model)) - 1
+    fractions = [0.5] * count if every else [0.25, 0.4, 0.25, 0.7]
+    pruner = FilterPruner(model, fractions, target="random", generator=generator(1))
+    pruner.prune(1, 2)
+    pruner.prune(2, 2)
+
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    x = images()
+    logits = model(x)
+    cut_logits, cut_outputs = cut_resnet(model, weights, pruner.masks, x, training)
+    assert torch.allclose(logits, cut_logits, rtol=0, atol=1e-9)
+    for i, (output, cut) in enumerate(zip(outputs, cut_outputs, strict=True)):
+        mask = pruner.masks.get(f"blocks.{i}.conv2", torch.ones(output.shape[1], dtype=torch.bool))
+        assert not output[:, ~mask].any()
+        assert torch.allclose(output, cut, rtol=0, atol=1e-9)
+
+    labels = torch.arange(len(x))
+    F.cross_entropy(logits, labels).backward()
+    F.cross_entropy(cut_logits, labels).backward()
+    held = pruner.held()
+    for key, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, weights[key].grad, rtol=0, atol=1e-9), key
+        assert not parameter.grad[held.get(key, torch.tensor(False))].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("score", ["l1", "ebn"])
+def test_masked_vgg_is_one_without_the_filters(training, score):
+    model = network("vgg11_bn").train(training)
+    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9], score)
+    original = copy.deepcopy(model)
+    pruner.prune(1, 1)
+    cut = cut_vgg(original, pruner.masks).train(training)
+    assert torch.allclose(model(images()), cut(images()), rtol=0, atol=1e-10)
+
+
+def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=0.01)
+    if name == "adam, decay":
+        return torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def step(model: nn.Module, optimizer, seed: int, double: bool = True) -> None:
+    x = images(seed=seed, double=double)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), torch.arange(len(x))).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam, decay", "sgd"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
+def test_pruned_parameters_stay_zero(name, optimizer):
+    model = network(name, double=False)
+    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9], "ebn", "largest")
+    steps = optimizer_of(optimizer, model)
+    event, parameters = 0, dict(model.named_parameters())
+    for seed in range(8):
+        step(model, steps, seed, double=False)
+        pruner.hold()
+        if seed in (2, 4):
+            event += 1
+            assert pruner.prune(event, 2)
+        held = pruner.held()
+        assert bool(held) == bool(event)
+        for key, zero in held.items():
+            assert zero.shape == parameters[key].shape
+            assert not parameters[key][zero].any()
+            assert parameters[key][~zero].all() or key.endswith("bias")
+    kept = [exactly_kept(32, f, 2, 2) for f in ("0.3", "0.3", "0.3", "0.9")]
+    assert [int(m.sum()) for m in pruner.masks.values()] == kept
+    per_layer = 4 if name == "vgg11_bn" else 3
+    assert len(held) == 4 * per_layer
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_rest_trains_like_a_cut_network(optimizer):
+    model = network("vgg11_bn")
+    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9], target="random", generator=generator())
+    original = copy.deepcopy(model)
+    pruner.prune(1, 1)
+    cut = cut_vgg(original, pruner.masks)
+    nets = model.train(), cut.train()
+    optimizers = [optimizer_of(optimizer, net) for net in nets]
+    for seed in range(4):
+        step(model, optimizers[0], seed)
+        pruner.hold()
+        step(cut, optimizers[1], seed)
+    trained = cut_vgg(model, pruner.masks)
+    for a, b in zip(trained.state_dict().values(), cut.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            assert torch.allclose(a, b, rtol=0, atol=1e-6)
+    trained.eval(), cut.eval()
+    assert torch.allclose(model.eval()(images(seed=9)), cut(images(seed=9)), atol=1e-6)
+    assert torch.allclose(trained(images(seed=9)), cut(images(seed=9)), atol=1e-6)
+
+
+def test_only_weights_are_masked_without_norm():
+    model = network("vgg11_bn")
+    pruner = FilterPruner(model, [0.3, 0.9], "l2", "largest", norm=False)
+    before = copy.deepcopy(model.state_dict())
+    pruner.prune(1, 1)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"features.22.weight", "features.25.weight"} == set(pruner.held())
+
+    model.eval()
+    norm, conv, mask = model.features[26], model.features[25], pruner.masks["features.25"]
+    constant = (conv.bias - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    constant = constant * norm.weight + norm.bias
+    seen = model.features[:27](images())
+    assert torch.allclose(
+        seen[:, ~mask], constant[~mask][:, None, None].expand(-1, 2, 2), atol=1e-10
+    )
+    seen = model.train().features[:27](images())
+    assert torch.allclose(
+        seen[:, ~mask], norm.bias[~mask][:, None, None].expand(-1, 2, 2), atol=1e-10
+    )
+
+
+def test_shortcuts_stay_without_norm():
+    model = network("resnet20")
+    pruner = FilterPruner(model, [0.5], norm=False)
+    pruner.prune(1, 1)
+    mask = pruner.masks["blocks.8.conv2"]
+    outputs = []
+    model.blocks[8].register_forward_hook(lambda module, inputs, out: outputs.append((inputs, out)))
+    model.train()(images())
+    (shortcut,), out = outputs[0]
+    beta = model.blocks[8].bn2.bias[:, None, None]
+    assert torch.allclose(out[:, ~mask], F.relu(shortcut + beta)[:, ~mask], atol=1e-10)
+
+
+# What `prune` takes and returns
+
+
+def test_events_of_some_layers():
+    model = network("vgg11_bn")
+    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9])
+    assert pruner.prune([1, None, None, None], [1, 5, 5, 9]) == 32 - 23
+    assert pruner.prune([None, 1, None, 3], [1, 5, 5, 9]) == sum(
+        32 - exactly_kept(32, f, i, n) for f, i, n in (("0.3", 1, 5), ("0.9", 3, 9))
+    )
+    assert len(gone(pruner)["features.22"]) == 0
+    assert pruner.prune([None] * 4, 9) == 0
+
+
+def test_an_event_reaches_its_number_whatever_went_before():
+    pruner = FilterPruner(small_net(), [0.5], layers=["0"])
+    assert pruner.prune(3, 5) == 3
+    assert pruner.prune(2, 5) == 0
+    assert pruner.prune(5, 5) == 2
+    assert pruner.prune(5, 5) == 0
+
+
+def test_nothing_goes_at_fraction_zero():
+    model = network("resnet18")
+    before = copy.deepcopy(model.state_dict())
+    pruner = FilterPruner(model, [0.0, 0.0], target="largest")
+    assert pruner.prune(1, 1) == 0
+    assert not pruner.held()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_last_layers_are_taken():
+    pruner = FilterPruner(build("vgg11_bn", width=1 / 16), [0.1, 0.2])
+    assert pruner.fractions == {"features.22": 0.1, "features.25": 0.2}
+    pruner = FilterPruner(build("resnet18", width=1 / 16), [0.1] * 4)
+    last = ["blocks.6.conv1", "blocks.6.conv2", "blocks.7.conv1", "blocks.7.conv2"]
+    assert list(pruner.masks) == last
+    assert not FilterPruner(small_net(), []).masks
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_prunable_layers_of_resnets(name):
+    model = build(name, width=WIDTHS[name])
+    blocks = [f"blocks.{i}.{c}" for i in range(len(model.blocks)) for c in ("conv1", "conv2")]
+    layers = prunable_layers(model)
+    assert list(layers) == ["conv1", *blocks]
+    assert layers["conv1"].norm is model.bn1
+    for i, block in enumerate(model.blocks):
+        first, second = layers[f"blocks.{i}.conv1"], layers[f"blocks.{i}.conv2"]
+        assert (first.norm, first.sum, second.norm, second.sum) == (
+            block.bn1,
+            None,
+            block.bn2,
+            block.sum,
+        )
+
+
+def test_choosing_leaves_the_weights():
+    model = network("vgg11_bn")
+    before = copy.deepcopy(model.state_dict())
+    pruner = FilterPruner(model, [0.25], "l1")
+    chosen = pruner.choose(1, 2)
+    assert [len(filters) for filters in chosen.values()] == [4]
+    assert gone(pruner) == {"features.25": sorted(chosen["features.25"].tolist())}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    again = pruner.choose(2, 2)["features.25"]
+    assert not set(again.tolist()) & set(chosen["features.25"].tolist())
+
+
+@pytest.mark.parametrize("score", ["l2", "activation"])
+def test_state_goes_on_where_it_was(score):
+    def pruned(model):
+        return FilterPruner(model, [0.5, 0.5], score, "largest")
+
+    whole = network("resnet20", double=False)
+    pruner = pruned(whole)
+
+    def train(model, passes):
+        for seed in passes:
+            model.train()(images(2, seed, size=8, double=False))
+
+    train(whole, range(14))
+    pruner.prune(1, 3)
+    state = {k: v.clone() for k, v in pruner.state_dict().items()}
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    weights = {k: v.clone() for k, v in whole.state_dict().items() if not k.endswith("keep")}
+
+    resumed = network("resnet20", seed=5, double=False)
+    second = pruned(resumed)
+    resumed.load_state_dict(weights)
+    second.load_state_dict(state)
+    x = images(size=8, double=False)
+    assert torch.equal(whole.eval()(x), resumed.eval()(x))
+    for model in (whole, resumed):
+        train(model, range(14, 25))
+    assert pruner.prune(2, 3) == second.prune(2, 3) > 0
+    assert gone(pruner) == gone(second)
+    assert torch.equal(whole.eval()(x), resumed.eval()(x))
+
+
+def test_state_of_before_takes_pruning_back():
+    model = network("resnet20")
+    pruner = FilterPruner(model, [0.5])
+    state = copy.deepcopy(pruner.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    expected = model.eval()(images())
+    pruner.prune(1, 1)
+    pruner.load_state_dict(state)
+    model.load_state_dict(weights, strict=False)
+    pruner.hold()
+    assert not pruner.held()
+    assert torch.equal(model(images()), expected)
+
+
+def operations(model: nn.Module, x: torch.Tensor) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x)
+    return [event.name for event in profile.events() if event.name.startswith("aten::")]
+
+
+def test_a_pruned_network_computes_no_masks():
+    model = network("vgg11_bn", double=False).train()
+    x = images(double=False)
+    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9])
+    model(x)
+    dense = operations(model, x)
+    pruner.prune(1, 1)
+    assert operations(model, x) == dense
+
+    model = network("resnet18", double=False).train()
+    pruner = FilterPruner(model, [0.5] * 4)
+    model(x)
+    dense = operations(model, x)
+    pruner.prune(1, 1)
+    sums, views = {"aten::add_", "aten::addcmul_"}, {"aten::to", "aten::resolve_conj"}
+    ours, dense = (
+        ["sum" if name in sums else name for name in names if name not in views]
+        for names in (operations(model, x), dense)
+    )
+    assert ours == dense
+
+
+def test_precision_is_the_same_before_and_after_pruning():
+    model = network("resnet20", double=False)
+    pruner, seen = FilterPruner(model, [0.5] * 18), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images(double=False))
+        pruner.prune(1, 1)
+        model(images(double=False))
+    assert set(seen) == {torch.bfloat16}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fractions": [1.0]}, r"\[0, 1\), got 1.0"),
+        ({"fractions": [0.5, -0.1]}, r"\[0, 1\), got -0.1"),
+        ({"fractions": [math.nan]}, "got nan"),
+        ({"fractions": [0.5] * 3}, "3 fractions, but Sequential has 2 .*convolutions: 0, 3"),
+        ({"fractions": [0.5], "layers": ["0", "3"]}, "1 fractions for 2 layers"),
+        ({"layers": ["0", "4"]}, "no prunable layer '4': one of 0, 3"),
+        ({"layers": ["3", "0"]}, "in forward order"),
+        ({"layers": ["0", "0"]}, "once each"),
+        ({"score": "l3"}, "unknown score 'l3': one of l2, l1, ebn, ebn_signed, activation"),
+        ({"target": "worst"}, "unknown target 'worst': one of smallest, largest, random"),
+    ],
+)
+def test_bad_requests(options, message):
+    with pytest.raises(PruningError, match=message):
+        FilterPruner(small_net(), **{"fractions": [0.5, 0.5]} | options)
+
+
+@pytest.mark.parametrize("score", ["ebn", "ebn_signed"])
+def test_expected_activation_needs_batch_norm(score):
+    with pytest.raises(PruningError, match=f"'{score}' needs a batch norm .* '2'"):
+        FilterPruner(small_net(norm=False), [0.5], score)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda conv: torch.ones(3), r"score of '3' has shape \(3,\), not \(6,\)"),
+        (lambda conv: conv.weight, r"score of '3' has shape \(6, 10, 3, 3\)"),
+        (lambda conv: torch.ones(6) * math.nan, "score of '3' is not finite"),
+        (lambda conv: torch.tensor([1, 2, math.inf, 4, 5, 6]), "score of '3' is not finite"),
+    ],
+)
+def test_bad_scores_change_nothing(score, message):
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    pruner = FilterPruner(model, [0.5], score)
+    with pytest.raises(PruningError, match=message):
+        pruner.prune(1, 1)
+    assert gone(pruner) == {"3": []}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("event", "events", "message"),
+    [
+        (3, 2, "event must be from 1 to 2, got 3"),
+        (0, 2, "event must be from 1 to 2, got 0"),
+        ([1], 2, "1 layers, but 2"),
+        ([1, 1], [2, 2, 2], "2 are pruned"),
+        ([None, 4], [1, 3], "from 1 to 3, got 4"),
+    ],
+)
+def test_bad_events(event, events, message):
+    pruner = FilterPruner(small_net(), [0.5, 0.5])
+    with pytest.raises(PruningError, match=message):
+        pruner.prune(event, events)
+    assert not pruner.held()
+
+
+@pytest.mark.parametrize("score", ["l2", "activation"])
+def test_a_network_and_its_pruner_go_with_their_last_use(score):
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        model = network("resnet20")
+        pruner = FilterPruner(model, [0.5] * len(prunable_layers(model)), score=score)
+        kept = [weakref.ref(model), weakref.ref(pruner), *map(weakref.ref, model.parameters())]
+        model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+        del model, pruner
+        assert [each() for each in kept] == [None] * len(kept)
+    finally:
+        if collects:
+            gc.enable()

@@ -1,0 +1,363 @@
+"""Schedules, scores and targets of filter pruning."""
+
+import copy
+import math
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pruned_networks import exactly_kept, generator, gone, images, network, small_net
+from scipy import integrate, stats
+from torch import nn
+
+from paperlib import experiments
+from paperlib.config import FilterPruning, schedule
+from paperlib.models import build
+from paperlib.pruning import (
+    FilterPruner,
+    PruningError,
+    expected_activation,
+    kept_filters,
+    prunable_layers,
+    select,
+)
+
+torch.set_num_threads(1)
+
+# Schedules
+
+
+@pytest.mark.parametrize("filters", [1, 2, 3, 10, 16, 30, 64, 100, 256, 300, 511, 512])
+def test_kept_filters_in_exact_arithmetic(filters):
+    fractions = [f"0.{i:02}" for i in range(0, 100, 2)] + [
+        "0.001",
+        "0.125",
+        "0.35",
+        "0.55",
+        "0.999",
+    ]
+    for fraction in fractions:
+        for events in (1, 2, 7, 37, 68):
+            kept = [kept_filters(filters, float(fraction), i + 1, events) for i in range(events)]
+            assert kept == [exactly_kept(filters, fraction, i + 1, events) for i in range(events)]
+
+
+@pytest.mark.parametrize("event", [-1, 0, 5])
+def test_an_event_there_is_not(event):
+    with pytest.raises(PruningError, match=f"event must be from 1 to 4, got {event}"):
+        kept_filters(8, 0.5, event, 4)
+
+
+def count_events(filters, fractions, schedules) -> int:
+    """Epochs on which at least one filter goes."""
+    epochs = set()
+    for count, fraction, events in zip(filters, fractions, schedules, strict=True):
+        before = count
+        for i, epoch in enumerate(events):
+            kept = kept_filters(count, fraction, i + 1, len(events))
+            if kept < before:
+                epochs.add(epoch)
+            before = kept
+        assert before == math.ceil((1 - Fraction(str(fraction))) * count)
+    return len(epochs)
+
+
+VGG = ([512] * 4, (0.3, 0.3, 0.3, 0.9), (3, 4, 5, 6), (150, 150, 150, 275))
+RESNET = ([512] * 4, (0.25, 0.4, 0.25, 0.95), (7, 8, 9, 10), (150, 150, 170, 275))
+C1 = (RESNET[0], (0.25, 0.8, 0.25, 0.95), *RESNET[2:])
+B2 = (RESNET[0], RESNET[1], (3, 4, 5, 6), RESNET[3])
+BLOCKS_18 = [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
+BLOCKS_20 = [16] * 6 + [32] * 6 + [64] * 6
+BLOCKS_56 = [16] * 18 + [32] * 18 + [64] * 18
+VGG_EVENTS = {4: 179, 20: 38, 40: 19, 60: 14, 100: 9, 200: 5, 300: 4}
+EVENTS = [
+    *((*VGG, period, events) for period, events in VGG_EVENTS.items()),
+    (*RESNET, 4, 180),
+    (*RESNET, 40, 20),
+    (*C1, 4, 180),
+    (*C1, 40, 20),
+    (*B2, 4, 184),
+    (*B2, 40, 20),
+    *((f, 0.1, 40, 100, 30, 3) for f in (BLOCKS_18, BLOCKS_20, BLOCKS_56)),
+    *((f, 0.1, 40, 100, 60, 2) for f in (BLOCKS_18, BLOCKS_20, BLOCKS_56)),
+    (BLOCKS_18, 0.1, 24, 100, 1, 54),
+    (BLOCKS_18, 0.06, 24, 100, 1, 34),
+    ([512], 0.7, 2500, 3500, 750, 2),
+]
+
+
+@pytest.mark.parametrize(("filters", "fractions", "first", "last", "period", "events"), EVENTS)
+def test_events_of_each_schedule_of_the_paper(filters, fractions, first, last, period, events):
+    def each(value):
+        return value if isinstance(value, tuple) else [value] * len(filters)
+
+    ends = zip(each(first), each(last), strict=True)
+    schedules = [schedule(a, b, period) for a, b in ends]
+    assert count_events(filters, each(fractions), schedules) == events
+
+
+def test_event_epochs_of_the_last_schedule():
+    assert schedule(2500, 3500, 750) == (2500, 3250)
+
+
+VALID = {
+    ("figure-1", "VGG11"): {19},
+    ("figure-2", "VGG11"): {179, 19},
+    ("figure-2", "ResNet18"): {180, 20},
+    ("figure-3", "VGG11"): set(VGG_EVENTS.values()),
+    ("figure-4", "ResNet18"): {3, 2},
+    ("figure-4", "ResNet20"): {3, 2},
+    ("figure-4", "ResNet56"): {3, 2},
+    ("figure-5", "VGG11"): {19},
+    ("figure-D2", "VGG11"): {19},
+    ("figure-6", "VGG11"): {179, 19},
+    ("figure-C1", "VGG11"): set(VGG_EVENTS.values()),
+    ("figure-C2", "VGG11"): set(VGG_EVENTS.values()),
+    ("figure-B2", "VGG11"): {179, 19},
+    ("figure-B2", "ResNet18"): {184, 20},
+    ("figure-C3", "ResNet18"): {54, 34},
+    ("table-C1", "ResNet18"): {180, 20},
+    ("table-F1", "ResNet18"): {2},
+}
+
+
+@cache
+def filters_of(model: str) -> list[int]:
+    with torch.device("meta"):
+        return [layer.filters for layer in prunable_layers(build(model)).values()]
+
+
+@pytest.mark.parametrize("name", [n for n in experiments.FIGURES if n in {f for f, _ in VALID}])
+def test_events_of_each_figure(name):
+    found = {}
+    for setting in experiments.figure(name).settings:
+        pruning = setting.config.pruning
+        if not isinstance(pruning, FilterPruning) or pruning.scratch:
+            continue
+        filters = filters_of(setting.config.model)[-len(pruning.fractions) :]
+        events = count_events(filters, pruning.fractions, pruning.epochs)
+        found.setdefault((name, setting.network), set()).add(events)
+    assert found == {key: events for key, events in VALID.items() if key[0] == name}
+
+
+# Scores
+
+
+def expected_relu(gamma: float, beta: float) -> float:
+    """By numerical integration, each side of the kink for itself."""
+
+    def integrand(z):
+        return max(gamma * z + beta, 0) * stats.norm.pdf(z)
+
+    kink = -beta / gamma
+    points = [-40, *([kink] if abs(kink) < 40 else []), 0, 40]
+    pieces = zip(sorted(points), sorted(points)[1:], strict=False)
+    return sum(integrate.quad(integrand, a, b, epsabs=1e-13)[0] for a, b in pieces)
+
+
+def closed_form(gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    alpha = -beta / gamma
+    return stats.norm.sf(alpha) * beta + stats.norm.pdf(alpha) * gamma
+
+
+def test_expected_activation_is_the_expected_value():
+    values = [(g, b) for g in (-2.5, -0.3, 0.01, 0.5, 1, 4) for b in (-3, -1, -0.1, 0, 0.2, 1, 5)]
+    gamma, beta = torch.tensor(values, dtype=torch.float64).T
+    expected = torch.tensor([expected_relu(g, b) for g, b in values], dtype=torch.float64)
+    assert torch.allclose(expected_activation(gamma, beta), expected, atol=1e-10)
+    single = expected_activation(gamma.float(), beta.float())
+    assert single.dtype == torch.float32
+    assert torch.allclose(single, expected.float(), atol=1e-6)
+
+
+def test_signed_expected_activation():
+    gamma, beta = torch.linspace(-3, 3, 50).double(), torch.linspace(4, -4, 50).double()
+    formula = torch.from_numpy(closed_form(gamma.numpy(), beta.numpy()))
+    assert torch.allclose(expected_activation(gamma, beta, signed=True), formula, atol=1e-12)
+    negative = gamma < 0
+    assert (formula < expected_activation(gamma, beta))[negative].all()
+    unsigned = expected_activation(gamma, beta)[~negative]
+    assert torch.allclose(unsigned, formula[~negative], atol=1e-12)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_expected_activation_is_finite_everywhere(signed, dtype):
+    sizes = [0.0, 1e-45, 1e-38, 1e-20, 1e-3, 1.0, 5.0, 1e3, 1e20, 1e37]
+    values = torch.tensor([s * size for size in sizes for s in (1, -1)], dtype=dtype)
+    gamma, beta = torch.meshgrid(values, values, indexing="ij")
+    score = expected_activation(gamma, beta, signed)
+    assert score.shape == gamma.shape
+    assert score.isfinite().all()
+    constant = gamma == 0
+    assert torch.equal(score[constant], beta[constant].relu())
+    narrow = (gamma.abs() <= 1) & (gamma >= 0 if signed else True)
+    assert torch.equal(score[narrow & (beta >= 1e3)], beta[narrow & (beta >= 1e3)])
+    assert not score[narrow & (beta <= -1e3)].any()
+
+
+def test_deep_negatives_tie_at_zero_in_single_precision():
+    beta = torch.tensor([-6.0, -7.0, -20.0, -1e30])
+    assert not expected_activation(torch.ones(4), beta).any()
+    assert expected_activation(torch.ones(4).double(), beta.double())[0] > 0
+
+    model = small_net()
+    nn.init.constant_(model[4].bias, -1)
+    with torch.no_grad():
+        model[4].bias[[2, 4]] = torch.tensor([-6.0, -7.0])
+    pruner = FilterPruner(model.double(), [1 / 6], "ebn")
+    pruner.prune(1, 1)
+    assert gone(pruner) == {"3": [2]}
+
+
+def plain_score(score: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> list[float]:
+    weights = conv.weight.detach().double().numpy()
+    gamma, beta = norm.weight.detach().double().numpy(), norm.bias.detach().double().numpy()
+    if score in ("l1", "l2"):
+        power = int(score[1])
+        return [float((np.abs(w) ** power).sum() ** (1 / power)) for w in weights]
+    return list(closed_form(abs(gamma) if score == "ebn" else gamma, beta))
+
+
+@pytest.mark.parametrize("score", ["l1", "l2", "ebn", "ebn_signed"])
+@pytest.mark.parametrize("target", ["smallest", "largest"])
+def test_the_worst_by_score_go_first(score, target):
+    model = network("vgg11_bn", double=False)
+    pruner = FilterPruner(model, [0.6, 0.3], score, target)
+    worst = {}
+    for name, layer in pruner.layers.items():
+        order = np.argsort(plain_score(score, layer.conv, layer.norm))
+        worst[name] = (order if target == "smallest" else order[::-1]).tolist()
+    for event in (1, 2, 3):
+        removed = pruner.prune(event, 3)
+        before = gone(pruner)
+        for (name, order), fraction in zip(worst.items(), ("0.6", "0.3"), strict=True):
+            count = 32 - exactly_kept(32, fraction, event, 3)
+            assert sorted(order[:count]) == before[name]
+        assert removed > 0
+    assert [len(filters) for filters in gone(pruner).values()] == [32 - 13, 32 - 23]
+
+
+def test_the_bias_does_not_count_in_norms():
+    model = small_net(norm=False)
+    with torch.no_grad():
+        model[2].weight.copy_(torch.arange(1.0, 7)[:, None, None, None])
+        model[2].bias.copy_(torch.tensor([100.0, 0, 0, 0, 0, 0]))
+    pruner = FilterPruner(model, [1 / 6], "l2", layers=["2"])
+    pruner.prune(1, 1)
+    assert gone(pruner) == {"2": [0]}
+
+
+def taken_out(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Pre-ReLU outputs of a ResNet's layers in training mode, computed beside it."""
+    out, seen = F.relu(model.bn1(model.conv1(x))), {}
+    for i, block in enumerate(model.blocks):
+        seen[f"blocks.{i}.conv1"] = block.bn1(block.conv1(out))
+        branch = block.bn2(block.conv2(F.relu(seen[f"blocks.{i}.conv1"])))
+        shortcut = block.shortcut(out)
+        if block.sum.keep is not None:
+            shortcut = shortcut * block.sum.keep
+        seen[f"blocks.{i}.conv2"] = branch + shortcut
+        out = F.relu(seen[f"blocks.{i}.conv2"])
+    return seen
+
+
+def test_activation_score_by_brute_force():
+    model = network("resnet20", double=False)
+    layers = ["blocks.2.conv1", "blocks.2.conv2", "blocks.3.conv1", "blocks.3.conv2"]
+    pruner = FilterPruner(model, [0.5] * 4, "activation", layers=layers)
+    expected = {name: torch.zeros(pruner.layers[name].filters) for name in layers}
+
+    for batch in range(1, 34):
+        x = images(2, seed=batch, size=8, double=False)
+        if batch % 10 == 0:
+            seen = taken_out(copy.deepcopy(model).train(), x)
+            for name in layers:
+                expected[name] *= 0.9
+                expected[name] += 0.1 * seen[name].detach().abs().sum(dim=(0, 2, 3))
+        model.train()
+        model(x)
+        if batch % 4 == 0:
+            model.eval()
+            model(x)
+        if batch == 15:
+            pruner.prune(1, 2)
+    for name in layers:
+        assert torch.allclose(pruner.activation.scores[name], expected[name], rtol=1e-4, atol=1e-3)
+
+    before = {name: set(filters) for name, filters in gone(pruner).items()}
+    pruner.prune(2, 2)
+    for name, filters in gone(pruner).items():
+        order = [i for i in expected[name].argsort().tolist() if i not in before[name]]
+        new = set(filters) - before[name]
+        assert new == set(order[: len(new)])
+        assert new
+
+
+def test_activation_score_starts_at_zero():
+    model = network("vgg11_bn", double=False)
+    pruner = FilterPruner(model, [0.5], "activation")
+    for batch in range(9):
+        model(images(2, seed=batch, double=False))
+    assert not pruner.activation.scores["features.25"].any()
+    pruner.prune(1, 1)
+    assert gone(pruner) == {"features.25": list(range(16))}
+
+
+# Targets
+
+
+@pytest.mark.parametrize(("target", "first"), [("smallest", [1, 3]), ("largest", [0, 2])])
+def test_ties_by_position(target, first):
+    model = small_net()
+    values = torch.tensor([2.0, 1, 2, 1, 2, 1])
+    pruner = FilterPruner(model, [1 / 3], lambda conv: values, target)
+    pruner.prune(1, 1)
+    assert gone(pruner) == {"3": first}
+
+
+@pytest.mark.parametrize("target", ["smallest", "largest", "random"])
+def test_only_kept_filters_are_chosen(target):
+    model = small_net()
+    scores = torch.arange(6.0)
+    pruner = FilterPruner(model, [5 / 6], lambda conv: scores, target, generator=generator())
+    seen = []
+    for event in range(1, 6):
+        assert pruner.prune(event, 5) == 1
+        (new,) = set(gone(pruner)["3"]) - set(seen)
+        seen.append(new)
+        scores = scores.flip(0)
+    if target == "smallest":
+        assert seen == [0, 5, 1, 4, 2]
+    if target == "largest":
+        assert seen == [5, 0, 4, 1, 3]
+
+
+def test_a_score_need_not_be_finite_where_nothing_is_kept():
+    pruner = FilterPruner(small_net(), [2 / 3], lambda conv: 1 / conv.weight.flatten(1).norm(dim=1))
+    assert pruner.prune(1, 2) + pruner.prune(2, 2) == 4
+
+
+def drawn(seed: int) -> list[int]:
+    pruner = FilterPruner(small_net(), [0.5], "l2", "random", ["0"], generator(seed))
+    pruner.prune(1, 1)
+    return gone(pruner)["0"]
+
+
+def test_random_choice_repeats_with_its_seed():
+    draws = [drawn(seed) for seed in range(10)]
+    assert draws == [drawn(seed) for seed in range(10)]
+    assert len({tuple(draw) for draw in draws}) > 5
+
+
+def test_random_choice_is_uniform():
+    kept = torch.tensor([True] * 6 + [False] * 4)
+    draws = [select(None, kept, 2, "random", generator(seed)).tolist() for seed in range(1500)]
+    pairs = [i + 6 * j for i, j in draws if i != j]
+    assert len(pairs) == len(draws)
+    counts = np.bincount(pairs, minlength=36)
+    assert counts[counts > 0].size == 30
+    assert stats.chisquare(counts[counts > 0]).pvalue > 1e-3

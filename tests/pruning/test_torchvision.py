@@ -1,0 +1,163 @@
+"""torchvision's networks: a pruned filter is zero where it is used, or its layer is refused.
+
+Where a filter is used is found by trial: with the outputs of all other mixing layers held as they
+were, noise on the filter's output changes just those channels of the next layers' inputs that it
+reaches. Run with `-s` for a table.
+"""
+
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from paperlib.pruning import FilterPruner, PruningError, prunable_layers
+
+torch.set_num_threads(1)
+
+NETWORKS = {  # and the size of their images
+    "alexnet": 64,
+    "vgg11": 32,
+    "squeezenet1_0": 32,
+    "googlenet": 32,
+    "densenet121": 32,
+    "resnet18": 32,
+    "resnet50": 32,
+    "inception_v3": 75,
+    "mobilenet_v3_small": 32,
+    "shufflenet_v2_x0_5": 32,
+    "resnext50_32x4d": 32,
+    "efficientnet_b0": 32,
+}
+TRIED = 6  # layers of each
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    slow = name in ("googlenet", "inception_v3", "vgg11")
+    options = {"init_weights": False} if slow else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, 0.1, 1)
+            module.running_mean.normal_(0, 0.1)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.uniform_(module.bias, 0.1, 0.5)
+    return model.eval()
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def mixing(model: nn.Module) -> dict[str, nn.Module]:
+    depthwise = {n for n, m in convolutions(model).items() if m.groups == m.in_channels > 1}
+    kinds = nn.Conv2d | nn.Linear
+    named = model.named_modules()
+    return {n: m for n, m in named if isinstance(m, kinds) and n not in depthwise}
+
+
+@contextmanager
+def hooked(model: nn.Module, pre=None, post=None):
+    handles = []
+    for name, module in mixing(model).items():
+        if pre is not None:
+            hook = lambda m, i, name=name: pre(name, i[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+        if post is not None:
+            hook = lambda m, i, o, name=name: post(name, o)  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, x: Tensor, post=None) -> dict[str, Tensor]:
+    seen = {}
+    with hooked(model, pre=lambda name, i: seen.update({name: i.clone()}), post=post):
+        model(x)
+    return seen
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude in each channel (N, C, H, W) or feature (N, F)."""
+    return x.abs().transpose(0, 1).flatten(1).amax(1)
+
+
+class Trial:
+    """A dense network on images, with the inputs and outputs of its mixing layers."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x, self.outputs = model, x, {}
+        note = lambda name, output: self.outputs.update({name: output.clone()})  # noqa: E731
+        self.inputs = inputs_of(model, x, lambda name, output: note(name, output))
+        self.largest = max(output.abs().max() for output in self.outputs.values())
+
+    def reached(self, conv: str, filters: Tensor) -> dict[str, Tensor]:
+        """By name of layer, which channels or features of its input these filters reach."""
+
+        def held(name: str, output: Tensor) -> Tensor:
+            output = self.outputs[name].clone()
+            if name == conv:
+                # Positive and large, so that ReLU lets it pass.
+                size = 10 * max(1, float(self.largest))
+                output[:, filters] += size * torch.rand_like(output[:, filters])
+            return output
+
+        changed = {}
+        for name, seen in inputs_of(self.model, self.x, held).items():
+            differs = largest(seen - self.inputs[name]) > 0
+            if differs.any():
+                changed[name] = differs
+        return changed
+
+
+def belongs_to_later(trial: Trial, layers: list[str], conv: str, reader: str) -> Tensor:
+    """Which channels of a layer's input a later layer reaches: a shortcut adds to its output."""
+    end = layers.index(reader) if reader in layers else len(layers)
+    later = layers[layers.index(conv) + 1 : end]
+    found = torch.zeros(trial.inputs[reader].shape[1], dtype=torch.bool)
+    for name in later:
+        everything = torch.arange(trial.outputs[name].shape[1])
+        found |= trial.reached(name, everything).get(reader, torch.zeros_like(found))
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_zero_where_used_or_refused(name):
+    model, x = network(name), torch.randn(2, 3, NETWORKS[name], NETWORKS[name])
+    layers = list(prunable_layers(model))
+    trial = Trial(model, x)
+    chance = random.Random(0)
+    tried = sorted(chance.sample(layers, min(TRIED, len(layers))), key=layers.index)
+    pruner = FilterPruner(
+        model, [0.4] * len(tried), "l1", "random", tried, torch.Generator().manual_seed(0)
+    )
+    gone = {n: pruner.choose(*_only(tried, n))[n] for n in tried}
+    reached = {n: trial.reached(n, filters) for n, filters in gone.items()}
+    pruner.hold()
+    used = inputs_of(model, x)
+    zero = 0
+    for conv, readers in reached.items():
+        assert readers or conv == layers[-1], f"{conv} reaches no layer"
+        for reader, channels in readers.items():
+            lost = channels & (largest(used[reader]) > 0)
+            if lost.any():
+                lost &= ~belongs_to_later(trial, layers, conv, reader)
+            assert not lost.any(), f"{reader} reads filters of {conv}"
+            zero += int(channels.sum())
+    others = [n for n in convolutions(model) if n not in layers]
+    for other in chance.sample(others, min(2, len(others))):
+        with pytest.raises(PruningError, match=f"'{other}'"):
+            FilterPruner(model, [0.5], layers=[other])
+    print(
+        f"\n{name:20} {len(convolutions(model)):3} convolutions, {len(layers):3} prunable, "
+        f"{len(others):3} refused; {len(tried)} tried, {zero:4} channels zero where they are read"
+    )
+
+
+def _only(names: list[str], name: str) -> tuple[list, list]:
+    return [1 if n == name else None for n in names], [1] * len(names)

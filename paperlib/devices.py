@@ -33,6 +33,15 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """Return the memory format of images and weights that trains fastest on a device.
+
+    cuDNN has most float32 kernels for channels-first, and would convert around each of them.
+    """
+    planar = device.type == "mps" or (device.type == "cuda" and precision == "float32")
+    return torch.contiguous_format if planar else torch.channels_last
+
+
 @contextmanager
 def switched(where: Any, **switches: Any) -> Iterator[None]:
     """Give attributes of `where`, for example torch.backends.cudnn, other values for a while."""

@@ -21,7 +21,7 @@ from paperlib import checkpoints, data, inputs, locks, models
 from paperlib.batches import Batches
 from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config
-from paperlib.devices import choose_device, full_float32
+from paperlib.devices import choose_device, full_float32, memory_format
 from paperlib.diagnostics import (
     Arrays,
     Callback,
@@ -196,9 +196,7 @@ class Run:
     ) -> None:
         self.config, self.device, self.callback = config, device, callback
         self.classes, self.channels = len(dataset.classes), dataset.train_images.shape[1]
-        # cuDNN has most float32 kernels for channels-first, and would convert around each of them.
-        planar = device.type == "mps" or (device.type == "cuda" and config.precision == "float32")
-        self.layout = torch.contiguous_format if planar else torch.channels_last
+        self.layout = memory_format(device, config.precision)
         shape = tuple(dataset.train_images.shape[1:])
         check_images(config, shape, self.classes, device)
         self.model = self.new_network()

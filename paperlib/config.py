@@ -6,11 +6,15 @@ that means "as before") changes no identity. All epochs are 0-based, all fractio
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from pathlib import PurePath
-from typing import Any
+from numbers import Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -125,6 +129,7 @@ class Noise:
     evaluation_batch: int = 128
 
     def __post_init__(self) -> None:
+        _freeze(self)
         _check_one_of("noise", self.kind, ("zeroing", "gaussian", "restored"))
         _check(self.passes >= 0, f"noise passes must be at least 0, got {self.passes}")
 
@@ -145,6 +150,7 @@ class Flatness:
     test_images: int | None = None
 
     def __post_init__(self) -> None:
+        _freeze(self)
         _check(self.images >= 1, f"flatness needs at least one image, got {self.images}")
         _check(
             0 < self.directions <= self.eigenvalues,
@@ -229,7 +235,9 @@ class Config:
     def portable(self) -> "Config":
         """The same configuration, with only the last part of a path to images."""
         kind, _, path = self.data.partition(":")
-        return self.with_(data=f"{kind}:{PurePath(path).name}") if path else self
+        if not path:
+            return self
+        return self.with_(data=f"{kind}:{Path(os.path.expanduser(path)).absolute().name}")
 
     @property
     def title(self) -> str:
@@ -293,15 +301,43 @@ def _check_event_epochs(layers: tuple[tuple[int, ...], ...]) -> None:
 
 
 def _freeze(config: Any) -> None:
-    """Lists become tuples and whole numbers in float fields floats, so that equals hash alike."""
+    """Convert every field to its declared type, so that equal configurations hash alike."""
     for field in fields(config):
-        value = _tupled(getattr(config, field.name))
-        if field.type is float:
-            value = float(value)
-        elif field.name in ("fractions", "dropout") and isinstance(value, tuple):
-            value = tuple(map(float, value))
+        name = f"{type(config).__name__}.{field.name}"
+        value = _converted(getattr(config, field.name), field.type, name)
         object.__setattr__(config, field.name, value)
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(_tupled(v) for v in value) if isinstance(value, list | tuple) else value
+def _converted(value: Any, kind: Any, name: str) -> Any:
+    """Convert what people pass to a declared type: numpy's numbers, arrays, ranges, lists.
+
+    Args:
+        value: The value.
+        kind: A type, a union of types, or a tuple of a type.
+        name: Of the field, for messages.
+
+    Raises:
+        ConfigError: The value is of another type. True and False are no numbers.
+    """
+    if hasattr(value, "tolist"):  # numpy, pandas and torch
+        value = value.tolist()
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    is_sequence = isinstance(value, list | tuple | range)
+    if (value is None and NoneType in kinds) or type(value) in kinds:
+        kind = type(value)
+    else:
+        kind = next((k for k in kinds if (get_origin(k) is tuple) == is_sequence), kinds[0])
+    items = get_args(kind)
+    if get_origin(kind) is tuple:
+        fits = is_sequence and (items[-1] is ... or len(items) == len(value))
+    elif kind in (int, float):
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        fits = fits and (kind is float or value == int(value))
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        wanted = " or ".join(str(k) if get_args(k) else k.__name__ for k in kinds)
+        raise ConfigError(f"{name} takes {wanted}, got {value!r} of type {type(value).__name__}")
+    if items:
+        return tuple(_converted(item, items[0], name) for item in value)
+    return kind(value) if kind in (int, float) else value

@@ -4,11 +4,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from paperlib import config as module
+from paperlib import experiments
 from paperlib.config import (
     Config,
     ConfigError,
@@ -104,6 +110,63 @@ def test_equal_settings_have_one_identity(a, b):
 
 
 @pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"seed": np.arange(3)[1], "epochs": np.int64(5)}, {"seed": 1, "epochs": 5}),
+        ({"seed": 1.0, "epochs": torch.tensor(5)}, {"seed": 1, "epochs": 5}),
+        ({"train_per_class": np.float64(20)}, {"train_per_class": 20}),
+        ({"milestones": range(3, 5)}, {"milestones": (3, 4)}),
+        ({"milestones": pd.Series([3, 4])}, {"milestones": (3, 4)}),
+        (
+            {"augment": np.bool_(True), "learning_rate": np.float64(0.1)},
+            {"augment": True, "learning_rate": 0.1},
+        ),
+        ({"flatness": Flatness(np.int32(2))}, {"flatness": Flatness(2)}),
+        (
+            {"pruning": FilterPruning(np.array([0.25, 0.5]), (np.arange(1, 4), range(2)))},
+            {"pruning": FilterPruning((0.25, 0.5), ((1, 2, 3), (0, 1)))},
+        ),
+    ],
+)
+def test_numbers_of_other_packages(given, plain):
+    given, plain = Config(**given), Config(**plain)
+    assert given == plain
+    assert given.identity == plain.identity
+    assert json.dumps(to_dict(given)) == json.dumps(to_dict(plain))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("seed", True), ("seed", "1"), ("seed", 1.5), ("seed", None), ("seed", [1])),
+        *(("width", math.inf), ("augment", 1), ("model", None), ("milestones", 3)),
+        *(
+            ("milestones", {3}),
+            ("milestones", "34"),
+            ("dropout", (0.1,)),
+            ("pruning", Noise("zeroing", 1)),
+        ),
+    ],
+)
+def test_values_of_another_type(field, value):
+    with pytest.raises(ConfigError, match=rf"{field}\b.*{re.escape(repr(value))}"):
+        Config(**{field: value})
+
+
+def test_identities_of_all_runs_stay():
+    """Records that were written before are found again."""
+    known = "fe87e55547b6ad74f44a8f5527bd4f9c65c0de825016fec07bd9501826ce2c9e"
+    plans = (
+        experiments.plan(f, p)
+        for p in ("smoke", "demo", "small", "paper")
+        for f in experiments.FIGURES
+    )
+    found = sorted({run for plan in plans for run in plan.run})
+    assert len(found) == 1499
+    assert hashlib.sha256("\n".join(found).encode()).hexdigest() == known
+
+
+@pytest.mark.parametrize(
     ("config", "text"),
     [
         (Config(), "{}"),
@@ -143,6 +206,8 @@ def test_only_the_last_part_of_a_path_counts():
     assert here.identity == there.identity
     assert from_dict(to_dict(here)).data == "images:/a/b/cifar"
     assert Config(data="images:/a/b/cifar/").identity == here.identity
+    assert Config(data="images:~/cifar").identity == here.identity
+    assert Config(data="images:~").identity == Config(data=f"images:{Path.home()}").identity
     assert Config(data="images:/a/b/cifar.zip").identity != here.identity
     assert Config(data="images:/a/cifar/b").identity != here.identity
     assert Config(data="cifar").identity != here.identity
@@ -221,7 +286,7 @@ def test_titles_name_the_run(config):
         (lambda: Config(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: Config(batch=0), "batch must be at least 1, got 0"),
         (lambda: Config(learning_rate=0), "learning_rate must be positive"),
-        (lambda: Config(learning_rate=math.nan), "learning_rate must be positive, got nan"),
+        (lambda: Config(learning_rate=math.nan), "learning_rate.* nan"),
         (lambda: Config(width=-1), "width must be positive, got -1"),
         (lambda: Config(epochs=12, pruning=FILTERS), "event at epoch 12 of a run of 12 epochs"),
         (lambda: Config(epochs=2, pruning=WEIGHTS), "event at epoch 2 of a run of 2 epochs"),

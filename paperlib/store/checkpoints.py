@@ -181,12 +181,8 @@ class Checkpoint:
         """Save at an epoch's end, if that is worth its time or the run's time is up.
 
         It is due SECONDS after the last one, and late enough that writing takes no more than a
-        SHARE of the time; also after a measurement that took at least SECONDS. If a checkpoint
-        cannot be written, as on a full disk, the run continues with a warning.
-
-        Args:
-            model, optimizer, pruner, rows, arrays: As for `save`.
-            measured: The seconds that the epoch's measurements took.
+        SHARE of the time; also if the epoch's measurements took `measured` >= SECONDS. If a
+        checkpoint cannot be written, as on a full disk, the run continues with a warning.
 
         Raises:
             Stopped: The run's time is up. The checkpoint is written.

@@ -171,17 +171,16 @@ def data_checksum(spec: str, root: str | os.PathLike | None = None) -> str | Non
     return known_checksum(spec, root)
 
 
-def difference(config: Config, then: Mapping[str, Any], data: str | None) -> str | None:
-    """Say which of a run's inputs differ from those of a record or checkpoint, or return None.
+def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Say which of a run's inputs differ from those that a record was made with, or return None.
 
     Only checksums that both sides know are compared.
 
     Args:
         config: The run.
-        then: The checksums `data` and `source` of the record or checkpoint.
-        data: The run's `data_checksum`.
+        then: The record's checksums, `data` and `source`.
+        now: Those of the present data and code: `data_checksum` and `code_checksum`.
     """
-    now = {"data": data, "source": code_checksum(config)}
     names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
     for key, name in names.items():
         if then.get(key) and now.get(key) and then[key] != now[key]:

@@ -17,10 +17,11 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ class Store:
         return f"Store({str(self.path)!r})"
 
     def __contains__(self, run: str | Config) -> bool:
-        """Whether a run's record is there and can be used."""
+        """Whether a run has a whole record. Raises Mismatch."""
         return bool(self.whole([run]))
 
     # Reading
@@ -90,15 +91,13 @@ class Store:
             entry = found.get(run) or self._find(run, layer)
             if isinstance(item, Config) and isinstance(entry, Entry):
                 try:
-                    then, data = entry.content["provenance"], data_checksum(item.data)
-                    problem = provenance.difference(item, then, data)
+                    now = {
+                        "data": data_checksum(item.data),
+                        "source": provenance.code_checksum(item),
+                    }
+                    entry = self._compared(entry, item, now) or entry
                 except ValueError as error:
-                    problem = str(error)
-                if problem:
-                    entry = Mismatch(
-                        f"the record of {item.title} in {self.path} is refused: {problem}. Choose "
-                        "another run folder with --runs, or remove the record"
-                    )
+                    entry = self._mismatch(item, str(error))
             if entry is not None:
                 found[run] = entry
         return found
@@ -109,9 +108,23 @@ class Store:
         except DamagedRecord as error:
             return layer.get(run, error)
 
+    def _compared(self, entry: Entry, config: Config, now: Mapping[str, Any]) -> Mismatch | None:
+        problem = provenance.difference(config, entry.content["provenance"], now)
+        return self._mismatch(config, problem) if problem else None
+
+    def _mismatch(self, config: Config, problem: str) -> Mismatch:
+        return Mismatch(
+            f"the record of {config.title} in {self.path} is refused: {problem}. Choose another "
+            "run folder with --runs, or remove the record"
+        )
+
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
-        """Return the identities of those of `runs` whose records can be used."""
-        return {run for run, found in self.find(runs).items() if isinstance(found, Entry)}
+        """Return the identities of those of `runs` that have a whole record. Raises Mismatch."""
+        found = self.find(runs)
+        for problem in found.values():
+            if isinstance(problem, Mismatch):
+                raise problem
+        return {run for run, entry in found.items() if isinstance(entry, Entry)}
 
     def entries(self, runs: Iterable[str | Config] | None = None) -> list[Entry]:
         """Return the records of `runs`, or all there are, without their arrays.
@@ -204,11 +217,16 @@ class Store:
         Raises:
             StoreError: It cannot be written, or a better record of the run is there: one of more
                 epochs, or with arrays that this one lacks.
+            Mismatch: A record of other data or code is there.
         """
         entry, arrays = records.serialized(record)
         there = self.find([record.run]).get(record.run)
-        if isinstance(there, Entry) and _worth(entry) < _worth(there):
-            raise StoreError(f"a better record of run {record.run} is in {self.path} already")
+        if isinstance(there, Entry):
+            mismatch = self._compared(there, record.config, record.provenance)
+            if mismatch is not None:
+                raise mismatch
+            if _worth(entry) < _worth(there):
+                raise StoreError(f"a better record of run {record.run} is in {self.path} already")
         self.put(entry, arrays)
 
     def put(self, entry: Entry, arrays: bytes | None) -> None:

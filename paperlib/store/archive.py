@@ -79,7 +79,7 @@ def export(
     sink = io.BytesIO()
     records.write_many(sink, entries, store.arrays if arrays else None)
     found = records.read_many(io.BytesIO(sink.getvalue()))
-    if problems := [str(error) for error in found.values() if isinstance(error, DamagedRecord)]:
+    if problems := [str(error) for error in found.values() if isinstance(error, StoreError)]:
         raise StoreError(f"cannot export: {problems[0]}")
     write_whole(Path(file).expanduser(), sink.getvalue())
     return len(found)

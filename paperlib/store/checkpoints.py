@@ -105,7 +105,7 @@ class Checkpoint:
         self,
         store: str | os.PathLike,
         config: Config,
-        claim: Claim | None,
+        claim: Claim,
         *,
         data: str | None = None,
         source: str | None = None,
@@ -276,7 +276,7 @@ def _tensors(
     """Copy a run's whole state to the CPU, under names that start with its part."""
     import torch
 
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     parts = {
         "model": _state(model),
         "pruner": pruner.state_dict() if pruner is not None else {},
@@ -289,7 +289,7 @@ def _tensors(
         "row": {name: torch.from_numpy(np.array([row[name] for row in rows])) for name in rows[0]},
     }
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     tensors = {"arrays": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
     for part, of_part in parts.items():
         for name, tensor in of_part.items():
@@ -305,7 +305,7 @@ def _checksum(description: str, tensors: "dict[str, Tensor]") -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -182,7 +182,7 @@ def serialized(record: RunRecord) -> tuple[Entry, bytes | None]:
     arrays = None
     if record.arrays:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **record.arrays)
+        np.savez_compressed(buffer, **record.arrays)  # type: ignore[arg-type]
         arrays = buffer.getvalue()
         content["arrays"] = hashlib.sha256(arrays).hexdigest()
     return Entry(record.run, json.dumps(content), columns), arrays
@@ -258,19 +258,20 @@ def write_many(
     tables = []
     for entry in sorted(entries, key=lambda entry: entry.run):
         kinds = {name: column.dtype.str for name, column in entry.columns.items()}
-        head = {"about": entry.about, "columns": json.dumps(kinds)}
-        head["arrays"] = arrays(entry) if arrays else None
-        rest = [None] * (entry.count - 1)
-        types = {"about": pa.string(), "columns": pa.string(), "arrays": pa.binary()}
-        heads = {name: pa.array([head[name], *rest], kind) for name, kind in types.items()}
+        rest = [None] * (entry.count - 1)  # only a run's first row has these:
+        heads = {
+            "about": pa.array([entry.about, *rest], pa.string()),
+            "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
+            "arrays": pa.array([arrays(entry) if arrays else None, *rest], pa.binary()),
+        }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
     table = pa.concat_tables(tables, promote_options="permissive")
     size = ROW_GROUP if arrays else None
     pq.write_table(table, file, compression="zstd", row_group_size=size)
 
 
-def read_many(file: Any) -> dict[str, Entry | DamagedRecord]:
-    """Read all of a file's runs, each checked, or what is wrong with it.
+def read_many(file: Any) -> dict[str, Entry | StoreError]:
+    """Read all of a file's runs: each record, checked, or the DamagedRecord it is refused for.
 
     Raises:
         ValueError, or another of UNREADABLE: The file is damaged as a whole, or of another kind.
@@ -282,7 +283,7 @@ def read_many(file: Any) -> dict[str, Entry | DamagedRecord]:
     table = parquet.read(columns=names)
     starts = np.flatnonzero(table["about"].is_valid().to_numpy())
     heads = table.select(["run", "about", "columns"]).take(pa.array(starts)).to_pylist()
-    found: dict[str, Entry | DamagedRecord] = {}
+    found: dict[str, Entry | StoreError] = {}
     numbers = {}
     for name in set(names) - {"run", "about", "columns", "checksum"}:
         column = table[name]
@@ -295,8 +296,9 @@ def read_many(file: Any) -> dict[str, Entry | DamagedRecord]:
                 name: numbers[name][start:stop].astype(kind, copy=False)
                 for name, kind in kinds.items()
             }
-            found[run] = Entry(run, head["about"], columns)
-            found[run].check()
+            entry = Entry(run, head["about"], columns)
+            entry.check()
+            found[run] = entry
         except UNREADABLE as error:
             found[run] = DamagedRecord(f"run {run} is damaged: {error}")
     return found

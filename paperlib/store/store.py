@@ -74,8 +74,8 @@ class Store:
 
     # Reading
 
-    def find(self, runs: Iterable[str | Config]) -> dict[str, Entry | DamagedRecord | Mismatch]:
-        """Return the usable record of each run, or why its record cannot be used.
+    def find(self, runs: Iterable[str | Config]) -> dict[str, Entry | StoreError]:
+        """Return the record of each run, or the DamagedRecord or Mismatch it is refused for.
 
         Every record is checked, its arrays too. Runs without a record are left out. If two
         configurations have one identity, as of two folders of one name, both are compared.
@@ -85,9 +85,10 @@ class Store:
         def data_checksum(spec: str) -> str | None:
             return provenance.data_checksum(spec, self.path / "data")
 
-        layer, found = self._layer(), {}
+        layer = self._layer()
+        found: dict[str, Entry | StoreError] = {}
         for item in runs:
-            run = item if isinstance(item, str) else item.identity
+            run = _identity(item)
             entry = found.get(run) or self._find(run, layer)
             if isinstance(item, Config) and isinstance(entry, Entry):
                 try:
@@ -102,7 +103,7 @@ class Store:
                 found[run] = entry
         return found
 
-    def _find(self, run: str, layer: dict[str, Entry]) -> Entry | DamagedRecord | None:
+    def _find(self, run: str, layer: dict[str, Entry]) -> Entry | StoreError | None:
         try:
             return records.read(self._file(run)) or layer.get(run)
         except DamagedRecord as error:
@@ -134,20 +135,23 @@ class Store:
             DamagedRecord, Mismatch: A run's record cannot be used.
         """
         runs = self.identities() if runs is None else list(runs)
-        found = self.find(runs)
-        for run in (run if isinstance(run, str) else run.identity for run in runs):
-            if run not in found:
-                raise KeyError(f"no run {run} in {self.path}")
-            if not isinstance(found[run], Entry):
-                raise found[run]
-        return [found[run if isinstance(run, str) else run.identity] for run in runs]
+        found, entries = self.find(runs), []
+        for item in runs:
+            entry = found.get(_identity(item))
+            if entry is None:
+                raise KeyError(f"no run {_identity(item)} in {self.path}")
+            if not isinstance(entry, Entry):
+                raise entry
+            entries.append(entry)
+        return entries
 
     def read(self, run: str | Config) -> RunRecord:
         """Return one record. Raises as `entries`."""
         (entry,) = self.entries([run])
         arrays: dict[str, np.ndarray] = {}
-        if entry.has_arrays:
-            with np.load(io.BytesIO(self.arrays(entry)), allow_pickle=False) as stored:
+        content = self.arrays(entry)
+        if content is not None:
+            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 arrays = dict(stored)
         elif "arrays" in entry.content:
             arrays = _LeftOut(entry.run)
@@ -271,7 +275,7 @@ class Store:
     def failures(self) -> dict[str, str]:
         """Return why each run failed that did."""
         runs = sorted(path.stem for path in (self.path / "failed").glob("[!.]*.json"))
-        return {run: self.failure(run) for run in runs}
+        return {run: why for run in runs if (why := self.failure(run)) is not None}
 
     # Files
 
@@ -320,6 +324,10 @@ class _LeftOut(dict):
 
     def __missing__(self, name: str) -> np.ndarray:
         raise StoreError(f"the arrays of run {self.run} were left out when it was exported")
+
+
+def _identity(run: str | Config) -> str:
+    return run if isinstance(run, str) else run.identity
 
 
 def _worth(entry: Entry) -> tuple[int, bool]:

@@ -286,8 +286,8 @@ def read_many(file: Any) -> dict[str, Entry | StoreError]:
     found: dict[str, Entry | StoreError] = {}
     numbers = {}
     for name in set(names) - {"run", "about", "columns", "checksum"}:
-        column = table[name]
-        numbers[name] = (column.fill_null(0) if column.null_count else column).to_numpy()
+        nothing = pa.scalar(0).cast(table[name].type)
+        numbers[name] = table[name].fill_null(nothing).to_numpy()
     for head, start, stop in zip(heads, starts, [*starts[1:], len(table)], strict=True):
         run = head["run"]
         try:

@@ -124,72 +124,77 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files of a store that are of no more use, and why."""
+    """A file of a store that is of no more use, and why."""
 
     run: str
     why: str
-    files: tuple[Path, ...]
+    file: Path
 
     @property
     def bytes(self) -> int:
-        """Their size."""
-        return sum(path.stat().st_size for path in self.files if path.exists())
+        """Its size."""
+        return self.file.stat().st_size if self.file.exists() else 0
 
 
 def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Leftover]:
     """Find the files of a store that no run can use.
 
     These are damaged records, checkpoints and notes of failures of runs that are done, checkpoints
-    that were set aside, and files left half-written YOUNG_SECONDS ago or earlier.
+    that were set aside, files left half-written YOUNG_SECONDS ago or earlier, and files that only
+    earlier versions used.
 
     Args:
         store: The store.
         wanted: Whether a configuration is of use. Records, checkpoints and notes of others are
             leftovers, too.
     """
-
-    def unwanted(content: dict | None) -> bool:
-        try:
-            return not wanted(from_dict((content or {})["config"]))
-        except (KeyError, ValueError):
-            return True
-
-    out = []
     own = Store(store.path, store.path / "no results")
     found = own.find(own.own())
-    for run, entry in found.items():
-        files = tuple((store.path / "records").glob(f"{run}.*"))
-        if not isinstance(entry, Entry):
-            out.append(Leftover(run, "a damaged record", files))
-        elif unwanted(entry.content):
-            out.append(Leftover(run, "a record of no present setting", files))
-    unfinished = [path for path in sorted(store.path.glob("[cf]*/*")) if path.name[0] != "."]
-    done = store.whole({path.name[:16] for path in unfinished})
-    for path in unfinished:
-        run, is_note = path.name[:16], path.parent.name == "failed"
-        if path.parent.name not in ("failed", "checkpoints"):
-            continue
-        what = "a note of a failure" if is_note else "a checkpoint"
-        content = _note(path) if is_note else checkpoints.describe(store.path, run)
-        if run in done:
-            out.append(Leftover(run, f"{what} of a run that is done", (path,)))
-        elif not is_note and path != checkpoints.file(store.path, run):
-            out.append(Leftover(run, f"{what} that was set aside", (path,)))
-        elif unwanted(content):
-            out.append(Leftover(run, f"{what} of no present setting", (path,)))
-    for path in sorted([*store.path.glob(".*"), *store.path.glob("[rcfp]*/*")]):
-        half = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}", path.name)
-        lonely = path.suffix == ".npz" and path.stem not in found
-        if (half or lonely or path.parent.name == "progress") and _old(path):
-            out.append(Leftover(half[1][:16] if half else path.stem, "left half-written", (path,)))
-    return out
+    paths = [path for path in sorted(store.path.glob("*/*")) if path.parent.name != "data"]
+    done = store.whole({_run(path) for path in paths})
+
+    def why(path: Path) -> str | None:
+        run, folder = _run(path), path.parent.name
+        lonely = path.suffix == ".npz" and run not in found
+        if lonely or folder == "progress" or re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            return "left half-written" if _old(path) else None
+        if folder == "claims":
+            return "of an earlier version" if path.suffix in (".lock", ".json") else None
+        if folder == "records":
+            kind, content = "a record", getattr(found.get(run), "content", None)
+            if content is None:
+                return "a damaged record"
+        elif folder in ("failed", "checkpoints"):
+            kind = "a note of a failure" if folder == "failed" else "a checkpoint"
+            content = _note(path) or checkpoints.describe(store.path, run)
+            if run in done:
+                return f"{kind} of a run that is done"
+            if folder == "checkpoints" and path != checkpoints.file(store.path, run):
+                return f"{kind} that was set aside"
+        else:
+            return None
+        return None if _is_wanted(content, wanted) else f"{kind} of no present setting"
+
+    reasons = {path: why(path) for path in paths}
+    reasons |= dict.fromkeys(store.path.glob("index.parquet"), "of an earlier version")
+    return [Leftover(_run(path), reason, path) for path, reason in reasons.items() if reason]
 
 
 def remove(unused: Iterable[Leftover]) -> None:
-    """Delete the files; a record first, so that none is left without its arrays."""
-    for leftover in unused:
-        for path in sorted(leftover.files, key=lambda path: path.suffix != ".parquet"):
-            path.unlink(missing_ok=True)
+    """Delete the files, records before their arrays."""
+    for leftover in sorted(unused, key=lambda leftover: leftover.file.suffix != ".parquet"):
+        leftover.file.unlink(missing_ok=True)
+
+
+def _run(path: Path) -> str:
+    return path.name.removeprefix(".")[:16]
+
+
+def _is_wanted(content: dict | None, wanted: Callable[[Config], bool]) -> bool:
+    try:
+        return wanted(from_dict((content or {})["config"]))
+    except (KeyError, ValueError):  # unreadable, or of a configuration of another version
+        return False
 
 
 def _old(path: Path) -> bool:

@@ -255,6 +255,8 @@ def test_leftovers(tmp_path):
         write(folder / "records" / f".{RUN}.parquet.{'0' * 32}", age=old),
         write(folder / "records" / f"{'1' * 16}.npz", age=old),
         write(folder / "progress" / open_.identity, age=old),
+        write(folder / "claims" / f"{open_.identity}.lock"),
+        write(folder / "index.parquet"),
     }
     write(folder / "records" / f".{RUN}.parquet.{'1' * 32}")
     write(folder / "records" / f"{'2' * 16}.npz")
@@ -262,7 +264,8 @@ def test_leftovers(tmp_path):
     write(folder / "data" / "digits.safetensors", age=old)
     write(folder / "claims" / f"{open_.identity}.lease", age=old)
     found = archive.leftovers(store)
-    assert {path for leftover in found for path in leftover.files} == useless
+    assert {leftover.file for leftover in found} == useless
+    assert all(leftover.bytes == leftover.file.stat().st_size for leftover in found)
     everything = {path for path in folder.rglob("*") if path.is_file()}
     archive.remove(found)
     assert {path for path in folder.rglob("*") if path.is_file()} == everything - useless

@@ -5,6 +5,7 @@ Imports no torch.
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -122,26 +123,31 @@ def _images_path(spec: str) -> Path | None:
 def source_checksum(spec: str) -> str | None:
     """Return the sha256 of the source file of a function named "package.module:function".
 
-    The module itself is not imported; the packages around it are.
+    The module itself is not imported; the packages around it are. A function that was defined in a
+    notebook ("__main__:function") has no file: the checksum is that of its own source.
 
     Args:
         spec: The name of a score or network.
 
     Returns:
-        64 hex digits, or None where `spec` has no ":" or there is no such file.
+        64 hex digits, or None where `spec` has no ":" or there is no such source.
     """
-    module, colon, _ = spec.partition(":")
+    module, colon, name = spec.partition(":")
     if not colon:
         return None
     try:
         found = importlib.util.find_spec(module)
         file = found.origin if found else None
-    except (ImportError, ValueError):  # a script, as __main__, has no spec
+    except (ImportError, ValueError):  # a script or notebook, as __main__, has no spec
         file = getattr(sys.modules.get(module), "__file__", None)
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-    except OSError:  # "built-in" is no file
+        if file:
+            source = Path(file).read_bytes()
+        else:
+            source = inspect.getsource(getattr(sys.modules[module], name)).encode()
+    except (OSError, KeyError, AttributeError, TypeError):  # "built-in" is no file
         return None
+    return hashlib.sha256(source).hexdigest()
 
 
 def code_checksum(config: Config) -> str | None:

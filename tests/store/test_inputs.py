@@ -180,6 +180,21 @@ def test_source_checksum(tmp_path, monkeypatch):
         assert provenance.source_checksum(spec) is None
 
 
+def test_a_function_of_a_notebook():
+    code = """
+from IPython.core.interactiveshell import InteractiveShell
+from paperlib.store.provenance import source_checksum
+shell = InteractiveShell.instance()
+for value in (1, 2, 1):
+    shell.run_cell(f"def f(conv):\\n    return {value}\\n")
+    print(source_checksum("__main__:f"))
+"""
+    run = [sys.executable, "-c", code]
+    first, second, again = subprocess.run(run, capture_output=True, text=True).stdout.split()
+    assert first == again == hashlib.sha256(b"def f(conv):\n    return 1\n").hexdigest()
+    assert second == hashlib.sha256(b"def f(conv):\n    return 2\n").hexdigest()
+
+
 def test_a_known_checksum_needs_no_torch(store, tmp_path):
     config = photos(tmp_path / "photos", 50)
     store.write(record(config, data=provenance.known_checksum(config.data, store.path / "data")))

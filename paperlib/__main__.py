@@ -1,3 +1,6 @@
+"""`python -m paperlib` is the command line."""
+
 from paperlib.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -213,6 +213,6 @@ class _Settings:
                 run
                 for name in experiments.FIGURES
                 for profile in experiments.PROFILES
-                for run in experiments.plan(name, profile, key[0], 1, key[1]).run
+                for run in experiments.plan(name, experiments.Scale(profile, key[0], 1, key[1])).run
             }
         return self._runs[key]

@@ -305,10 +305,11 @@ class _Sweep:
         if self.deaths >= DEATHS:
             raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
         runs = [state.run for state in task.runs]
-        claims = self.store.path / "claims"
-        begun = set(getattr(error, "runs", ())) or {
-            run for run in runs if not task.together or (claims / f"{run}.json").exists()
-        }
+        begun = set(getattr(error, "runs", ()))
+        if task.together and not begun:  # the dead left their claims
+            claims = (self.store.path / "claims").glob("*")
+            begun = {path.stem for path in claims if path.suffix in (".json", ".lease")}
+        begun = begun.intersection(runs) or set(runs)
         whole = self.store.whole(runs) if task.together else set()
         for state in task.runs:
             if state.run in whole:

@@ -34,7 +34,8 @@ def pairs(
     """
     found = []
     for precision in PRECISIONS:
-        plan = experiments.plan(name, profile, data, seeds, precision)
+        scale = experiments.Scale(profile, data, seeds, precision)
+        plan = experiments.plan(name, scale)
         there = store.find(plan.run)
         measured = [config.identity for config in plan.config if config.flatness is not None]
         flat = landscape.measures(store.records([run for run in measured if run in there]))

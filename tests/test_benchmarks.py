@@ -183,7 +183,7 @@ def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):
 def test_pairs_of_precisions(tmp_path):
     store = Store(tmp_path / "runs", tmp_path / "none")
     for name, shift in (("float32", 0.0), ("bfloat16", 0.5)):
-        plan = experiments.plan("figure-R2", "smoke", precision=name)
+        plan = experiments.plan("figure-R2", experiments.Scale("smoke", precision=name))
         chosen = plan[plan.method.isin(["Prune_L", "No Pruning"])]
         for i, config in enumerate(chosen.config[: 4 if name == "float32" else 3]):
             record = records.record(config, 12, False)
@@ -211,7 +211,7 @@ def test_precisions_compare_flatness_too(tmp_path):
     store = Store(tmp_path / "runs", tmp_path / "none")
     stability = {"No Pruning": 100.0, "Prune_S": 90.0, "Prune_R": 80.0, "Prune_L": 60.0}
     for name, sign in (("float32", 1), ("bfloat16", -1)):
-        plan = experiments.plan("figure-6", "smoke", seeds=1, precision=name)
+        plan = experiments.plan("figure-6", experiments.Scale("smoke", None, 1, name))
         chosen = plan.drop_duplicates("method")
         for method, config in zip(chosen.method, chosen.config, strict=True):
             record = records.record(config, 12, False)

@@ -579,7 +579,7 @@ def test_one_colour_a_method():
 @pytest.mark.parametrize("name", experiments.FIGURES)
 def test_a_method_looks_alike_everywhere(name):
     """One colour by method; settings of one method differ in line or marker."""
-    plan = experiments.plan(name, "paper", seeds=1)
+    plan = experiments.plan(name, experiments.Scale("paper", seeds=1))
     for _, mine in plan.groupby("network"):
         looks = plots.looks(mine)
         for method, label in mine[["method", "label"]].itertuples(index=False):

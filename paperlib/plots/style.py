@@ -24,6 +24,7 @@ PALETTE = {
     "Zeroing": "#CC79A7",
     "Gaussian": "#56B4E9",
     "Dropout": "#E69F00",
+    "Yours": "#F0E442",
 }
 LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "////", "....", "xxxx")

@@ -10,10 +10,10 @@ from paperlib.plots.curves import (
     events,
     inset_by_rate,
     lines,
-    settled,
 )
-from paperlib.plots.distributions import common_range, densities, magnitudes, shares
+from paperlib.plots.distributions import common_range, densities, magnitudes, shares, weight_counts
 from paperlib.plots.files import described, save, save_table, stamp
+from paperlib.plots.grids import early_and_late, noise, rate_scatters, rates, rises
 from paperlib.plots.scatters import by_setting, pairs, scatter, stability_against, tradeoff
 from paperlib.plots.style import (
     ACCURACY,
@@ -32,6 +32,7 @@ from paperlib.plots.style import (
     panels,
     rate_axis,
     readable,
+    settled,
     use_style,
 )
 from paperlib.plots.tables import gates, numbers, verdict
@@ -57,6 +58,7 @@ __all__ = [
     "described",
     "differences",
     "dynamics",
+    "early_and_late",
     "events",
     "focus",
     "forest",
@@ -65,12 +67,16 @@ __all__ = [
     "lines",
     "looks",
     "magnitudes",
+    "noise",
     "numbers",
     "p_value",
     "pairs",
     "panels",
     "rate_axis",
+    "rate_scatters",
+    "rates",
     "readable",
+    "rises",
     "save",
     "save_table",
     "scatter",
@@ -81,4 +87,5 @@ __all__ = [
     "tradeoff",
     "use_style",
     "verdict",
+    "weight_counts",
 ]

@@ -1,6 +1,6 @@
 """Forms with a line a setting: by epoch, by iterative pruning rate, by fraction, by rank."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -225,9 +225,3 @@ def bars_by_rank(ax: Axes, spectra: pd.DataFrame, ranks: int, ylabel: str) -> No
     ax.axhline(0, color="0.3", linewidth=0.6)
     ax.set(xlabel="rank by magnitude", ylabel=ylabel, xticks=range(1, ranks + 1))
     focus(ax, [0, *spectra[spectra["rank"] <= ranks].groupby(["label", "rank"]).eigenvalue.mean()])
-
-
-def settled(epochs: pd.DataFrame, share: float = 1 / 3) -> Iterable[float]:
-    """Return mean test accuracies after the first `share` of the epochs, to `focus` an axis on."""
-    late = epochs[epochs.epoch > epochs.epoch.max() * share]
-    return late.groupby(["label", "epoch"]).post.mean()

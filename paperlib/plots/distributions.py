@@ -1,6 +1,7 @@
 """Forms for histograms and for shares of a whole."""
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,9 @@ from matplotlib.axes import Axes
 from scipy.stats import norm
 
 from paperlib.plots.style import BEHIND_TEXT, PALETTE, readable
+
+if TYPE_CHECKING:
+    from paperlib.runs import RunRecord
 
 MOMENTS = {"before": ("-", "0.45"), "after": ("--", None), "end": ("-", None)}
 
@@ -61,6 +65,30 @@ def magnitudes(
             ax.stairs(values, edges, color=shade, alpha=0.2, fill=True, lw=0)
     ax.set_xscale("log")
     ax.set(xlabel="weight magnitude", ylabel="weights (%, a bin)")
+
+
+def weight_counts(
+    methods: Mapping[str, str], records: Iterable["RunRecord"], layer: str = "dense"
+) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
+    """Return histograms of a layer's weight magnitudes, mean over seeds.
+
+    Args:
+        methods: Run -> method.
+        records: With the arrays "edges" and "MOMENT.LAYER".
+        layer: The layer.
+
+    Returns:
+        edges (bins + 1,), and by method and moment counts (bins,).
+    """
+    found: dict[str, list[RunRecord]] = {}
+    for record in records:
+        found.setdefault(methods[record.run], []).append(record)
+    edges = next(iter(found.values()))[0].arrays["edges"]
+    counts = {
+        method: {m: np.mean([r.arrays[f"{m}.{layer}"] for r in of], axis=0) for m in MOMENTS}
+        for method, of in found.items()
+    }
+    return edges, counts
 
 
 def common_range(

@@ -36,7 +36,7 @@ def save(
     note: str = "",
     alt: str = "",
     folder: Path | None = None,
-) -> str:
+) -> None:
     """Stamp a figure, write its files, and show it where this is a notebook.
 
     The metadata of the files say the same as the face, and the versions of the packages. They hold
@@ -49,9 +49,6 @@ def save(
         note: Added to the stamp.
         alt: The text for readers who do not see the figure; by default `described`.
         folder: In place of the usual one.
-
-    Returns:
-        The text for readers who do not see the figure.
     """
     name, alt = name or loaded.name, alt or described(picture)
     words = ", ".join(filter(None, [loaded.stamp, note]))
@@ -67,7 +64,6 @@ def save(
     if get_ipython() is not None:
         display(picture, metadata={"image/png": {"alt": alt}})
         plt.close(picture)
-    return alt
 
 
 def save_table(

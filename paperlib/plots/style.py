@@ -107,6 +107,12 @@ def focus(ax: Axes, values: Iterable[float], margin: float = 0.12) -> None:
     ax.set_ylim(low - room, high + room)
 
 
+def settled(epochs: pd.DataFrame, share: float = 1 / 3) -> pd.Series:
+    """Return mean test accuracies after the first `share` of the epochs, to `focus` an axis on."""
+    late = epochs[epochs.epoch > epochs.epoch.max() * share]
+    return late.groupby(["label", "epoch"]).post.mean()
+
+
 def rate_axis(ax: Axes) -> None:
     """Make x the logarithmic axis of iterative pruning rates."""
     ax.set_xscale("log")

@@ -89,8 +89,8 @@ def judged(
     """
     if profile == "auto":
         profile = os.environ.get("PAPERLIB_PROFILE", "small")
-    found = claims.judge(profile, data, precision=precision, store=store)
-    return Judged(experiments.Scale(profile, data, None, precision), tuple(found))
+    scale = experiments.Scale(profile, data, precision=precision)
+    return Judged(scale, tuple(claims.judge(scale, store)))
 
 
 def figures() -> str:

@@ -39,7 +39,7 @@ def settings(
     Returns:
         Columns as `experiments.plan` returns them.
     """
-    plan = experiments.plan(FIGURE, profile, data, seeds)
+    plan = experiments.plan(FIGURE, experiments.Scale(profile, data, seeds))
     plan = plan[(plan.network == "VGG11") & plan.setting.isin(SHOWN)]
     if score is not None:
         mine = plan[plan.setting == LIKE].copy()

@@ -88,7 +88,7 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
     ax.axvline(0, color="0.5", linewidth=0.8)
     for i, claim, verdict, row in drawn:
         y, color = float(at[i]), COLORS.get(verdict, "0.3")
-        if unit == POINTS:
+        if unit == POINTS and not math.isnan(row.low):
             delta = DELTA["conv4"] if claim.startswith("R") else OTHER_DELTA
             ax.fill_between([-delta, delta], y - 0.5, y + 0.5, color="0.9", lw=0, zorder=0)
         if math.isnan(row.low):

@@ -79,7 +79,7 @@ def described(picture: Figure) -> str:
     """Describe a figure by its panels: their titles, axes and legends."""
     sentences = []
     for ax in picture.axes:
-        title, x, y = (text.replace("$", "") for text in _labels(ax))
+        title, x, y = (text.replace("$", "").replace("\\", "") for text in _labels(ax))
         axes = f"{y} against {x}" if x and y else x or y
         legend = ax.get_legend()
         names = [text.get_text() for text in legend.get_texts()] if legend else []

@@ -24,7 +24,8 @@ def scatter(
 ) -> stats.Estimate:
     """Draw a dot a run by `label`, and a regression line with its 95% band.
 
-    The title gives Pearson's r and Kendall's tau. The line needs four runs.
+    The title gives Pearson's r and Kendall's tau. The line needs four runs. The axes are fitted to
+    the dots: the band of few runs may leave them.
 
     Args:
         ax: The panel.
@@ -53,9 +54,11 @@ def scatter(
         )
     r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y])
     if r.n > 3 and r.value == r.value:
+        limits = ax.get_ylim()
         sns.regplot(
             runs, x=x, y=y, ax=ax, scatter=False, color="0.35", line_kws={"linewidth": 1}, seed=0
         )
+        ax.set_ylim(limits)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(
         f"r = {r.value:.2f} (p = {p_value(r.p)}), $\\tau$ = {tau.value:.2f}"

@@ -50,7 +50,12 @@ NAMES = {
 
 
 def use_style() -> None:
-    """Set seaborn's ticks with sizes for print. Call this once at the top of a notebook."""
+    """Set seaborn's ticks with sizes for print, and show tables in full.
+
+    Call this once at the top of a notebook.
+    """
+    for option in ("display.max_colwidth", "display.max_columns", "display.max_rows"):
+        pd.set_option(option, None)
     sns.set_theme(
         context="paper",
         style="ticks",

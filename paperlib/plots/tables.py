@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+RESULTS = ("passed", "failed", "not applicable")
+
 
 def numbers(runs: pd.DataFrame, columns: Mapping[str, str], by: str = "label") -> pd.DataFrame:
     """Return mean and standard deviation over seeds, and n, by network and setting.
@@ -38,9 +40,9 @@ def gates(frame: pd.DataFrame) -> pd.DataFrame:
     for (gate, network), group in frame.groupby(["gate", "network"], sort=False):
         failed = group[group.passed == "failed"]
         words = [f"{r.setting}: {r.text}" if r.setting else r.text for r in failed.itertuples()]
-        counts = {word: int((group.passed == word).sum()) for word in ("passed", "failed")}
+        counts = {word: int((group.passed == word).sum()) for word in RESULTS}
         rows.append({"gate": gate, "network": network, **counts, "failures": "; ".join(words[:2])})
-    columns = ["gate", "network", "passed", "failed", "failures"]
+    columns = ["gate", "network", *RESULTS, "failures"]
     return pd.DataFrame(rows, columns=columns).set_index(["gate", "network"]).sort_index()
 
 
@@ -50,10 +52,13 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
     Args:
         claims: As `claims.to_frame` and `Loaded.claims` give it.
     """
-    there = claims.contrast.notna()
+
+    def text(values: pd.Series, form: str) -> list[str]:
+        return ["" if pd.isna(value) else format(value, form) for value in values]
+
     interval = [
-        f"{e:+.2f} [{low:+.2f}, {high:+.2f}]" if low == low else f"{e:+.2f}"
-        for e, low, high in claims[["estimate", "low", "high"]].astype(float).to_numpy()
+        "" if pd.isna(e) else f"{e:+.2f}" + ("" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]")
+        for e, low, high in claims[["estimate", "low", "high"]].to_numpy()
     ]
     table = pd.DataFrame(
         {
@@ -62,10 +67,10 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
             "contrast": claims.contrast.fillna("none tested"),
             "kind": claims.kind.fillna(""),
             "outcome": claims.outcome.fillna(""),
-            "estimate [95%]": pd.Series(interval, claims.index).where(there, ""),
-            "pairs": claims.n.map(lambda n: f"{n:.0f}", na_action="ignore").fillna(""),
-            "p": claims.p.map(lambda p: f"{p:.2g}", na_action="ignore").fillna(""),
-            "p (Holm)": claims.holm.map(lambda p: f"{p:.2g}", na_action="ignore").fillna(""),
+            "estimate [95%]": interval,
+            "pairs": text(claims.n, ".0f"),
+            "p": text(claims.p, ".2g"),
+            "p (Holm)": text(claims.holm, ".2g"),
             "note": claims.note.fillna(""),
         }
     )

@@ -15,6 +15,7 @@ from paperlib import experiments, measures, plots
 from paperlib.runs import Store
 
 NAMES = {**plots.NAMES, "events": "pruning events", "parameters": "parameters left"}
+MOST_NAMES = 10  # of settings in a legend; methods where there are more
 
 
 def frames(
@@ -61,7 +62,7 @@ class Explorer(widgets.VBox):
     def __init__(self, epochs: pd.DataFrame, runs: pd.DataFrame) -> None:
         """Show the runs of `frames`, or say that there are none."""
         self._epochs, self._runs = epochs, runs
-        measured = [(NAMES[c].replace("$", ""), c) for c in NAMES if _varies(runs, c)]
+        measured = [(_plain(c), c) for c in NAMES if _varies(runs, c)]
         self.x = widgets.Dropdown(options=measured, description="x")
         self.y = widgets.Dropdown(options=measured, description="y")
         self.network = widgets.Dropdown(options=list(runs.network.unique()), description="network")
@@ -90,8 +91,8 @@ class Explorer(widgets.VBox):
     def _narrow(self, change: object = None) -> None:
         """Offer the runs of another network or profile."""
         named = [(f"{r.label}, seed {r.seed}", r.run) for r in self.shown.itertuples()]
-        with self.run.hold_trait_notifications():
-            self.run.options = named
+        self.run.options = named
+        self.run.index = 0 if named else None
         self._draw()
 
     def _draw(self, change: object = None) -> None:
@@ -108,8 +109,13 @@ class Explorer(widgets.VBox):
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=110)
         self.picture.value = content.getvalue()
-        values = ", ".join(f"{NAMES[c].replace('$', '')} {chosen[c]:.4g}" for c in (x, y))
+        values = ", ".join(f"{_plain(c)} {chosen[c]:.4g}" for c in (x, y))
         self.words.value = f"{len(shown)} runs. {chosen.label}, seed {chosen.seed}: {values}."
+
+
+def _plain(column: str) -> str:
+    """Return a measure's name without LaTeX."""
+    return NAMES[column].replace("$", "").replace("\\", "")
 
 
 def _varies(runs: pd.DataFrame, column: str) -> bool:
@@ -117,15 +123,15 @@ def _varies(runs: pd.DataFrame, column: str) -> bool:
 
 
 def _dots(ax: Axes, runs: pd.DataFrame, chosen: pd.Series, x: str, y: str) -> None:
-    style = plots.looks(runs)
-    for label, group in runs.groupby("label", sort=False):
+    by = "label" if runs.label.nunique() <= MOST_NAMES else "method"
+    style = plots.looks(runs, by)
+    for label, group in runs.groupby(by, sort=False):
         look = {key: style[label][key] for key in ("color", "marker")}
         ax.scatter(group[x], group[y], s=20, edgecolor="white", lw=0.5, label=label, **look)
     ring = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2}
     ax.scatter(chosen[x], chosen[y], s=90, **ring)
     ax.set(xlabel=NAMES[x], ylabel=NAMES[y])
-    if len(style) <= 10:
-        ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _history(ax: Axes, epochs: pd.DataFrame, chosen: pd.Series) -> None:

@@ -173,7 +173,6 @@ COST_COLORS = {"dense": "black", "masked": "tan", "compact": plots.PALETTE["Prun
 RUNS = run_frame()
 PICTURE_EPOCHS = epoch_frame(RUNS)
 BY_RATE = rate_frame()
-BY_METHOD = plots.looks(BY_RATE, by="method")
 BY_FRACTION = fraction_frame()
 GAINS = {
     "Prune_L - Dropout": stats.Estimate(0.5, 0.2, 0.8, 0.01, 3),
@@ -186,56 +185,13 @@ GAINS = {
 
 
 @picture
-def test_scatter():
-    figure, [[ax]] = plots.panels(1, 1)
-    mine = RUNS[(RUNS.network == "VGG11") & (RUNS.method != "No Pruning")]
-    style = plots.looks(RUNS)
-    plots.scatter(ax, mine, "mean_stability", "best_accuracy", style, plots.STABILITY, plots.BEST)
-    return figure
-
-
-@picture
-def test_dynamics():
-    figure, [[ax]] = plots.panels(1, 1)
-    mine = PICTURE_EPOCHS[PICTURE_EPOCHS.network == "VGG11"]
-    plots.dynamics(ax, mine, plots.looks(mine))
-    plots.focus(ax, mine[mine.epoch > 4].post)
-    ax.legend()
-    return figure
-
-
-@picture
 def test_tradeoff():
     return plots.tradeoff(PICTURE_EPOCHS, RUNS)[0]
 
 
 @picture
-def test_stability_against():
-    pruned = RUNS[RUNS.method != "No Pruning"]
-    columns = {"best_accuracy": plots.BEST, "gap": plots.GAP}
-    return plots.stability_against(pruned, columns)[0]
-
-
-@picture
-def test_by_rate():
-    figure, [[accuracy, stability]] = plots.panels(1, 2)
-    plots.by_rate(accuracy, BY_RATE, "best_accuracy", BY_METHOD, plots.BEST)
-    plots.by_rate(stability, BY_RATE, "mean_stability", BY_METHOD, plots.STABILITY)
-    plots.inset_by_rate(stability, BY_RATE, "mean_stability", BY_METHOD, rates=4)
-    accuracy.legend()
-    return figure
-
-
-@picture
-def test_correlation_by_rate():
-    figure, [[ax]] = plots.panels(1, 1)
-    values = [-0.1, 0.3, -0.4, -0.6, -0.8, -0.7]
-    estimates = {
-        rate: stats.Estimate(r, r - 0.15, r + 0.1 * i, 0.05, 15)
-        for i, (rate, r) in enumerate(zip(RATES, values, strict=True))
-    }
-    plots.correlation_by_rate(ax, estimates, "Pearson's r")
-    return figure
+def test_rates():
+    return plots.rates(BY_RATE)
 
 
 @picture
@@ -353,20 +309,6 @@ def test_pairs_leave_out_runs_that_lack_a_value():
     assert f"n = {r.n}" in figure.axes[0].get_title()
 
 
-def test_the_scatter_says_its_correlations():
-    _, [[ax]] = plots.panels(1, 1)
-    mine = RUNS[RUNS.network == "VGG11"]
-    shown = (plots.STABILITY, plots.BEST)
-    r = plots.scatter(ax, mine, "mean_stability", "best_accuracy", plots.looks(mine), *shown)
-    assert r == stats.pearson(mine.mean_stability, mine.best_accuracy)
-    tau = stats.kendall(mine.mean_stability, mine.best_accuracy)
-    title = ax.get_title()
-    for part in (f"r = {r.value:.2f}", f"= {tau.value:.2f}", f"n = {len(mine)}"):
-        assert part in title
-    assert (ax.get_xlabel(), ax.get_ylabel()) == shown
-    assert len(ax.collections[0].get_offsets()) == SEEDS
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_scatter_of_too_few_runs(count):
     _, [[ax]] = plots.panels(1, 1)
@@ -434,38 +376,6 @@ def test_runs_at_0_belong_to_every_line():
     assert left > 100 > 2 > right  # more removed is further right
 
 
-def test_a_setting_shows_every_run_and_its_mean():
-    _, [[ax]] = plots.panels(1, 1)
-    mine = RUNS[RUNS.network == "VGG11"].sample(frac=1, random_state=1)
-    order = list(mine.label.unique())
-    plots.by_setting(
-        ax, mine, "best_accuracy", plots.looks(mine), plots.BEST, {order[1]: "another"}
-    )
-    names = [order[0], "another", *order[2:]]
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == names
-    dots = [dots for dots in ax.collections if len(dots.get_offsets()) == SEEDS]
-    for i, (label, shown) in enumerate(zip(order, dots, strict=True)):
-        values = mine[mine.label == label].set_index("seed").best_accuracy.sort_index()
-        x, y = np.array(shown.get_offsets()).T
-        assert y.tolist() == values.tolist()
-        assert len(set(x)) == SEEDS
-        assert np.all(np.abs(x - i) < 0.5)
-        estimate = stats.mean(values)
-        (bar,) = ax.containers[i].lines[2]
-        assert bar.get_segments()[0][:, 1] == pytest.approx([estimate.low, estimate.high])
-    joined = ax.lines[:SEEDS]
-    for seed, line in enumerate(joined):
-        by_label = mine[mine.seed == seed].set_index("label").best_accuracy
-        assert line.get_ydata().tolist() == by_label[order].tolist()
-
-
-def test_a_setting_of_one_run_has_no_interval():
-    _, [[ax]] = plots.panels(1, 1)
-    one = RUNS[(RUNS.network == "VGG11") & (RUNS.seed == 0)]
-    plots.by_setting(ax, one, "best_accuracy", plots.looks(one), plots.BEST)
-    assert not any(container.has_yerr for container in ax.containers)
-
-
 def test_magnitudes_are_percent_of_what_was_there():
     _, [[ax]] = plots.panels(1, 1)
     counts = magnitude_counts()
@@ -480,14 +390,6 @@ def test_magnitudes_are_percent_of_what_was_there():
         assert values == pytest.approx(100 * counts[moment] / counts["before"].sum())
         assert np.array_equal(edges, EDGES)
     assert ax.get_xscale() == "log"
-
-
-def test_a_common_range_holds_the_counts():
-    edges = np.arange(11.0)
-    one, other = np.zeros(10), np.zeros(10)
-    one[[2, 5]], other[7] = [4, 500], 500
-    assert plots.common_range(edges, [one, other], left_out=0.001) == (2, 8)
-    assert plots.common_range(edges, [one, other], left_out=0.01) == (5, 8)
 
 
 # Colours
@@ -535,16 +437,10 @@ def test_colours_can_be_told_apart(people):
         assert np.linalg.norm(seen[a] - seen[b]) > 15, (a, b)
 
 
-def test_one_colour_a_method():
-    assert len(set(plots.PALETTE.values())) == len(plots.PALETTE)
-    methods = {s.method for figure in experiments.FIGURES.values() for s in figure.settings}
-    assert methods <= set(plots.PALETTE)
-
-
 @pytest.mark.parametrize("name", experiments.FIGURES)
 def test_a_method_looks_alike_everywhere(name):
     """One colour by method; settings of one method differ in line or marker."""
-    plan = experiments.plan(name, "paper", seeds=1)
+    plan = experiments.plan(name, experiments.Scale("paper", seeds=1))
     for _, mine in plan.groupby("network"):
         looks = plots.looks(mine)
         for method, label in mine[["method", "label"]].itertuples(index=False):

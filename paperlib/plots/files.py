@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paperlib.overview import Judged
 
 PACKAGES = ("paperlib", "matplotlib", "numpy", "pandas")
-CHARACTERS_PER_INCH = 21  # of the stamp
+CHARACTERS_PER_INCH = 17  # of the stamp
 
 
 def stamp(figure: Figure, words: str) -> None:

@@ -59,7 +59,7 @@ def forest(claims: pd.DataFrame, kinds: Sequence[str] = DECIDING) -> Figure:
     shown = claims[claims.kind.isin(kinds) | claims.kind.isna()]
     shown = shown.assign(unit=shown.outcome.map(UNITS).fillna(POINTS))
     units = {unit: rows for unit, rows in shown.groupby("unit", sort=False) if len(rows)}
-    heights = [len(rows) + rows.claim.nunique() + 1 for rows in units.values()] or [1]
+    heights = [rows.kind.count() + rows.claim.nunique() + 1 for rows in units.values()] or [1]
     figure, axes = panels(
         len(heights),
         1,

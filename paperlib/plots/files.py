@@ -10,6 +10,7 @@ import pandas as pd
 from IPython.core.getipython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
 from paperlib import provenance
 from paperlib.runs import figures_path
@@ -76,16 +77,24 @@ def save_table(
 
 
 def described(picture: Figure) -> str:
-    """Describe a figure by its panels: their titles, axes and legends."""
+    """Describe a figure by its panels: their titles, axes, names on the axes, and legends."""
     sentences = []
     for ax in picture.axes:
         title, x, y = (text.replace("$", "").replace("\\", "") for text in _labels(ax))
         axes = f"{y} against {x}" if x and y else x or y
         legend = ax.get_legend()
         names = [text.get_text() for text in legend.get_texts()] if legend else []
+        names += _named_ticks(ax)
         parts = [": ".join(filter(None, [title, axes])), ", ".join(names)]
         sentences.append("; ".join(filter(None, parts)))
     return ". ".join(filter(None, sentences)) + "."
+
+
+def _named_ticks(ax: plt.Axes) -> list[str]:
+    """Return the names on an axis of categories, none of an axis of numbers."""
+    axes = [a for a in (ax.xaxis, ax.yaxis) if isinstance(a.get_major_locator(), FixedLocator)]
+    names = [label.get_text().replace("\n", " ") for a in axes for label in a.get_ticklabels()]
+    return [name for name in names if any(letter.isalpha() for letter in name)]
 
 
 def _labels(ax: plt.Axes) -> tuple[str, str, str]:

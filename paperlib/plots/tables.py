@@ -27,7 +27,7 @@ def numbers(runs: pd.DataFrame, columns: Mapping[str, str], by: str = "label") -
 
 def _is_large(table: pd.DataFrame) -> bool:
     """Whether no column of the table has only values below 0.1."""
-    return bool((table.abs().max() >= 0.1).all())
+    return bool((table.abs().max().dropna() >= 0.1).all())
 
 
 def gates(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 """All claims at a glance: their verdicts, their gates and the figures that carry them. No torch."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -61,12 +63,16 @@ class Judged:
         ]
         return pd.DataFrame(rows).set_index("claim")
 
-    def index(self) -> str:
-        """Return the way in, as Markdown: each claim with links to its figures, and its verdict."""
+    def index(self, folder: str = "") -> str:
+        """Return the way in, as Markdown: each claim with links to its figures, and its verdict.
+
+        Args:
+            folder: The notebooks' folder as seen from the page, with a slash at its end.
+        """
         lines = ["| | claim | figures | verdict |", "| --- | --- | --- | --- |"]
         for claim in self.claims:
             notebooks = dict.fromkeys(experiments.FIGURES[f].notebook for f in claim.figures)
-            links = ", ".join(f"[{n.partition('/')[2]}]({n}.ipynb)" for n in notebooks)
+            links = ", ".join(f"[{n.partition('/')[2]}]({folder}{n}.ipynb)" for n in notebooks)
             name = f"[{claim.name}]({PAPERS[claim.name[0]]})"
             verdict = f"**{claim.verdict}** ({claim.n} runs)"
             lines.append(f"| {name} | {claim.statement} | {links} | {verdict} |")
@@ -91,6 +97,31 @@ def judged(
         profile = os.environ.get("PAPERLIB_PROFILE", "small")
     scale = experiments.Scale(profile, data, precision=precision)
     return Judged(scale, tuple(claims.judge(scale, store)))
+
+
+PAGES = {"README.md": "notebooks/", "docs/evidence.md": "../notebooks/"}
+BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+
+
+def page(path: Path, table: str) -> str:
+    """Return a page's text with the claims' table between its two marks.
+
+    Raises:
+        ValueError: The page lacks a mark.
+    """
+    text = path.read_text()
+    for mark in (BEGIN, END):
+        if mark not in text:
+            raise ValueError(f"{path} has no mark {mark!r}")
+    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n\n{table}\n\n" + text[text.index(END) :]
+
+
+def write(scale: experiments.Scale, judged: Iterable[Claim]) -> None:
+    """Write the claims' table into every page of `PAGES` in this checkout."""
+    root = Path(__file__).parents[1]
+    for name, folder in PAGES.items():
+        path = root / name
+        path.write_text(page(path, Judged(scale, tuple(judged)).index(folder)))
 
 
 def figures() -> str:

@@ -7,6 +7,7 @@ runs of a scale in the order in which they are worth having. Users find them in 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -281,3 +282,19 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
 def _spans(layers: tuple[tuple[int, ...], ...]) -> str:
     """Describe event epochs by layer: first to last (events)."""
     return "; ".join(f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in layers)
+
+
+def is_setting(config: Config) -> bool:
+    """Return whether a configuration is a setting of some figure, at any profile and seed."""
+    return config.with_(seed=0).identity in _settings(config.data, config.precision)
+
+
+@cache
+def _settings(data: str, precision: str) -> frozenset[str]:
+    """Return the identities of all settings with these images and this precision, at seed 0."""
+    return frozenset(
+        run
+        for name in FIGURES
+        for profile_name in PROFILES
+        for run in plan(name, Scale(profile_name, data, 1, precision)).run
+    )

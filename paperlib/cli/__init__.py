@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pandas as pd
 
-from paperlib import __version__, claims, experiments, runs, sweep
+from paperlib import __version__, claims, experiments, overview, runs, sweep
 from paperlib.cli.options import (
     EXECUTION,
     FAILED,
@@ -150,11 +150,18 @@ def status_command(
 @cli.command("claims")
 @of_figures("small")
 @JSON
-def claims_command(names: Names, asked: Asked, store: runs.Store, as_json: bool) -> None:
+@click.option("--write", is_flag=True, help="also into the tables of README.md and docs/")
+def claims_command(
+    names: Names, asked: Asked, store: runs.Store, as_json: bool, write: bool
+) -> None:
     """Judge the claims of both papers (all, or NAME ..., such as T1) by the runs that are there."""
+    if write and names:
+        raise click.UsageError("--write is for all claims")
     if asked["seeds"] is not None:
         raise click.UsageError("claims are judged by the registered seeds, without --seeds")
     judged = claims.judge(Scale(**asked), store, names or None)
+    if write:
+        overview.write(Scale(**asked), judged)
     if as_json:
         click.echo(json.dumps([claims.to_dict(claim) for claim in judged], indent=1))
         return

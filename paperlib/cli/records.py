@@ -9,6 +9,7 @@ import pandas as pd
 from paperlib import archive, experiments, runs
 from paperlib.cli.options import FAILED, JSON, STORE, VERBOSE, Asked, Names, of_figures
 from paperlib.experiments import Scale
+from paperlib.plans import is_setting
 from paperlib.sweep import costs
 
 
@@ -96,7 +97,7 @@ def import_command(sources: tuple[str, ...], store: str | None) -> None:
 def clean_command(yes: bool, store: str | None) -> None:
     """Remove what no current setting refers to, and what unfinished or failed runs left."""
     where = runs.Store(store)
-    unused = archive.leftovers(where)
+    unused = archive.leftovers(where, is_setting)
     if not unused:
         click.echo(f"nothing to remove in {where.path}")
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from paperlib.config import Config, FilterPruning, Noise
 from paperlib.papers.noise_spans import CIFAR_IMAGES, images_of, noise_for, training_batches
-from paperlib.papers.settings import Figure, Schedule, Setting
+from paperlib.papers.settings import METHODS, Figure, Schedule, Setting
 
 TRADEOFF_EPOCHS = 325  # of all networks that the 2020 paper trains with Adam, but Table F1
 
@@ -154,31 +154,43 @@ PROFILES = {
             choosing=1,
             flatness={"images": 20, "eigenvalues": 5, "directions": 3, "step": 0.1},
         ),
+        # Chosen from some thirty trial runs of one seed: the narrowest and shortest scale at which
+        # VGG11's pruned networks learn the training images again, with doses a factor of 5.7 apart.
+        # Their loss stays above G3's, and ResNet18 trained with Adam, which keeps 4 of 64 filters,
+        # does not recover (G2). ResNet56 is left out because it falls apart in batches of 8.
         Profile(
             "demo",
             data="digits",
-            train_per_class=50,
+            train_per_class=20,
             test_per_class=20,
-            batch=16,
-            epochs={4000: 25, 165: 25, 150: 20},
-            factors={4000: 160, 165: 6.6, 150: 7.5},
-            factor=13,
-            first=2,
-            widths={
-                "vgg11_bn": 1 / 8,
-                "resnet18": 1 / 8,
-                "resnet20": 0.5,
-                "resnet56": 0.5,
-                "conv4": 1 / 4,
-            },
+            batch=8,
+            epochs={150: 45},
+            factors={165: 3.3, 150: 5, 4000: 80},
+            factor=6.5,
+            first=3,
+            widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 8, "resnet20": 1 / 2, "conv4": 1 / 4},
             seeds=2,
-            choosing=2,
+            choosing=1,
+            left_out=frozenset(
+                (network, name)
+                for network, names in {
+                    "VGG11": (
+                        *("zeroing 51", "gaussian 51", "restored 630", "restored 1220"),
+                        *(f"{t} {period}" for t in METHODS for period in (20, 60, 200, 300)),
+                    ),
+                    "ResNet18": ("smallest 4",),
+                    "ResNet56": ("smallest 30", "smallest 60"),
+                    "conv4": [f"{t} {fraction}" for t in METHODS for fraction in (0.7, 0.8, 0.95)],
+                }.items()
+                for name in names
+            ),
             flatness={
                 "images": 20,
                 "eigenvalues": 10,
-                "directions": 6,
-                "step": 0.05,
-                "reach": 0.15,
+                "directions": 4,
+                "reach": 0.10,
+                "step": 0.01,
+                "test_images": 100,
             },
         ),
         Profile(

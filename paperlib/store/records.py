@@ -25,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from paperlib import instability
+from paperlib import measures
 from paperlib.config import Config, from_dict, to_dict
 
 # Raised while a damaged Parquet, npz or JSON file is read. A ConfigError is a ValueError.
@@ -50,7 +50,7 @@ class RunRecord:
 
     Attributes:
         config: Its configuration.
-        epochs: One row an epoch; the columns that `instability.summarize` takes, and train_loss,
+        epochs: One row an epoch; the columns that `measures.summarize` takes, and train_loss,
             test_loss, learning_rate and seconds.
         arrays: What was measured in the run, by name.
         provenance: Versions, device, commit, and checksums of data and code.
@@ -72,8 +72,8 @@ class RunRecord:
         return parameters_left(self.provenance)
 
     def summary(self) -> pd.Series:
-        """Return the run's row of `instability.summarize`."""
-        return instability.summarize(self.epochs.assign(run=self.run)).iloc[0]
+        """Return the run's row of `measures.summarize`."""
+        return measures.summarize(self.epochs.assign(run=self.run)).iloc[0]
 
 
 def parameters_left(provenance: Mapping[str, Any]) -> float:

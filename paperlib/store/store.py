@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from paperlib import instability
+from paperlib import measures
 from paperlib.config import Config, from_dict, to_dict
 from paperlib.store import provenance, records
 from paperlib.store.paths import default_path, results_path
@@ -386,4 +386,4 @@ def runs_frame(entries: Iterable[Entry], epochs: pd.DataFrame) -> pd.DataFrame:
             | {"device": about.get("device"), "parameters": parameters_left(about)}
         )
     about = pd.DataFrame(rows)
-    return about[["run"]].merge(instability.summarize(epochs)).merge(about)
+    return about[["run"]].merge(measures.summarize(epochs)).merge(about)

@@ -38,7 +38,7 @@ def _check_one_of(what: str, value: Any, valid: Iterable[str]) -> None:
 
 
 def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
-    """The epochs of one layer's events: every `period`-th from `first` to `last`, both included."""
+    """Return every `period`-th epoch from `first` to `last`, inclusive: a layer's events."""
     _check(
         0 <= first <= last, f"a schedule needs 0 <= first <= last, got first {first}, last {last}"
     )
@@ -50,10 +50,14 @@ def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
 class FilterPruning:
     """Whole filters are pruned (arXiv 1906.03728).
 
-    fractions, epochs: one entry a layer; `epochs[i]` are the epochs at whose end layer i has an
-    event. scratch: one event before any training instead (then `epochs` is empty). norm: batch
-    norm's scale and shift of a pruned filter count as zero; False masks the weights only.
-    score may be "package.module:function", a function of the convolution.
+    Attributes:
+        fractions: How much of each layer is pruned in all.
+        epochs: For each layer, the epochs at whose end it has an event.
+        score: A name of `pruning.SCORES`, or "package.module:function" of the convolution.
+        target: "smallest", "largest" or "random".
+        layers: Names of convolutions in forward order; None for the last ones.
+        scratch: One event before any training instead; then `epochs` is empty.
+        norm: Batch norm's scale and shift of a pruned filter are zero, too.
     """
 
     fractions: tuple[float, ...]
@@ -91,7 +95,16 @@ class FilterPruning:
 
 @dataclass(frozen=True)
 class WeightPruning:
-    """Single weights of layers are pruned by magnitude (arXiv 1805.01930)."""
+    """Single weights of layers are pruned by magnitude (arXiv 1805.01930).
+
+    Attributes:
+        layers: Names of layers.
+        fractions: How much of each layer is pruned in all.
+        epochs: At whose end all layers have an event.
+        target: "smallest", "largest" or "random".
+        schedule: "linear" or "annealing", of the fraction over the events.
+        mu: Of the annealing.
+    """
 
     layers: tuple[str, ...]
     fractions: tuple[float, ...]
@@ -120,8 +133,10 @@ class WeightPruning:
 class Noise:
     """Noise on the chosen filters instead of their removal (arXiv 1906.03728, figures 5 and D2).
 
-    kind: "zeroing", "gaussian" or "restored". passes: N of `noise.FilterNoise`, in forward passes
-    from the event on, evaluation included. evaluation_batch: images in a pass of evaluation.
+    Attributes:
+        kind: "zeroing", "gaussian" or "restored".
+        passes: N of `noise.FilterNoise`, in forward passes after the event, evaluation included.
+        evaluation_batch: Images in a pass of evaluation.
     """
 
     kind: str
@@ -136,9 +151,16 @@ class Noise:
 
 @dataclass(frozen=True)
 class Flatness:
-    """What is measured at the end of `epoch`, on the first `images` test images (figures 6, E).
+    """Flatness is measured at the end of one epoch (figures 6 and E1 to E5).
 
-    test_images: sharpness is measured on so many of the test images, None for all.
+    Attributes:
+        epoch: When.
+        images: How many test images curvature and noise are measured on.
+        eigenvalues: How many of the Hessian.
+        directions: How many eigenvectors sharpness is measured along.
+        reach: How far along them, both ways.
+        step: From one point to the next.
+        test_images: How many test images sharpness is measured on; None for all.
     """
 
     epoch: int
@@ -172,12 +194,28 @@ class Flatness:
 class Config:
     """Everything that decides a run's numbers.
 
-    data: what `data.load` takes. train_per_class, test_per_class: subsets, None for all. model:
-    a name of `models.MODELS`, or "package.module:function". learning_rate is multiplied by 0.1 at
-    each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. histograms:
-    whether batch norm's outputs are measured before and after training or, where single weights
-    are pruned, those weights' magnitudes before, after and at the end. precision: "float32" (in
-    full, without TF32 on a GPU), or "bfloat16" for autocast.
+    Attributes:
+        data: A data set as `data.load` takes it.
+        train_per_class: Training images of a class; None for all.
+        test_per_class: Test images of a class; None for all.
+        model: A name of `models.MODELS`, or "package.module:function".
+        width: Factor on the number of filters.
+        dropout: As for `models.build`.
+        optimizer: "adam" or "sgd".
+        learning_rate: At the start.
+        momentum: Of SGD.
+        weight_decay: Of both optimizers.
+        milestones: The first epochs at a learning rate that is lower by a factor of 10.
+        epochs: In all.
+        batch: Images of a training batch.
+        augment: Whether training images are cropped and flipped at random.
+        pruning: Of filters, of single weights, or None.
+        noise: On the chosen filters, instead of their removal.
+        flatness: Whether and when it is measured.
+        histograms: Whether batch norm's outputs are measured before and after training or, if
+            single weights are pruned, those weights' magnitudes before, after and at the end.
+        precision: "float32", without TF32 on a GPU, or "bfloat16" for autocast.
+        seed: Of all streams of randomness.
     """
 
     data: str = "cifar10"
@@ -224,9 +262,9 @@ class Config:
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits; equal for configurations that give the same numbers.
+        """16 hexadecimal digits, equal for configurations that give the same numbers.
 
-        Of a path to images only the last part counts, so that records move between machines.
+        Only the last part of a path to images counts, so that records can move between machines.
         """
         text = json.dumps(to_dict(self.portable), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -250,7 +288,7 @@ class Config:
         return f"{self.model}{what} seed {self.seed} ({self.identity})"
 
     def with_(self, **changes: Any) -> "Config":
-        """The same configuration but for `changes`."""
+        """Return the configuration with some changes."""
         return replace(self, **changes)
 
 
@@ -258,7 +296,7 @@ _TYPES = {kind.__name__: kind for kind in (FilterPruning, WeightPruning, Noise, 
 
 
 def to_dict(config: Any) -> dict:
-    """Plain JSON types; fields at their default are left out, nested types named."""
+    """Return plain JSON types; fields at their default are left out, nested types are named."""
     out = {}
     for field in fields(config):
         value = getattr(config, field.name)
@@ -271,7 +309,7 @@ def to_dict(config: Any) -> dict:
 
 
 def from_dict(content: Mapping) -> Config:
-    """The inverse of `to_dict`; raises ConfigError on a field or kind it does not know."""
+    """Return the configuration of a dict of `to_dict`; raise ConfigError on an unknown field."""
     try:
         return Config(**{name: _nested(value) for name, value in content.items()})
     except (TypeError, KeyError) as error:

@@ -42,6 +42,15 @@ def memory_format(device: torch.device, precision: str) -> torch.memory_format:
     return torch.contiguous_format if planar else torch.channels_last
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass in a precision, "float32" or "bfloat16".
+
+    On a GPU converted weights are not kept: a CUDA graph must convert them itself.
+    """
+    enabled, kept = precision == "bfloat16", device.type != "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=kept)
+
+
 @contextmanager
 def switched(where: Any, **switches: Any) -> Iterator[None]:
     """Give attributes of `where`, for example torch.backends.cudnn, other values for a while."""

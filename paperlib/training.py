@@ -9,9 +9,9 @@ simply exhausts them.
 import math
 import threading
 import time
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from paperlib import checkpoints, data, inputs, locks, models
 from paperlib.batches import Batches
 from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config
-from paperlib.devices import choose_device, full_float32, memory_format
+from paperlib.devices import autocast, choose_device, full_float32, memory_format
 from paperlib.diagnostics import (
     Arrays,
     Callback,
@@ -131,7 +131,7 @@ def steps(
         device: Where the run trains.
         callback: See `run`.
         wait: See `run`.
-        alone: No other run uses the device, so a lack of memory is a failure of this run.
+        alone: No other run uses the device: a lack of memory is this run's failure.
         captured: As `fast` for `run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
 
@@ -145,9 +145,7 @@ def steps(
         store.check_writable()
     with _one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read
-    if config.precision == "bfloat16" and not faster.native_bfloat16(device):
-        slow = f"this {device.type} only emulates bfloat16, about 100 times slower than float32"
-        warnings.warn(slow, stacklevel=2)
+    faster.warn_if_emulated(config.precision, device)
     if store is None:
         images = inputs.images_of(config)
         return (yield from _train(config, images, device, callback, None, captured))
@@ -161,13 +159,8 @@ def steps(
         dataset = inputs.images_of(config, store.path / "data")
         made_of = inputs.checksums(config, dataset.checksum)
         checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
-        how = config, dataset, device, callback, checkpoint, captured
         try:
-            try:
-                record = yield from _train(*how)
-            except checkpoints.UnusableCheckpoint as error:
-                checkpoint.set_aside(error)
-                record = yield from _train(*how)
+            record = yield from _resumed(config, dataset, device, callback, checkpoint, captured)
         except TrainingError as error:
             store.fail(config, error)
             checkpoints.discard(store.path, config.identity)
@@ -181,6 +174,23 @@ def steps(
             store.write(record)
         checkpoints.discard(store.path, config.identity)
         return store.read(config.identity)
+
+
+def _resumed(
+    config: Config,
+    dataset: data.Dataset,
+    device: torch.device,
+    callback: Callback | None,
+    checkpoint: Checkpoint,
+    captured: bool,
+) -> Steps:
+    """Train from the checkpoint, or from the start if it is unusable."""
+    how = config, dataset, device, callback, checkpoint, captured
+    try:
+        return (yield from _train(*how))
+    except checkpoints.UnusableCheckpoint as error:
+        checkpoint.set_aside(error)
+    return (yield from _train(*how))
 
 
 class Run:
@@ -379,14 +389,8 @@ def make_loop(
     fast: bool = False,
 ) -> PlainLoop:
     """Return the loop that trains and evaluates a run; see `extras.fast.loop_class`."""
-
-    def autocast() -> torch.autocast:
-        # No cache of weights on a GPU: a graph must convert them itself, and each is used once.
-        enabled, cached = config.precision == "bfloat16", device.type != "cuda"
-        return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=cached)
-
     kind = faster.loop_class(device, config.model in models.MODELS, fast)
-    return kind(model, optimizer, pruner, autocast)
+    return kind(model, optimizer, pruner, partial(autocast, config.precision, device))
 
 
 def __getattr__(name: str) -> object:

@@ -8,6 +8,7 @@ share a device (`together`). Importing this imports no torch.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
     from paperlib.loop import PlainLoop
 
-# For processes of ours, before they start: glibc and PyTorch read these once. By default glibc
-# gives freed blocks back and asks for them again in every step, and Linux clears their pages anew.
+# For worker processes, before they start: glibc reads these once. By default it returns freed
+# blocks and asks for them again in every step, and Linux clears their pages of 4 KiB anew.
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(2**26),
-    "THP_MEM_ALLOC_ENABLE": "1",  # memory pages of 2 MiB
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # by default 8: more streams would wait for each other
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB, if Linux allows them
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # with the default of 8, more streams would wait
 }
 
 
@@ -86,3 +87,10 @@ def native_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def warn_if_emulated(precision: str, device: torch.device) -> None:
+    """Warn if a device would only emulate a precision."""
+    if precision == "bfloat16" and not native_bfloat16(device):
+        slow = f"this {device.type} only emulates bfloat16, about 100 times slower than float32"
+        warnings.warn(slow, stacklevel=4)

@@ -1,9 +1,9 @@
-"""3x3 convolutions of images that have shrunk to a few pixels, quicker on a CPU.
+"""3x3 convolutions of images of a few pixels, faster on a CPU.
 
-The last convolutions of these networks see images of 4x4 and 2x2. There oneDNN's kernels run at a
-fraction of a processor's speed, their gradients of the weights at a tenth, in bfloat16 at less. As
-products of matrices the same sums run at nearly all of it. `quick` has a network's convolutions
-computed so; results are the same up to rounding. Both forms can be differentiated again and again.
+The last convolutions of these networks see images of 4x4 and 2x2. There oneDNN reaches a fraction
+of a processor's speed, and a tenth for the gradients of the weights. Products of matrices compute
+the same sums at nearly full speed. Results are the same up to rounding, and can be differentiated
+any number of times.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from paperlib.loop import PlainLoop
 
-DENSE = 2  # pixels, high and wide, up to which an image is multiplied by one matrix
-FEW = 4  # and up to which a convolution is a product with its patches,
-WIDE = 128  # from so many filters and channels on: the gradient of the weights,
-WIDER = 256  # and here all of it
+DENSE = 2  # up to this height and width, an image is multiplied by one matrix
+FEW = 4  # up to this height and width, a product with patches may replace the convolution:
+WIDE = 128  # from so many filters and channels on, for the gradient of the weights,
+WIDER = 256  # and from so many on, for everything
 
 
 @contextmanager
 def quick(model: nn.Module) -> Iterator[None]:
-    """In this context 3x3 convolutions of few pixels are computed as products of matrices.
+    """Compute a network's 3x3 convolutions of few pixels as products of matrices.
 
-    Those of stride 1 with one pixel of zeros around, on a CPU. Autocast has them in its precision.
+    These are convolutions on a CPU with stride 1 and a padding of one pixel of zeros. Autocast sets
+    their precision as usual.
     """
     convs = [module for module in model.modules() if _suits(module)]
     for conv in convs:
@@ -60,7 +61,7 @@ def _suits(module: nn.Module) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding=1)` of 3x3 kernels, by whichever way is the quickest."""
+    """Return `F.conv2d(x, weight, bias, padding=1)` of 3x3 kernels, in the fastest way."""
     if x.device.type == "cpu" and x.dim() == 4 and max(x.shape[2:]) <= FEW:
         if max(x.shape[2:]) <= DENSE:
             return _dense(*_cast(x, weight, bias))
@@ -71,7 +72,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """In the precision of autocast, where that is on."""
+    """Return tensors in the precision of autocast, if it is on."""
     if not torch.is_autocast_enabled("cpu"):
         return list(tensors)
     precision = torch.get_autocast_dtype("cpu")
@@ -79,10 +80,9 @@ def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Every pixel of the output from every pixel of the input, by one matrix.
+    """Compute every pixel of the output from every pixel of the input, by one matrix.
 
-    On 2x2 pixels 16 pairs of pixels meet in some tap; a convolution goes over 36, most of them
-    with zeros.
+    For 2x2 pixels these are 16 pairs; a convolution computes 36, most of them with zeros.
     """
     images, channels, height, width = x.shape
     filters, pixels = len(weight), height * width
@@ -106,7 +106,7 @@ def _taps(height: int, width: int) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution by products with patches. Its gradients are convolutions, too."""
+    """A convolution as a product with patches. Its gradients are convolutions, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,7 +114,7 @@ class _Convolution(torch.autograd.Function):
         if min(weight.shape[:2]) < WIDER:
             return F.conv2d(x, weight, bias, padding=1)
         images, _, height, width = x.shape
-        # Weights that the backward pass has turned around have their filters innermost in memory.
+        # Weights that come from `_turned` have their filters innermost in memory.
         matrix = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
         patches = _patches(x)
         out = patches @ matrix if bias is None else torch.addmm(bias, patches, matrix)
@@ -136,7 +136,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _OfWeight(torch.autograd.Function):
-    """The gradient of a convolution's weights, one product of matrices."""
+    """The gradient of a convolution's weights, as one product of matrices."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gradient: Tensor) -> Tensor:
@@ -157,12 +157,12 @@ class _OfWeight(torch.autograd.Function):
 
 
 def _turned(weight: Tensor) -> Tensor:
-    """The weights that take the gradient of a convolution's output to that of its input."""
+    """Return the weights that turn the gradient of the output into that of the input."""
     return weight.flip(2, 3).transpose(0, 1)
 
 
 def _patches(x: Tensor) -> Tensor:
-    """What the taps of each pixel see, (images * height * width, 9 * channels)."""
+    """Return the neighbourhood of each pixel, (images * height * width, 9 * channels)."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     taps = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # images, height, width, channels, 3, 3
     return taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1])

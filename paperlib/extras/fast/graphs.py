@@ -1,10 +1,9 @@
-"""The fast path on a GPU: training steps and evaluations as CUDA graphs, replayed.
+"""Training steps and evaluations as CUDA graphs.
 
-A step of these networks is some hundred short kernels, which a GPU works off faster than Python
-launches them. A CUDA graph holds them all and takes one launch. What it reads and writes are the
-same addresses at every replay, and no Python runs. So a batch is found on the device, by a position
-that moves on; what pruning holds at zero is a mask there; and what a pruner or noise does before a
-forward pass is done before the replay. What a step is, `loop` says.
+A step of these networks is about a hundred short kernels, which a GPU finishes faster than Python
+launches them. A CUDA graph launches them all at once. At every replay it reads and writes the same
+addresses, and no Python runs. Therefore a counter on the device selects the batch, a mask on the
+device holds pruned weights at zero, and a pruner's `before_pass` is called before the replay.
 """
 
 import gc
@@ -22,26 +21,27 @@ from paperlib.pruning import Pruner
 
 
 class Graph(Protocol):
-    """Something that does again what was done when it was made."""
+    """A recording of a function's work on the device."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Repeat the work."""
 
 
 Capture = Callable[[Callable[[], None]], Graph]
 
-STEPS = 4  # that are launched before other runs may launch theirs: of 32, streams overlap less
-GO_ON = "go on"  # what a run yields that need not wait for the device
+STEPS = 4  # launched before other runs may launch theirs; with 32, streams overlap less
+GO_ON = "go on"  # yielded by a run that does not wait for the device
 
 
 class CaptureError(RuntimeError):
-    """A capture that failed: what else this process does on the device may fail from now on."""
+    """A capture that failed. Anything else this process does on the device may fail afterwards."""
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage is collected meanwhile: a graph among it would be destroyed, which ends captures.
+    """Collect no garbage for a while: destroying a graph would end a capture.
 
-    What counts references still frees at once.
+    Objects without cycles are still freed.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -53,12 +53,16 @@ def _uncollected() -> Iterator[None]:
 
 
 class CudaGraphs:
-    """Makes CUDA graphs of what functions launch on the current stream, without executing it.
+    """Captures functions as CUDA graphs, on the current stream and without executing them.
 
-    All share one pool of memory, as they are replayed one after the other. A capture does not wait
-    for what other streams have launched, nor gives back memory that others are about to use, which
-    torch.cuda.graph does. Raises RuntimeError on the default stream, which cannot be captured, and
-    CaptureError; OutOfMemoryError where memory is short and nothing else is wrong.
+    All graphs share one pool of memory, because they are replayed one after the other. Unlike
+    torch.cuda.graph, a capture neither waits for other streams nor returns memory that they are
+    about to use.
+
+    Raises:
+        RuntimeError: The current stream is the default one, which cannot be captured.
+        CaptureError: A capture failed.
+        OutOfMemoryError: A capture found too little memory, and nothing else is wrong.
     """
 
     def __init__(self) -> None:
@@ -68,15 +72,16 @@ class CudaGraphs:
                 "and use it, within torch.cuda.stream(torch.cuda.Stream())"
             )
         self._pool = torch.cuda.graph_pool_handle()
-        # With its last graph a pool is gone, and nothing can be captured into it: this one stays.
-        # An ordinary call first: the device loads a kernel when it is first launched.
+        # A pool ends with its last graph, so this one stays. The ordinary call comes first because
+        # the device loads a kernel at its first launch.
         torch.zeros((), device="cuda")
         self._keeper = self(lambda: torch.zeros((), device="cuda"))
 
     def __call__(self, function: Callable[[], None]) -> Graph:
+        """Capture a function."""
         graph, device = torch.cuda.CUDAGraph(), torch.device("cuda", torch.cuda.current_device())
         try:
-            # In turn: the beginning of a capture writes where graphs find their seed.
+            # In turn: the start of a capture writes the address where graphs read their seed.
             with _uncollected(), in_turn(device), _capture(graph, self._pool):
                 function()
         except torch.OutOfMemoryError:
@@ -88,23 +93,23 @@ class CudaGraphs:
 
 @contextmanager
 def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
-    """What is launched on the current stream goes into the graph, whichever thread launches it."""
+    """Record the launches on the current stream in a graph, from whichever thread they come."""
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):  # of an error that was there before
+        with suppress(RuntimeError):  # which a failed capture raises
             graph.capture_end()
         raise
     graph.capture_end()
 
 
 class Replays:
-    """Functions of no arguments, each captured at its second call, and replayed.
+    """Functions without arguments that are captured at their second call, then replayed.
 
-    A function may only read and write tensors that stay where they are, and must not wait for the
-    device. Its first call is an ordinary one: there, libraries choose their kernels, and optimizers
-    make their state.
+    A function may only read and write tensors that keep their addresses, and must not wait for the
+    device. The first call is an ordinary one, in which libraries choose their kernels and
+    optimizers create their state.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -113,7 +118,7 @@ class Replays:
         self._graphs: dict[Hashable, Graph] = {}
 
     def __call__(self, function: Callable[[], None], *key: Hashable) -> None:
-        """Do `function`, which for this key is always the same, or was until `forget`."""
+        """Call a function, or replay the one that was captured for this key."""
         if key not in self._warm:
             self._warm.add(key)
             function()
@@ -123,7 +128,7 @@ class Replays:
         self._graphs[key].replay()
 
     def forget(self) -> None:
-        """Begin again, with ordinary calls: what the graphs hold has changed."""
+        """Drop all graphs, because the tensors that they use have changed."""
         self._warm.clear()
         self._graphs.clear()
 
@@ -133,10 +138,10 @@ _last_turn: dict[torch.device, torch.cuda.Event] = {}
 
 @contextmanager
 def in_turn(device: torch.device) -> Iterator[None]:
-    """What is launched in this context waits, on the device, for what was launched in it before.
+    """Let launches wait, on the device, for earlier launches in such a context on any stream.
 
-    Whatever its stream: a process's graphs all find the seed of what is random in them, and how far
-    it has come, at the same two addresses of a device, where each replay writes them anew.
+    All graphs of a process read their random seed and offset at the same two addresses of a device,
+    and every replay writes these anew.
     """
     if device.type != "cuda":
         yield
@@ -151,10 +156,16 @@ def in_turn(device: torch.device) -> Iterator[None]:
 
 
 class CapturedLoop(PlainLoop):
-    """As `PlainLoop`, by graphs; its numbers are the same up to rounding.
+    """The plain loop by graphs; its numbers are the same up to rounding.
 
-    For one set of training images and one of test images. capture: makes a graph of a function;
-    CUDA's, unless a test brings its own.
+    A loop serves one set of training images and one of test images.
+
+    Args:
+        model: The network.
+        optimizer: Of its parameters.
+        pruner: Or None.
+        autocast: The precision of the passes.
+        capture: Makes a graph of a function; tests replace `CudaGraphs`.
     """
 
     def __init__(
@@ -171,7 +182,7 @@ class CapturedLoop(PlainLoop):
         self._keep: dict[str, Tensor] = {}  # 1 where a parameter is free, 0 where it is held
         self._drawn: list[Tensor] = []
         self._device = device = next(model.parameters()).device
-        # On the device, where graphs find new learning rates; CUDA's fused kernels read floats.
+        # On the device, where graphs read new learning rates; CUDA's fused kernels need float32.
         kind = torch.float32 if device.type == "cuda" else torch.float64
         self._rates = [torch.zeros((), dtype=kind, device=device) for _ in optimizer.param_groups]
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
@@ -180,7 +191,7 @@ class CapturedLoop(PlainLoop):
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
 
     def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """One pass over the training images."""
+        """Train on all images once."""
         launches = self.launch(batches, order, augment)
         while True:
             try:
@@ -191,10 +202,10 @@ class CapturedLoop(PlainLoop):
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
     ) -> Generator[str, None, Totals]:
-        """`train`, which yields `GO_ON` after every `STEPS` steps, unless something is random.
+        """Do the same as `train`, and yield `GO_ON` every few steps, unless something is random.
 
-        A device takes so many launches ahead and no more. A whole epoch of one run would fill it,
-        and the others' streams would stay empty meanwhile.
+        A device queues a limited number of launches. A whole epoch of one run would fill the queue
+        while the other runs' streams stay empty.
         """
         self.model.train()
         self._refresh()
@@ -214,7 +225,7 @@ class CapturedLoop(PlainLoop):
         return self._totals(images)
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
-        """One pass over the test images, in batches of `size`."""
+        """Test on all images, in batches of `size`."""
         if self.pruner.busy:  # every pass changes weights
             return super().evaluate(batches, size)
         self.model.eval()
@@ -239,7 +250,7 @@ class CapturedLoop(PlainLoop):
         self._add(*score(self.model, self.autocast, x, y))
 
     def _rows(self, size: int) -> Tensor:
-        """The next places of a pass."""
+        """Return the next positions of a pass, and advance."""
         rows = self._position + torch.arange(size, device=self._device)
         self._position += size
         return rows
@@ -263,7 +274,7 @@ class CapturedLoop(PlainLoop):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Bring up to date what the graphs read, and forget them where they hold something else."""
+        """Update the masks and learning rates that graphs read; drop graphs that lack a mask."""
         held = self.pruner.held()
         if new := held.keys() - self._keep.keys():
             self._keep |= {name: torch.ones_like(self._parameters[name]) for name in new}
@@ -275,11 +286,11 @@ class CapturedLoop(PlainLoop):
                 group["lr"] = rate.fill_(group["lr"])
             if "capturable" in group:
                 group["capturable"] = True
-        # Not of the ordinary first step, of which it would warn.
+        # The ordinary first step would warn about this.
         self.optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def _sizes(images: int, size: int) -> Iterator[int]:
-    """Of each batch of a pass over so many images."""
+    """Iterate over the sizes of the batches of a pass."""
     for start in range(0, images, size):
         yield min(size, images - start)

@@ -88,8 +88,11 @@ def train_together(
     torch.set_num_threads(1)
     assert how.store is not None
     store, device = Store(how.store, how.results), assigned_device(how.device)
-    waiting, outcomes, notes = deque(work), {}, {}
-    with closing(Turns()) as turns:
+    waiting = deque(work)
+    outcomes: dict[str, Outcome] = {}
+    notes: dict[str, Note] = {}
+    turns: Turns[str] = Turns()
+    with closing(turns):
         while waiting or turns:
             while waiting and len(turns) < count:
                 config, seconds = waiting.popleft()

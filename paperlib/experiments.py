@@ -13,6 +13,7 @@ import pandas as pd
 from paperlib import claims, gates, landscape, sweep
 from paperlib.plans import (
     FIGURES,
+    LAST_FILTERS,
     PROFILES,
     TIERS,
     Scale,
@@ -29,6 +30,7 @@ from paperlib.runs import RunRecord, Store
 
 __all__ = [
     "FIGURES",
+    "LAST_FILTERS",
     "PROFILES",
     "TIERS",
     "Loaded",

@@ -317,16 +317,17 @@ class _Sweep:
             raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
         runs = [state.run for state in task.runs]
         begun = set(getattr(error, "runs", ()))
-        if task.together and not begun:  # the dead left their claims
-            claims = (self.store.path / "claims").glob("*")
-            begun = {path.stem for path in claims if path.suffix in (".json", ".lease")}
+        if task.together and not begun:  # the dead left their notes
+            begun = {path.name for path in (self.store.path / "progress").glob("*")}
         begun = begun.intersection(runs) or set(runs)
         whole = self.store.whole(runs) if task.together else set()
         for state in task.runs:
             if state.run in whole:
                 self.bar.done(state, None)
                 continue
-            self.tries[state.run] += state.run in begun
+            if state.run in begun:
+                self.tries[state.run] += 1
+                tasks.Note(self.store.path, state.run).remove()
             if self.tries[state.run] >= TRIES:
                 why = f"{error or type(error).__name__}, {TRIES} times"
                 self.store.fail(state.config, why)

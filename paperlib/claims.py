@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -122,7 +123,7 @@ def load(
 
 
 def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """T4's columns. Arrays are read only if all of its runs are there; one without is not done."""
+    """Add T4's columns. Arrays are read only if all of its runs are there."""
     names = ["curvature", "noise", "delta_w", "train_loss"]
     runs[names] = np.nan
     mine = (runs.figure == "figure-6") & (runs.network == VGG)
@@ -144,7 +145,7 @@ def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd
 
 
 def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
-    """One row a contrast, and one for each claim that has none."""
+    """Return one row a contrast, and one for each claim that has none."""
     rows = []
     for claim in claims:
         about = {
@@ -158,25 +159,25 @@ def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def to_dict(claim: Claim) -> dict:
-    """Everything about a claim as plain JSON types; None for numbers that there are not."""
-    content = {field.name: getattr(claim, field.name) for field in fields(claim)}
+def to_dict(claim: Claim) -> dict[str, Any]:
+    """Return all about a claim in JSON's types; None for numbers that there are not."""
+    content: dict[str, Any] = {field.name: getattr(claim, field.name) for field in fields(claim)}
     content["contrasts"] = [_row(contrast) for contrast in claim.contrasts]
     content["gates"] = [
         {f.name: getattr(gate, f.name) for f in fields(gate)} for gate in claim.gates
     ]
-    return _plain(content)
+    return {name: _plain(value) for name, value in content.items()}
 
 
 def _row(contrast: Contrast) -> dict[str, object]:
-    low, high = contrast.fitted.interval()
+    low, high = (np.asarray(limit).item() for limit in contrast.fitted.interval())
     return {
         "kind": contrast.kind,
         "contrast": contrast.name,
         "outcome": contrast.outcome,
         "n": contrast.n,
         "dropped": contrast.dropped,
-        "estimate": float(contrast.fitted.value),
+        "estimate": np.asarray(contrast.fitted.value).item(),
         "low": float(low),
         "high": float(high),
         "null": contrast.null,
@@ -191,7 +192,7 @@ _EMPTY = Contrast("", DESCRIBED, "", Fitted(math.nan, math.nan, 0), 0, 0)
 
 
 def _plain(value: object) -> object:
-    """A value in JSON's types."""
+    """Return a value in JSON's types."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -13,6 +13,7 @@ import pandas as pd
 from paperlib import claims, gates, landscape, sweep
 from paperlib.plans import (
     FIGURES,
+    LAST_FILTERS,
     PROFILES,
     TIERS,
     Scale,
@@ -29,6 +30,7 @@ from paperlib.runs import RunRecord, Store
 
 __all__ = [
     "FIGURES",
+    "LAST_FILTERS",
     "PROFILES",
     "TIERS",
     "Loaded",
@@ -60,7 +62,9 @@ def resolve(
         name: of the figure.
         profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
             if the store has all runs of the figure at that scale, else "demo".
-        data: as for `Scale`, and so are seeds and precision.
+        data: as for `Scale`.
+        seeds: as for `Scale`.
+        precision: as for `Scale`.
         store: the default store where None.
     """
     if profile == "auto":
@@ -86,7 +90,10 @@ def load(
 
     Args:
         name: of the figure.
-        profile: as for `resolve`, and so are data, seeds and precision.
+        profile: as for `resolve`.
+        data: as for `Scale`.
+        seeds: as for `Scale`.
+        precision: as for `Scale`.
         store: the default store where None.
         train: first train the runs that are missing, in worker processes.
 

@@ -249,27 +249,27 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
         "target": pruning.target,
         "fractions": ", ".join(f"{f:g}" for f in pruning.fractions),
     }
-    filters = isinstance(pruning, FilterPruning)
-    if filters:
+    events: tuple[tuple[int, ...], ...]
+    if isinstance(pruning, FilterPruning):
         described["score"] = pruning.score
         described["held at zero"] = "weights, batch norm" if pruning.norm else "weights"
+        events = pruning.epochs
     else:
         described["layers"] = ", ".join(pruning.layers)
         described["schedule"] = pruning.schedule
+        events = (pruning.epochs,)
     described["rate (% an event)"] = round(pruning.rate, 2)
-    if filters and pruning.scratch:
+    if isinstance(pruning, FilterPruning) and pruning.scratch:
         return described | {"event epochs": "before training"}
-    events = pruning.epochs if filters else (pruning.epochs,)
     most = max(range(len(events)), key=lambda i: pruning.fractions[i])
     gaps = [b - a for a, b in pairwise(events[most])]
     described["event epochs"] = _spans(events)
     described["steps between events"] = an_epoch * min(gaps) if gaps else "one event"
-    if filters:
+    if isinstance(pruning, FilterPruning):
         count = round(config.width * LAST_FILTERS[config.model])
         kept = math.ceil(round((1 - pruning.fractions[-1]) * count, 6))
-        described["dose (filters an event, last layer)"] = round(
-            (count - kept) / len(events[-1]), 1
-        )
+        dose = (count - kept) / len(events[-1])
+        described["dose (filters an event, last layer)"] = round(dose, 1)
     last = max(epochs[-1] for epochs in events)
     described["steps after the last event"] = an_epoch * (config.epochs - 1 - last)
     if config.noise is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -36,22 +37,25 @@ def collect(
     executor: Executor | None = None,
     device: str = "auto",
     jobs: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the records of all configurations; run first what the store lacks.
 
     Args:
         configs: the configurations.
         store: where records are; the default store where None.
-        executor: as for `execute`, and so are device, jobs and the options.
+        executor: as for `execute`.
+        device: as for `execute`.
+        jobs: as for `execute`.
+        **options: of `execute`.
 
     Returns:
         Two frames keyed by `run`: one row an epoch, and one row a run.
     """
     store = store or Store()
-    configs = unique(configs)
-    execute(configs, store, executor, device, jobs, **options)
-    return store.frames(configs)
+    named = unique(configs)
+    execute(named, store, executor, device, jobs, **options)
+    return store.frames(named)
 
 
 def execute(
@@ -101,21 +105,27 @@ def execute(
     found = states(configs, store)
     alone = [s for s in found if s.state == "failed" and not retry_failed]
     todo = [s for s in found if s.state in TO_RUN or (s.state == "failed" and retry_failed)]
-    failed, left = [], 0
+    failed: list[str] = []
+    left = 0
     if todo:
         path = None if send_back else str(store.path.absolute())
         how = How(path, store.results, device, fast, until)
         failed, left = _execute(todo, store, executor, jobs, per_device, how, tell)
+    _raise(failed, len(todo), alone)
+    return len(todo) - left
+
+
+def _raise(failed: list[str], count: int, alone: list[State]) -> None:
+    """Raise SweepError where runs failed, of so many, or failed before and were left alone."""
     problems = []
     if failed:
-        problems.append(f"{len(failed)} of {len(todo)} runs failed:")
+        problems.append(f"{len(failed)} of {count} runs failed:")
         problems += [f"  {line}" for line in failed]
     if alone:
         problems.append(f"{len(alone)} runs failed before and are left alone; {RETRY}:")
         problems += [f"  {state.config.title}: {state.error}" for state in alone]
     if problems:
         raise SweepError("\n".join(problems))
-    return len(todo) - left
 
 
 def _execute(
@@ -245,6 +255,7 @@ class _Sweep:
             self._submit(_Task([self.suspects.popleft()], False))  # one may be what they died of
 
     def _submit(self, task: _Task) -> None:
+        future: Future
         seconds = [0.0 if math.isnan(s) else s for s in map(self.bar.speeds.seconds, task.runs)]
         try:
             if task.together:
@@ -306,16 +317,17 @@ class _Sweep:
             raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
         runs = [state.run for state in task.runs]
         begun = set(getattr(error, "runs", ()))
-        if task.together and not begun:  # the dead left their claims
-            claims = (self.store.path / "claims").glob("*")
-            begun = {path.stem for path in claims if path.suffix in (".json", ".lease")}
+        if task.together and not begun:  # the dead left their notes
+            begun = {path.name for path in (self.store.path / "progress").glob("*")}
         begun = begun.intersection(runs) or set(runs)
         whole = self.store.whole(runs) if task.together else set()
         for state in task.runs:
             if state.run in whole:
                 self.bar.done(state, None)
                 continue
-            self.tries[state.run] += state.run in begun
+            if state.run in begun:
+                self.tries[state.run] += 1
+                tasks.Note(self.store.path, state.run).remove()
             if self.tries[state.run] >= TRIES:
                 why = f"{error or type(error).__name__}, {TRIES} times"
                 self.store.fail(state.config, why)

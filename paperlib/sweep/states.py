@@ -50,12 +50,12 @@ def unique(configs: Iterable[Config]) -> dict[str, Config]:
 
 def states(configs: Iterable[Config] | dict[str, Config], store: Store) -> list[State]:
     """Return the state of each configuration, in order."""
-    configs = configs if isinstance(configs, dict) else unique(configs)
-    found, failures = store.find(configs), store.failures()
+    named = configs if isinstance(configs, dict) else unique(configs)
+    found, failures = store.find(named), store.failures()
     own = set(store.own())
     return [
         _state(run, config, found.get(run), failures.get(run), run in own, store)
-        for run, config in configs.items()
+        for run, config in named.items()
     ]
 
 
@@ -85,9 +85,9 @@ def _state(
 
 def missing(configs: Iterable[Config], store: Store) -> list[Config]:
     """Return the configurations that have no whole record in the store."""
-    configs = unique(configs)
-    whole = store.whole(configs)
-    return [config for run, config in configs.items() if run not in whole]
+    named = unique(configs)
+    whole = store.whole(named)
+    return [config for run, config in named.items() if run not in whole]
 
 
 def by_figure(plans: Mapping[str, pd.DataFrame], store: Store) -> dict[str, list[State]]:

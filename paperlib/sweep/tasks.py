@@ -88,8 +88,11 @@ def train_together(
     torch.set_num_threads(1)
     assert how.store is not None
     store, device = Store(how.store, how.results), assigned_device(how.device)
-    waiting, outcomes, notes = deque(work), {}, {}
-    with closing(Turns()) as turns:
+    waiting = deque(work)
+    outcomes: dict[str, Outcome] = {}
+    notes: dict[str, Note] = {}
+    turns: Turns[str] = Turns()
+    with closing(turns):
         while waiting or turns:
             while waiting and len(turns) < count:
                 config, seconds = waiting.popleft()
@@ -97,6 +100,7 @@ def train_together(
                     outcomes[config.identity] = checkpoints.Stopped("there is no time for it")
                     continue
                 note = notes[config.identity] = Note(store.path, config.identity)
+                note.write(0)
                 alone = min(count, len(work)) == 1
                 steps = training.by_turns(
                     config, store, device, note, alone=alone, fast=how.fast, until=how.until
@@ -124,23 +128,24 @@ def _outcome(result: RunRecord | Exception) -> Outcome:
 
 
 class Note:
-    """Notes in the store, about once a second, how many epochs of a run are done."""
+    """Notes in the store that a run has begun, and about once a second how far it is."""
 
     def __init__(self, store: Path, run: str) -> None:
         self.path, self.last = store / "progress" / run, time.monotonic()
-        self.written = False
 
     def __call__(self, moment: Any) -> None:
         """Note the end of an epoch, a `training.Moment`."""
         if time.monotonic() - self.last >= NOTE_SECONDS:
             self.last = time.monotonic()
-            with suppress(OSError):
-                self.path.parent.mkdir(exist_ok=True)
-                self.path.write_text(str(moment.epoch + 1))
-                self.written = True
+            self.write(moment.epoch + 1)
+
+    def write(self, epochs: int) -> None:
+        """Note how many epochs are done."""
+        with suppress(OSError):
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(str(epochs))
 
     def remove(self) -> None:
-        """Remove the note, unless it is that of another process which has claimed the run."""
-        if self.written:
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
+        """Remove the note."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)

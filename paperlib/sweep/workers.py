@@ -13,7 +13,8 @@ from multiprocessing import connection, current_process, get_context, parent_pro
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 PAUSES_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0)  # before a device that is busy is tried again
 GUARD = (
     "the worker processes ended as they started. A script that starts runs has to do so below "

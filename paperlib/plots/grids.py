@@ -72,7 +72,7 @@ def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> 
         dynamics(ax, shown, looks(shown))
         focus(ax, settled(shown))
         ax.set_title(kind)
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 2}
         ax.legend(title="noise in training batches", title_fontsize=7, **below)
     return figure
 

@@ -5,6 +5,7 @@ The picture is an image that widgets show, so that nothing is drawn by the kerne
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -70,8 +71,8 @@ class Explorer(widgets.VBox):
         self.run = widgets.Dropdown(description="run")
         self.picture, self.words = widgets.Image(format="png"), widgets.HTML()
         choices = [self.profile, self.network, self.x, self.y, self.run]
-        super().__init__([widgets.HBox(choices[:2]), widgets.HBox(choices[2:4]), self.run])
-        self.children = (*self.children, self.picture, self.words)
+        rows = [widgets.HBox(choices[:2]), widgets.HBox(choices[2:4]), self.run]
+        super().__init__([*rows, self.picture, self.words])
         if runs.empty:
             self.words.value = "There are no runs yet: draw a figure first."
             return
@@ -126,9 +127,9 @@ def _dots(ax: Axes, runs: pd.DataFrame, chosen: pd.Series, x: str, y: str) -> No
     by = "label" if runs.label.nunique() <= MOST_NAMES else "method"
     style = plots.looks(runs, by)
     for label, group in runs.groupby(by, sort=False):
-        look = {key: style[label][key] for key in ("color", "marker")}
+        look: dict[str, Any] = {key: style[label][key] for key in ("color", "marker")}
         ax.scatter(group[x], group[y], s=20, edgecolor="white", lw=0.5, label=label, **look)
-    ring = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2}
+    ring: dict[str, Any] = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2}
     ax.scatter(chosen[x], chosen[y], s=90, **ring)
     ax.set(xlabel=NAMES[x], ylabel=NAMES[y])
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -64,12 +64,12 @@ def measure(loaded: "Loaded") -> pd.DataFrame:
             networks[method, "masked"] = masked
             networks[method, "compact"] = compact(masked, pruner)
     for key, network in networks.items():
-        units, inputs = network.get_submodule("dense").weight.shape
+        units, inputs = network.get_parameter("dense.weight").shape
         layers[key] = {"inputs": inputs, "units": units}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        table = cost_table(networks, repeats=REPEATS)
+        table = cost_table({" ".join(key): net for key, net in networks.items()}, repeats=REPEATS)
     finally:
         torch.set_num_threads(threads)
     table.index = pd.MultiIndex.from_tuples(list(networks), names=["method", "form"])

@@ -6,8 +6,10 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from filelock import FileLock
 
-from paperlib import experiments
+from paperlib import experiments, sweep
+from paperlib.runs import Store
 
 ROOT = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = {str(p.relative_to(ROOT).with_suffix("")): p for p in sorted(ROOT.rglob("*.ipynb"))}
@@ -25,14 +27,18 @@ PARAMETERS = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, worker_id) -> Path:
-    """A folder that all workers of pytest-xdist share; runs are locked, so each is done once."""
+    """A folder that all workers of pytest-xdist share, with one seed of every run, trained once."""
     base = tmp_path_factory.getbasetemp()
     shared = (base if worker_id == "master" else base.parent) / "notebooks"
     shared.mkdir(exist_ok=True)
+    with FileLock(shared / "lock"):
+        sweep.collect(
+            experiments.queue(experiments.Scale("smoke", seeds=1)), Store(shared / "runs")
+        )
     return shared
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, folder, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(folder / "runs"))

@@ -1,10 +1,12 @@
 """Settings of one's own: which runs they are, and their verdict on runs with a known truth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from paperlib import experiments, overview, own
+from paperlib import experiments, overview, own, sizes
 
 SEEDS = 10
 SCORE = "my_pruning:unlike"
@@ -91,3 +93,14 @@ def test_the_overview_names_every_claim_and_links_its_figures(tmp_path, monkeypa
             assert f"({experiments.FIGURES[figure].notebook}.ipynb)" in row
     links = overview.figures()
     assert all(f"({f.notebook}.ipynb)" in links for f in experiments.FIGURES.values())
+
+
+def test_a_table_of_sizes_that_is_kept_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERLIB_RESULTS", str(tmp_path))
+    index = pd.MultiIndex.from_tuples(
+        [("No Pruning", "dense"), ("Prune_L", "compact")], names=["method", "form"]
+    )
+    table = pd.DataFrame({"nonzero": [100, 15], "ms_batch_1": [0.5, 0.4]}, index=index)
+    table.to_csv(sizes.kept("small"))
+    loaded = SimpleNamespace(scale=experiments.Scale("small"), plan=None, records=None)
+    pd.testing.assert_frame_equal(sizes.sizes(loaded), table)

@@ -1,6 +1,7 @@
 """Forms with a line a setting: by epoch, by iterative pruning rate, by fraction, by rank."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
         raise ValueError("a run without pruning events has no instability to show")
     pruned = pruned.assign(stability=stability(pruned.pre, pruned.post), at=pruned.epoch + 1)
     ax.scatter(pruned["at"], pruned.pre, s=14, color="0.2", label="just before", zorder=3)
-    open_dots = {"facecolor": "white", "edgecolor": color, "zorder": 3}
+    open_dots: dict[str, Any] = {"facecolor": "white", "edgecolor": color, "zorder": 3}
     ax.scatter(pruned["at"], pruned.post, s=16, label="just after", **open_dots)
     worst = pruned.loc[pruned.stability.idxmin()]
     right_half = worst["at"] > (at.min() + at.max()) / 2

@@ -1,6 +1,7 @@
 """Whole figures of several panels that only one notebook draws."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> 
         dynamics(ax, shown, looks(shown))
         focus(ax, settled(shown))
         ax.set_title(kind)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 2}
         ax.legend(title="noise in training batches", title_fontsize=7, **below)
     return figure
 

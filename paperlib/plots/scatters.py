@@ -1,6 +1,7 @@
 """Forms with a dot a run: one measure against another, and one measure by setting."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -174,7 +175,13 @@ def by_setting(
     ax.plot(np.add.outer(at, shift), wide.T, color="0.85", lw=0.7, zorder=1)
     for i, label in enumerate(wide):
         color, marker = style[label]["color"], style[label]["marker"]
-        dots = {"s": 18, "color": color, "marker": marker, "edgecolor": "white", "linewidth": 0.5}
+        dots: dict[str, Any] = {
+            "s": 18,
+            "color": color,
+            "marker": marker,
+            "edgecolor": "white",
+            "linewidth": 0.5,
+        }
         ax.scatter(i + shift, wide[label], **dots, zorder=3)
         mean = stats.mean(wide[label].dropna())
         error = [[mean.value - mean.low], [mean.high - mean.value]] if mean.n > 1 else None

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Look = dict[str, str]
+Look = dict[str, Any]
 
 PALETTE = {
     "No Pruning": "#000000",
@@ -30,7 +30,7 @@ LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "////", "....", "xxxx")
 MARKERS = ("o", "^", "s", "D")
 PANEL = (3.4, 2.7)
-BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 STABILITY = "mean stability (%)"
 ACCURACY = "test accuracy (%)"
 BEST = "best test accuracy (%)"
@@ -106,8 +106,8 @@ def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
 
 def focus(ax: Axes, values: Iterable[float], margin: float = 0.12) -> None:
     """Limit the y axis to the given values and a margin, so that early epochs may leave it."""
-    values = pd.Series(values, dtype=float).dropna()
-    low, high = values.min(), values.max()
+    series = pd.Series(values, dtype=float).dropna()
+    low, high = series.min(), series.max()
     room = max(high - low, 0.5) * margin
     ax.set_ylim(low - room, high + room)
 

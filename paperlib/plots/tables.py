@@ -16,18 +16,15 @@ def numbers(runs: pd.DataFrame, columns: Mapping[str, str], by: str = "label") -
         by: The column that names settings.
 
     Returns:
-        Rounded to 2 digits after the point, or to 3 digits where values are small.
+        Rounded to 2 digits after the point, or to 4 in columns whose means are all below 1.
     """
     groups = runs.groupby(["network", by], sort=False)
     parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
     table = pd.concat(parts, axis=1).rename(columns={"std": "sd"}, level=1)
     table["n", ""] = groups.size()
-    return table.rename_axis(["network", "setting"]).round(2 if _is_large(table) else 4)
-
-
-def _is_large(table: pd.DataFrame) -> bool:
-    """Whether no column of the table has only values below 0.1."""
-    return bool((table.abs().max().dropna() >= 0.1).all())
+    for name in columns.values():
+        table[name] = table[name].round(2 if table[name, "mean"].abs().max() >= 1 else 4)
+    return table.rename_axis(["network", "setting"])
 
 
 def gates(frame: pd.DataFrame) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def begin(script: Path, store: Path) -> subprocess.Popen:
 
 def trains(store: Path, since: float) -> bool:
     """Whether a run was claimed since then."""
-    for path in store.glob("claims/*.json"):
+    for path in store.glob("claims/*.lease"):
         with suppress(FileNotFoundError):
             if path.stat().st_mtime > since:
                 return True

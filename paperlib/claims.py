@@ -108,7 +108,7 @@ def load(
     length = {run: config.epochs for run, config in zip(runs.run, runs.config, strict=True)}
     entries = [
         entry
-        for entry in store.find(length).values()
+        for entry in store.find(runs.config).values()
         if isinstance(entry, Entry) and entry.count == length[entry.run]
     ]
     there = {entry.run for entry in entries}

@@ -134,7 +134,7 @@ class Loaded:
     @cached_property
     def _there(self) -> list[str]:
         """Identities of the runs that have a whole record, in the plan's order."""
-        whole = self.store.whole(self.plan.run)
+        whole = self.store.whole(self.plan.config)
         return [run for run in dict.fromkeys(self.plan.run) if run in whole]
 
     @property

@@ -142,6 +142,17 @@ def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Confi
     return list(ordered.values())
 
 
+def is_setting(config: Config) -> bool:
+    """Return whether a figure has this setting, in any profile and with any seed."""
+    return config.with_(seed=0).identity in _settings(config.data, config.precision)
+
+
+@cache
+def _settings(data: str, precision: str) -> set[str]:
+    scales = [Scale(profile, data, 1, precision) for profile in PROFILES]
+    return {run for name in FIGURES for scale in scales for run in plan(name, scale).run}
+
+
 def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Join a frame keyed by `run` (a store's epochs or runs) with a plan's columns on each run.
 
@@ -282,19 +293,3 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
 def _spans(layers: tuple[tuple[int, ...], ...]) -> str:
     """Describe event epochs by layer: first to last (events)."""
     return "; ".join(f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in layers)
-
-
-def is_setting(config: Config) -> bool:
-    """Return whether a configuration is a setting of some figure, at any profile and seed."""
-    return config.with_(seed=0).identity in _settings(config.data, config.precision)
-
-
-@cache
-def _settings(data: str, precision: str) -> frozenset[str]:
-    """Return the identities of all settings with these images and this precision, at seed 0."""
-    return frozenset(
-        run
-        for name in FIGURES
-        for profile_name in PROFILES
-        for run in plan(name, Scale(profile_name, data, 1, precision)).run
-    )

@@ -32,7 +32,6 @@ from paperlib.diagnostics import (
     measured_flatness,
 )
 from paperlib.extras import fast as faster
-from paperlib.inputs import ChangedInputs, stored  # noqa: F401
 from paperlib.loop import PlainLoop, Totals
 from paperlib.networks import (  # noqa: F401
     AnyPruner,
@@ -89,7 +88,7 @@ def run(
         ValueError: The run is impossible, for example because of its layers, data or image size
             (ConfigError, PruningError, DataError). Raised before training.
         StoreError: The store cannot be written, or its record was made with other data or code
-            (`ChangedInputs`).
+            (`runs.Mismatch`).
         TrainingError: The loss is not finite, or the process that had claimed the run failed.
         locks.Lost: Another process took the run over.
     """
@@ -154,8 +153,8 @@ def steps(
         failure = store.failure(config.identity)
         if failure != earlier and failure is not None:
             raise TrainingError(f"{config.title} failed in another process: {failure}")
-        if config.identity in store:
-            return stored(config, store)
+        if config in store:
+            return store.read(config)
         dataset = inputs.images_of(config, store.path / "data")
         made_of = inputs.checksums(config, dataset.checksum)
         checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
@@ -170,7 +169,7 @@ def steps(
                 store.fail(config, error)
             raise
         claim.check()
-        if config.identity not in store:  # a record that was copied there meanwhile stays
+        if config not in store:  # a record that was copied there meanwhile stays
             store.write(record)
         checkpoints.discard(store.path, config.identity)
         return store.read(config.identity)

@@ -116,7 +116,7 @@ def record(config, seconds: float) -> RunRecord:
     return RunRecord(config, pd.DataFrame(rows))
 
 
-STATES = ["done", "partial", "failed", "damaged", "missing"]
+STATES = ["done", "partial", "failed", "damaged", "changed", "missing"]
 SEVEN = Scale("smoke", seeds=7)
 
 
@@ -140,7 +140,7 @@ def test_status(paperlib, half_done):
     code, out, err = paperlib(*line.split(), "--json")
     one, other = json.loads(out)
     assert (code, err) == (0, "")
-    assert [one[name] for name in ("figure", "runs", *STATES)] == ["figure-1", 7, 2, 0, 1, 2, 2]
+    assert [one[name] for name in ("figure", "runs", *STATES)] == ["figure-1", 7, 2, 0, 1, 2, 0, 2]
     assert one["hours"] == pytest.approx(5)  # 3600 seconds for each of the five not done
     states = [state["state"] for state in one["states"]]
     assert states == ["done", "done", "failed", "damaged", "damaged", "missing", "missing"]
@@ -149,7 +149,7 @@ def test_status(paperlib, half_done):
     _, out, _ = paperlib(*line.split())
     header, first, _, *told = out.splitlines()
     assert header.split() == ["figure", "runs", *STATES, "hours", "unknown"]
-    assert first.split() == ["figure-1", "7", "2", "0", "1", "2", "2", "5.00", "0"]
+    assert first.split() == ["figure-1", "7", "2", "0", "1", "2", "0", "2", "5.00", "0"]
     assert [text.split(":")[0] for text in told] == ["failed", "damaged", "damaged"]
     assert len(paperlib(*line.split(), "-v")[1].splitlines()) == 3 + 7 + 7
 

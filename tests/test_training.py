@@ -15,8 +15,8 @@ from torch import nn
 from paperlib import checkpoints, data, inputs, models, training
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
 from paperlib.pruning import PruningError
-from paperlib.runs import RunRecord, Store, StoreError
-from paperlib.training import ChangedInputs, TrainingError, run
+from paperlib.runs import Mismatch, RunRecord, Store, StoreError
+from paperlib.training import TrainingError, run
 
 
 @pytest.fixture(scope="module")
@@ -430,10 +430,10 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
     assert record.provenance["source"] is None
     assert run(config, store, "cpu").provenance == record.provenance
     write_images(tmp_path / "images", 8)
-    with pytest.raises(ChangedInputs, match=f"{config.identity}(.|\n)*{then}"):
+    with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{then}"):
         untouched(config, store)
     (result,) = training.run_together([config], store, "cpu")
-    assert isinstance(result, ChangedInputs)
+    assert isinstance(result, Mismatch)
     assert run(config, Store(tmp_path / "other"), "cpu").provenance["data"] != then
     write_images(tmp_path / "images", 7)
     assert untouched(config, store).provenance == record.provenance
@@ -463,7 +463,7 @@ def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
         untouched(config, store)
     score.write_text(SCORE.format("amin"))
     for name, config in configs.items():
-        with pytest.raises(ChangedInputs, match=f"{config.identity}(.|\n)*{sources[name]}"):
+        with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{sources[name]}"):
             untouched(config, store)
 
 
@@ -474,7 +474,7 @@ def test_a_record_without_checksums_is_taken(tmp_path, monkeypatch):
         store.write(RunRecord(config, frame, provenance=about))
         assert untouched(config, store).provenance == about
     store.write(RunRecord(SCRATCH, frame, provenance={"data": "cd" * 16}))
-    with pytest.raises(ChangedInputs, match="cd" * 16):
+    with pytest.raises(Mismatch, match="cd" * 16):
         untouched(SCRATCH, store)
     monkeypatch.setattr(inputs.provenance, "known_checksum", lambda *_: None)
     untouched(SCRATCH, store)

@@ -142,7 +142,7 @@ def status_command(
     every = context.find_root().obj.get("verbose")
     shown = {state.run: state for mine in found.values() for state in mine}
     for state in shown.values():
-        if every or state.state in ("partial", "failed", "damaged"):
+        if every or state.state in ("partial", "failed", "damaged", "changed"):
             why = f"{state.why}: {state.error}" if state.error else state.why
             click.echo(f"{state.state}: {state.config.title}: {why}")
 

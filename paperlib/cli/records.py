@@ -95,7 +95,7 @@ def import_command(sources: tuple[str, ...], store: str | None) -> None:
 @STORE
 @VERBOSE
 def clean_command(yes: bool, store: str | None) -> None:
-    """Remove what no current setting refers to, and what unfinished or failed runs left."""
+    """Remove records of no present setting, and what unfinished or failed runs left."""
     where = runs.Store(store)
     unused = archive.leftovers(where, is_setting)
     if not unused:

@@ -55,7 +55,7 @@ def collect(
     store = store or Store()
     named = unique(configs)
     execute(named, store, executor, device, jobs, **options)
-    return store.frames(named)
+    return store.frames(named.values())
 
 
 def execute(
@@ -96,13 +96,15 @@ def execute(
 
     Raises:
         SweepError: runs failed, now or before; the others were run all the same.
-        StoreError: the store cannot be written.
+        StoreError: the store cannot be written, or has records of other data or code.
         workers.WorkersError: worker processes cannot be started.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be a positive number, got {minutes}")
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)
+    if changed := [state.error or "" for state in found if state.state == "changed"]:
+        raise StoreError("\n".join(changed))
     alone = [s for s in found if s.state == "failed" and not retry_failed]
     todo = [s for s in found if s.state in TO_RUN or (s.state == "failed" and retry_failed)]
     failed: list[str] = []

@@ -10,10 +10,11 @@ import pandas as pd
 from paperlib import checkpoints, locks
 from paperlib.config import Config
 from paperlib.packs import Entry
-from paperlib.runs import Store, StoreError
+from paperlib.runs import Mismatch, Store, StoreError
+from paperlib.store.store import by_identity as unique
 from paperlib.sweep import costs
 
-STATES = ("done", "partial", "failed", "damaged", "missing")
+STATES = ("done", "partial", "failed", "damaged", "changed", "missing")
 TO_RUN = ("partial", "damaged", "missing")
 
 
@@ -43,15 +44,10 @@ class State:
         return self.config.epochs - self.epochs
 
 
-def unique(configs: Iterable[Config]) -> dict[str, Config]:
-    """Return configurations by identity: those that are the same run appear once."""
-    return {config.identity: config for config in configs}
-
-
 def states(configs: Iterable[Config] | dict[str, Config], store: Store) -> list[State]:
     """Return the state of each configuration, in order."""
     named = configs if isinstance(configs, dict) else unique(configs)
-    found, failures = store.find(named), store.failures()
+    found, failures = store.find(named.values()), store.failures()
     own = set(store.own())
     return [
         _state(run, config, found.get(run), failures.get(run), run in own, store)
@@ -70,6 +66,9 @@ def _state(
     if isinstance(record, Entry):
         where = "in the store" if own else "in results"
         return State(run, config, "done", config.epochs, f"not run: {where}")
+    if isinstance(record, Mismatch):
+        why = "not run: its record is of other data or code"
+        return State(run, config, "changed", config.epochs, why, str(record))
     epochs = checkpoints.progress(store.path, run) or 0
     resumed = f"resumes from epoch {epochs}" if epochs else "starts from its first epoch"
     if record is not None:
@@ -86,7 +85,7 @@ def _state(
 def missing(configs: Iterable[Config], store: Store) -> list[Config]:
     """Return the configurations that have no whole record in the store."""
     named = unique(configs)
-    whole = store.whole(named)
+    whole = store.whole(named.values())
     return [config for run, config in named.items() if run not in whole]
 
 

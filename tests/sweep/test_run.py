@@ -17,6 +17,7 @@ from paperlib import sweep
 from paperlib.config import Config, FilterPruning, Flatness
 from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.sweep import SweepError, costs, workers
+from tests.store.helpers import record
 
 torch.set_num_threads(1)
 
@@ -341,3 +342,20 @@ def test_the_end_of_a_sweep_half_way(store, tmp_path, to):
         for member in group_members(process.pid):
             os.kill(member, signal.SIGKILL)
     assert len(store.identities()) == len(store.runs()) == 1
+
+
+def test_records_of_other_data_or_folders(store, tmp_path):
+    """They stop a sweep before anything is run, and count as neither done nor missing."""
+    known = record(QUICK, data="0" * 32)
+    store.write(known)
+    alike = [QUICK.with_(data=f"images:{tmp_path / place / 'photos'}") for place in "ab"]
+    store.write(record(alike[0]))
+    for configs in ([QUICK], [alike[1]]):
+        (state,) = sweep.states(configs, store)
+        assert state.state == "changed"
+        for use in (sweep.execute, sweep.collect, sweep.missing):
+            with pytest.raises(StoreError, match=configs[0].identity):
+                use(configs, store)
+    with pytest.raises(StoreError, match="photos"):
+        sweep.collect(alike, store)
+    assert len(store.own()) == 2

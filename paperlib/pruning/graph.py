@@ -158,13 +158,18 @@ class Traced:
 
 
 def trace(model: nn.Module, training: bool, *leaves: type) -> Traced:
-    """Trace a network's forward pass in one of its modes; all modes are as before afterwards.
+    """Trace a network's forward pass, and leave its mode and torch's generators as they were.
 
-    leaves: further types of modules not to look into. Raises whatever the tracing raises.
+    Args:
+        model: the network.
+        training: in which mode to trace it.
+        leaves: further types of modules not to look into.
+
+    Raises whatever the tracing raises.
     """
     tracer = Tracer(*leaves)
     try:
-        with _in_mode(model, training):
+        with _in_mode(model, training), torch.random.fork_rng(devices=[]):
             graph = tracer.trace(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         return Traced(graph, modules, tracer.returns)

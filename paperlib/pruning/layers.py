@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import is_lazy
-from torch.nn.utils import parametrize
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
@@ -158,11 +157,11 @@ def weight_refusal(
     kind = type(module).__name__
     if has_own_forward(module, base):
         return f"{kind} has a forward pass of its own, which may use its weights in any way"
-    if is_lazy(getattr(module, names[0], None)):
+    if is_lazy(module._parameters.get(names[0])):
         return f"{kind} has no weights yet: run it on a batch first"
     for name in names:
         parameter = module._parameters.get(name)
-        if parameter is None or parametrize.is_parametrized(module):
+        if parameter is None:
             return (
                 f"its {name} is computed (weight_norm, spectral_norm, prune or another "
                 "parametrization): make that permanent, or remove it first"

@@ -24,6 +24,7 @@ def mask_of(module: nn.Module) -> Tensor | None:
     return None if mask is None else mask.flatten()
 
 
+@torch.inference_mode(False)  # it is kept for training, whenever it is made
 def set_mask(module: nn.Module, keep: Tensor) -> None:
     """Have a module multiply its output, or a `ResidualSum` its shortcut, by a mask.
 

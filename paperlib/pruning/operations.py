@@ -57,6 +57,9 @@ SPATIAL = functions(
     *(nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.LocalResponseNorm, nn.ZeroPad2d),
     *(nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
 }
+TO_A_SIZE = functions("adaptive_avg_pool2d adaptive_max_pool2d") | {
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+}
 # Of these, a channel also depends on others, but zero stays zero.
 ACROSS = functions("local_response_norm") | {nn.LocalResponseNorm}
 REDUCE = functions("mean sum amax")
@@ -65,9 +68,9 @@ STACK = functions("stack")
 FLATTEN = functions("flatten") | {nn.Flatten}
 VIEW = functions("view reshape")
 INDEX = {operator.getitem}
-UNSQUEEZE = functions("unsqueeze")
+UNSQUEEZE, SQUEEZE = functions("unsqueeze"), functions("squeeze")
 # Values are moved, averaged over pixels, or surrounded by zeros.
-MOVES = FLATTEN | VIEW | INDEX | UNSQUEEZE | REDUCE | {F.pad, nn.ConstantPad2d}
+MOVES = FLATTEN | VIEW | INDEX | UNSQUEEZE | SQUEEZE | REDUCE | {F.pad, nn.ConstantPad2d}
 # What tells a tensor's shape or type, and no value of it.
 SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "get_device", "is_floating_point"}
 SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}

@@ -43,11 +43,15 @@ def channels_of(traced: Traced, node: fx.Node) -> int | None:
         sizes = _sizes(node)
         source, dim = _size(sizes[1] if len(sizes) > 1 else None)
         return channels_of(traced, source) if dim == 1 else None
-    pixels = key is F.pad and len(node.args[1]) <= 4
-    if pixels or key in ops.PASSING | ops.ACTIVATIONS | ops.ELEMENTWISE | ops.SPATIAL:
-        known = (channels_of(traced, source) for source in tensors)
-        return next((count for count in known if count is not None), None)
-    return channels_of(traced, tensors[0]) if key is ResidualSum else None
+    if key in ops.ELEMENTWISE:
+        counts = [channels_of(traced, source) for source in tensors]
+        most = max((count for count in counts if count is not None), default=None)
+        # A tensor of one channel is spread over the other's.
+        return None if most == 1 and None in counts else most
+    pads = argument(node, 1, "pad") if key is F.pad else ()
+    pixels = isinstance(pads, tuple | list) and len(pads) <= 4
+    same = key in ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | {ResidualSum, F.pad}
+    return channels_of(traced, tensors[0]) if same and pixels else None
 
 
 def norm_channels(norm: nn.Module) -> int:
@@ -74,7 +78,9 @@ def laid_out(
     if key in ops.REDUCE:
         over = argument(node, 1, "dim")
         over = [over] if isinstance(over, int) else over
-        if not over or any(not isinstance(d, int) or d % dims < 2 for d in over):
+        if not over or not isinstance(over, tuple | list):
+            return None
+        if not all(isinstance(d, int) and d % dims >= 2 for d in over):
             return None
         kept = argument(node, 2, "keepdim", False)
         return Layout(before.channels, dims if kept else dims - len(over))
@@ -84,6 +90,14 @@ def laid_out(
         dim = argument(node, 1, "dim")
         fits = isinstance(dim, int) and dim % (dims + 1) >= 2
         return Layout(before.channels, dims + 1) if fits else None
+    if key in ops.SQUEEZE:
+        dim = argument(node, 1, "dim")
+        if before.flat or not _one_pixel(traced, traced.tensors(node)[0]):
+            return None
+        if dim is None:
+            return Layout(before.channels, 2)
+        fits = isinstance(dim, int) and dim % dims >= 2
+        return Layout(before.channels, dims - 1) if fits else None
     return _padded(traced.module(node), node, before)
 
 
@@ -156,6 +170,19 @@ def _becomes_images(traced: Traced, node: fx.Node) -> bool:
     mixing = ops.MIXING - {nn.Linear}
     keys = {traced.key(user) for user in seen}
     return bool(keys & (mixing | ops.VIEW | ops.UNSQUEEZE | {nn.Unflatten, "unflatten"}))
+
+
+def _one_pixel(traced: Traced, node: fx.Node) -> bool:
+    """Whether a tensor is known to have been pooled to one pixel."""
+    key, module = traced.key(node), traced.module(node)
+    if key in ops.TO_A_SIZE:
+        size = argument(node, 1, "output_size") if module is None else module.output_size
+        return size in (1, (1, 1), [1, 1])
+    if key in ops.REDUCE:
+        over = argument(node, 1, "dim")
+        return argument(node, 2, "keepdim", False) is True and isinstance(over, tuple | list)
+    through = key in ops.PASSING | ops.ACTIVATIONS | ops.ELEMENTWISE | ops.SQUEEZE
+    return through and all(_one_pixel(traced, source) for source in traced.tensors(node))
 
 
 def _indexed(index: object, before: Layout) -> Layout | None:

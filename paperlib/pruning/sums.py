@@ -43,7 +43,7 @@ class Sums:
     def branch(self, node: fx.Node) -> fx.Node | None:
         """Return the operand that is the sum's branch, None where no operand is the deepest."""
         if self.traced.key(node) is ResidualSum:
-            return self._operands(node)[0]
+            return node.kwargs.get("branch", next(iter(node.args), None))
         if node not in self._branches:
             self._branches[node] = self._deepest(self.operands(node))
         return self._branches[node]
@@ -90,7 +90,9 @@ class Sums:
 
     def _is_stack(self, node: fx.Node) -> bool:
         """Whether a reduction is over the dimension that a stack of tensors has made for it."""
-        stack = node.all_input_nodes[0]
+        stack = next(iter(node.all_input_nodes), None)
+        if stack is None:
+            return False
         if self.traced.key(stack) not in ops.STACK or len(stack.users) != 1:
             return False
         made = stack.kwargs.get("dim", stack.args[1] if len(stack.args) > 1 else 0)

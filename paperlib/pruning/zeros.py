@@ -51,6 +51,10 @@ class Channels:
     normed: bool = False
     spoilt: fx.Node | None = None
 
+    def aligned(self, filters: int) -> bool:
+        """Whether the tensor's channels are these filters, one for one, and it is not flattened."""
+        return (self.total, self.offsets, self.dims, self.flat) == (filters, (0,), 4, False)
+
     def same_place(self, other: "Channels") -> bool:
         """Whether the filters are where they are in another tensor."""
         mine, its = ((c.offsets, c.dims, c.flat) for c in (self, other))
@@ -98,9 +102,9 @@ class Trail:
     Attributes:
         entries: by name of module, parameters that have to be zero with a filter of it.
         masks: by name of module, masks that residual sums need.
-        norms: names of the norms that the convolution's output meets before any activation.
-        observed: the `ResidualSum` that it meets so, by name, or None.
-        plain_sum: it meets a sum so that is not a `ResidualSum`.
+        norms: names of the norms of its output alone, before any activation.
+        observed: name of the `ResidualSum` that adds to its output alone, or None.
+        plain_sum: a sum that is not a `ResidualSum` does.
         passed: names of the modules that the filters pass through, their convolution first.
 
     Raises Refused or OnShortcut.
@@ -109,6 +113,7 @@ class Trail:
     def __init__(self, traced: Traced, sums: Sums, name: str) -> None:
         self.traced, self.sums, self.name = traced, sums, name
         self.calls = traced.calls(name)
+        self.filters = traced.modules[name].out_channels
         self.entries: dict[str, Entries] = {}
         self.masks: dict[str, Mask] = {}
         self.norms: list[str] = []
@@ -131,7 +136,7 @@ class Trail:
             state = self._rule(node)(node, found)
             self._check_in_place(node, state)
         if node in self.calls:
-            return Channels(self.traced.modules[self.name].out_channels)
+            return Channels(self.filters)
         return state
 
     def _rule(self, node: fx.Node) -> Callable[[fx.Node, list[Channels]], Channels | None]:
@@ -209,7 +214,7 @@ class Trail:
         norm, first = self.traced.module(node), found[0]
         if isinstance(norm, nn.GroupNorm):  # its statistics are of several channels
             self._check_unspoilt(node, found)
-        if first.direct and not first.normed:
+        if first.direct and not first.normed and first.aligned(self.filters):
             self.norms.append(node.target)
         names = tuple(n for n in ("weight", "bias") if getattr(norm, n) is not None)
         if names:
@@ -284,10 +289,11 @@ class Trail:
             )
         module = self.traced.modules[where]
         self._note(self.masks, where, Mask(module, channels.total, channels.offsets))
-        if isinstance(module, ResidualSum):
-            self.observed = where if channels.direct else self.observed
-        else:
-            self.plain_sum = self.plain_sum or channels.direct
+        if channels.direct and channels.aligned(self.filters):
+            if isinstance(module, ResidualSum):
+                self.observed = where
+            else:
+                self.plain_sum = True
         return replace(channels, direct=False)
 
     def _zero(self, node: fx.Node, names: tuple[str, ...], channels: Channels) -> None:

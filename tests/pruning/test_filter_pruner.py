@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from pruned_networks import (
     WIDTHS,
     exactly_kept,
@@ -380,6 +381,29 @@ def test_a_pruned_network_computes_no_masks():
         for names in (operations(model, x), dense)
     )
     assert ours == dense
+
+
+def test_pruned_in_inference_mode_and_trained_on():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), torchvision.models.resnet.BasicBlock(8, 8))
+    for model, name in ((plain, "1.conv2"), (network("resnet20", double=False), "blocks.8.conv2")):
+        pruner = FilterPruner(model, [0.5], layers=[name])
+        with torch.inference_mode():
+            model(images(double=False))
+            pruner.prune(1, 2)
+        model.train()(images(double=False)).sum().backward()
+        pruner.hold()
+        assert pruner.prune(2, 2) > 0
+
+
+def test_moved_to_other_numbers_after_the_pruner_was_made():
+    model = network("resnet20", double=False)
+    pruner = FilterPruner(model, [0.5] * 4, "ebn")
+    assert pruner.prune(1, 2) > 0
+    model.double()
+    assert pruner.prune(2, 2) > 0
+    for name, zero in pruner.held().items():
+        assert not model.get_parameter(name)[zero].any()
+    assert model(images()).dtype == torch.float64
 
 
 def test_precision_is_the_same_before_and_after_pruning():

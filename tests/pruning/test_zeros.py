@@ -139,6 +139,7 @@ JOINED = {
     "after the input's channels": (lambda n, x: torch.cat([n.c(x), x], 1), half),
     "with norm": (lambda n, x: n.norm(torch.cat((n.c(x).relu(), x.relu()), dim=1)), half),
     "twice": (lambda n, x: torch.cat([x, x], dim=-3), lambda lost: torch.cat([lost, lost])),
+    "after what is spread": (lambda n, x: n.norm(torch.cat([n.one(x) * n.c(x), x], 1)), half),
     "padded": (lambda n, x: F.pad(x, (0, 0, 0, 0, 2, 4)), lambda lost: F.pad(lost, (2, 4))),
 }
 
@@ -147,11 +148,12 @@ JOINED = {
 def test_zero_among_joined_channels(name):
     between, at = JOINED[name]
     parts = {"c": nn.Conv2d(6, 6, 1)} if name != "padded" else {}
-    parts |= {"norm": nn.BatchNorm2d(12)} if name == "with norm" else {}
+    parts |= {"one": nn.Conv2d(6, 1, 1)} if "spread" in name else {}
+    parts |= {"norm": nn.BatchNorm2d(12)} if "norm" in name or "spread" in name else {}
     net = Net(between, channels=12, **parts)
     pruner = pruned(net, ["a"])
     assert_zero(net, pruner, "a", "b", at)
-    if name == "with norm":
+    if "norm" in parts:
         assert pruner.held()["norm.bias"].tolist() == [False] * 6 + (~pruner.masks["a"]).tolist()
 
 
@@ -163,6 +165,8 @@ HEADS = {
     "norm of features": (lambda n, x: n.features(x.flatten(1)).relu(), 64),
     "norm of means": (lambda n, x: n.means(F.adaptive_avg_pool2d(x, 1).flatten(1)), 1),
     "sum of pixels": (lambda n, x: x.sum(-1).sum(-1), 1),
+    "squeezed": (lambda n, x: F.adaptive_avg_pool2d(x, 1).relu().squeeze(-1).squeeze(2), 1),
+    "squeezed at once": (lambda n, x: x.mean((2, 3), keepdim=True).squeeze(), 1),
     "unsqueezed": (lambda n, x: x.mean((-2, -1))[:, :, None].flatten(1), 1),
 }
 
@@ -205,6 +209,7 @@ REFUSED = {
     "in place, of a view": (lambda n, x: [x[:, :, 1:].add_(1), x][1], "add_"),
     "into another": (lambda n, x: torch.add(x, x, out=x), "add"),
     "rows of some channels": (lambda n, x: n.rows(x.view(-1, 8)).view(x.shape), "view"),
+    "squeezed pixels": (lambda n, x: x.relu().squeeze(-1), "squeeze"),
     "multiplier": (lambda n, x: n.wide(x)[:, :6], "wide"),
     "division": (lambda n, x: x / n.c(x), "truediv"),
     "as weights": (lambda n, x: F.conv2d(n.c(x), x[:, :, :1, :1]), "conv2d"),
@@ -264,10 +269,39 @@ def test_training_and_evaluation_are_both_followed():
         assert not seen[:, ~pruner.masks["a"]].any()
 
 
+def test_following_a_network_draws_nothing_and_keeps_its_modes():
+    class Drawing(Net):
+        def forward(self, x):
+            return super().forward(x + torch.rand(1, 3, 8, 8)) if self.training else x
+
+    net = Drawing(lambda n, x: x)
+    net.b.eval()
+    modes, state = [m.training for m in net.modules()], torch.get_rng_state()
+    FilterPruner(net, [0.5])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in net.modules()] == modes
+
+
 def test_checkpointed_layers_are_followed():
     block = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())
     net = Net(lambda n, x: checkpoint(n.block, x, use_reentrant=False), block=block)
     assert_zero(net, pruned(net, ["a"]), "a", "b")
+
+
+def test_scores_of_what_is_joined_are_the_convolutions_own():
+    """A norm or sum of several layers' channels is not that of one of them."""
+    between, at = JOINED["with norm"]
+    net = Net(between, channels=12, c=nn.Conv2d(6, 6, 1), norm=nn.BatchNorm2d(12))
+    with pytest.raises(PruningError, match="'a'"):
+        FilterPruner(net, [0.5], "ebn", layers=["a"])
+    pruner = FilterPruner(net, [0.5], "activation", layers=["a"])
+    x = images(double=False, size=8)
+    for _ in range(10):
+        net.train()(x)
+    expected = 0.1 * net.a(x).abs().sum((0, 2, 3)).detach()
+    assert torch.allclose(pruner.activation.scores["a"], expected, rtol=1e-4)
+    assert pruner.prune(1, 1) == 3
+    assert_zero(net, pruner, "a", "b", at)
 
 
 # Residual sums
@@ -436,6 +470,25 @@ def test_a_sum_that_no_module_returns_is_refused():
     pruner = FilterPruner(net, [0.5], layers=["conv1"])
     pruner.prune(1, 1)
     assert_zero(net, pruner, "conv1", "conv2")
+
+
+def test_a_tensor_that_a_sum_is_written_into_is_not_used_again():
+    class Reused(Block):
+        def forward(self, x):
+            branch = out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            out += x
+            return out.relu() + branch
+
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), Reused())
+    with pytest.raises(PruningError, match=r"'1\.conv2'.*iadd"):
+        FilterPruner(net, [0.5], layers=["1.conv2"])
+
+
+def test_operands_of_a_residual_sum_by_name():
+    net = residual(add=lambda a, b: block_sum(shortcut=b, branch=a))
+    net[2].sum = block_sum = ResidualSum()
+    pruner = pruned(net, ["2.conv2"])
+    assert_zero(net, pruner, "2.conv2", "3.conv1")
 
 
 def test_a_sum_that_is_also_used_within_its_block_is_refused():

@@ -140,18 +140,16 @@ def steps(
     Returns:
         The record.
     """
-    if store is not None:
-        store.check_writable()
     with _one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read
     faster.warn_if_emulated(config.precision, device)
     if store is None:
         images = inputs.images_of(config)
         return (yield from _train(config, images, device, callback, None, captured))
+    store.check_writable()
     earlier = store.failure(config.identity)
     with locks.claim(store.path, config.identity, wait) as claim:
-        failure = store.failure(config.identity)
-        if failure != earlier and failure is not None:
+        if (failure := store.failure(config.identity)) not in (earlier, None):
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config in store:
             return store.read(config)

@@ -47,8 +47,8 @@ def test_notebooks_are_written_back_the_same(notebook):
     assert [cell.execution_count for cell in written.cells] == [1, 2, 3, 4, 5]
     assert written.cells[2].outputs[0].text == f"{sys.executable}\nfirst\n"
     assert not any("execution" in cell.metadata for cell in written.cells)
-    assert b"0x" not in once
-    assert b"stderr" not in once
+    assert b" at 0x" not in once
+    assert b'"name": "stderr"' not in once
     (row,) = notebooks.rewrite([notebook], write=True).itertuples()
     assert (row.changed, row.error) == (False, None)
     assert notebook.read_bytes() == once
@@ -69,5 +69,5 @@ def test_papermill_runs_this_interpreter(notebook, tmp_path):
     row = notebooks.execute(notebook, out, {"profile": "smoke"})
     assert row["error"] is None
     written = nbformat.read(out, as_version=4)
-    assert written.cells[-1].outputs[-1].data["text/plain"] == "'smoke'"
+    assert "'smoke'" in [o.data["text/plain"] for o in written.cells[-1].outputs if "data" in o]
     assert sys.executable in written.cells[3].outputs[0].text

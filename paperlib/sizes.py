@@ -49,7 +49,7 @@ def measure(loaded: "Loaded") -> pd.DataFrame:
     import torch
 
     from paperlib.compact import compact, cost_table
-    from paperlib.training import initial_network, pruned_network
+    from paperlib.networks import initial_network, pruned_network
 
     methods = dict(zip(loaded.plan.run, loaded.plan.method, strict=True))
     networks, layers = {}, {}

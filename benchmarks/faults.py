@@ -31,7 +31,8 @@ from paperlib.runs import Store
 SWEEP = """
 import sys
 from benchmarks import faults
-from paperlib import checkpoints, sweep
+from paperlib import sweep
+from paperlib.store import checkpoints
 from paperlib.runs import Store
 checkpoints.SECONDS, checkpoints.SHARE = 0.0, 1e9
 if __name__ == "__main__":

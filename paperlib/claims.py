@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from paperlib import landscape, plans
+from paperlib import measures, plans
 from paperlib.claims_2018 import r1, r2, r3, r4
 from paperlib.claims_2020 import VGG, t1, t2, t3, t4, t5
 from paperlib.gates import evaluate
-from paperlib.packs import Entry
 from paperlib.plans import Scale
 from paperlib.runs import Store, StoreError, epochs_frame, runs_frame
 from paperlib.stats import Fitted
+from paperlib.store.records import Entry
 from paperlib.verdicts import DESCRIBED, Claim, Contrast
 
 FIGURES = (
@@ -133,7 +133,7 @@ def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd
     for i in runs.index[mine & runs.finite]:
         run, flatness = runs.run[i], runs.config[i].flatness
         try:
-            found = landscape.measures(store.records([run])).iloc[0]
+            found = measures.flatness(store.records([run])).iloc[0]
         except (StoreError, KeyError):
             runs.loc[i, "done"] = False
             continue

@@ -31,7 +31,7 @@ from paperlib.images import (  # noqa: F401
     layout,
     read_images,
 )
-from paperlib.provenance import CHECKSUMS, data_folders, known_checksum
+from paperlib.store.provenance import CHECKSUMS, data_folders, known_checksum
 
 VALID = (
     "cifar10-jpeg, digits, cifar10, cifar100, "

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from paperlib import claims, gates, landscape, sweep
+from paperlib import claims, gates, measures, sweep
 from paperlib.plans import (
     FIGURES,
     LAST_FILTERS,
@@ -167,7 +167,7 @@ class Loaded:
             return frame
         measured = [record for record in self.records if "eigenvalues" in record.arrays]
         columns = ["run", "curvature", "noise", "tic", "delta_w"]
-        flatness = landscape.measures(measured).reindex(columns=columns)
+        flatness = measures.flatness(measured).reindex(columns=columns)
         kept = [column for column in frame if column not in columns[1:]]
         return frame[kept].merge(flatness, "left", "run")
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
-from paperlib import convolutions
 from paperlib.derivatives import check_derivatives, probe
+from paperlib.extras.fast import convolutions
 from paperlib.lanczos import ConvergenceError as ConvergenceError
 from paperlib.lanczos import leading_eigenpairs
 from paperlib.loss import Held, Loss, check_finite

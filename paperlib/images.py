@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from paperlib.provenance import files_below
+from paperlib.store.provenance import files_below
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 FORMATS = {

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from paperlib import checkpoints, data, provenance
+from paperlib import data
 from paperlib.config import Config
 from paperlib.pruning import Pruner
 from paperlib.runs import RunRecord, Store
+from paperlib.store import checkpoints, provenance
 
 
 def images_of(config: Config, root: Path | None = None) -> data.Dataset:

@@ -17,9 +17,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from paperlib import checkpoints, data, inputs, locks, models
+from paperlib import data, inputs, models
 from paperlib.batches import Batches
-from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config
 from paperlib.devices import autocast, choose_device, full_float32, memory_format
 from paperlib.diagnostics import (
@@ -45,6 +44,8 @@ from paperlib.networks import (  # noqa: F401
 )
 from paperlib.noise import FilterNoise
 from paperlib.runs import RunRecord, Store
+from paperlib.store import checkpoints, lease
+from paperlib.store.checkpoints import Checkpoint
 from paperlib.streams import generator, seeded, stream
 
 EVALUATION_BATCH = {"cpu": 128}  # measured: larger batches leave the caches
@@ -81,7 +82,7 @@ def run(
             must leave the network and torch's generators as they are. After a stop it sees those
             epochs again that no checkpoint holds.
         wait: Wait for the record of a run that another process has claimed, instead of raising
-            `locks.Claimed`.
+            `lease.Claimed`.
         fast: Use CUDA graphs on a GPU.
 
     Raises:
@@ -90,7 +91,7 @@ def run(
         StoreError: The store cannot be written, or its record was made with other data or code
             (`runs.Mismatch`).
         TrainingError: The loss is not finite, or the process that had claimed the run failed.
-        locks.Lost: Another process took the run over.
+        lease.Lost: Another process took the run over.
     """
     if record := inputs.finished(config, store):
         return record
@@ -148,7 +149,7 @@ def steps(
         return (yield from _train(config, images, device, callback, None, captured))
     store.check_writable()
     earlier = store.failure(config.identity)
-    with locks.claim(store.path, config.identity, wait) as claim:
+    with lease.claim(store.path, config.identity, wait) as claim:
         if (failure := store.failure(config.identity)) not in (earlier, None):
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config in store:

@@ -19,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from paperlib import data, images, provenance
+from paperlib import data, images
 from paperlib.data import DataError, Dataset
+from paperlib.store import provenance
 
 ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 HALVES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -543,7 +544,7 @@ def test_known_checksum_needs_no_torch(tmp_path):
     assert data.known_checksum("nothing") is None
     code = f"""
 import sys
-from paperlib.provenance import known_checksum
+from paperlib.store.provenance import known_checksum
 print(known_checksum("cifar10"), known_checksum("images:{path}", {str(root)!r}))
 assert "torch" not in sys.modules
 """

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from small import PRUNED, SCRATCH, TWO_LAYERS, VGG, WEIGHTS, numbers, same
 from torch import nn
 
-from paperlib import checkpoints, data, diagnostics, training
+from paperlib import data, diagnostics, training
 from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, Noise, WeightPruning
 from paperlib.loop import Totals
 from paperlib.runs import RunRecord, Store
+from paperlib.store import checkpoints
 from paperlib.training import build, run
 
 

@@ -11,12 +11,13 @@ import torch
 from recording import BASE, CONV, SETTINGS, Recording, expected
 from small import numbers
 
-from paperlib import checkpoints, training
+from paperlib import training
 from paperlib.config import FilterPruning
 from paperlib.extras import fast
 from paperlib.extras.fast import graphs, together
 from paperlib.extras.fast.graphs import Replays
 from paperlib.runs import Store
+from paperlib.store import checkpoints
 from paperlib.training import run
 
 captured = recording.captured  # a fixture

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, hessian
 
-from paperlib import data, experiments, instability, landscape, measures, training
+from paperlib import data, experiments, instability, measures, training
 from paperlib.config import Config, ConfigError, FilterPruning, Flatness, Noise
 from paperlib.runs import RunRecord, Store
 
@@ -197,10 +197,8 @@ def test_what_cannot_be_measured(changes, value):
         Flatness(epoch=1, **changes)
 
 
-def test_the_older_names():
-    code = "import sys, paperlib.measures, paperlib.landscape; print('torch' in sys.modules)"
+def test_measures_import_no_torch():
+    code = "import sys, paperlib.measures; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
-    assert landscape.measures is measures.flatness
-    assert landscape.rises is measures.rises
     assert measures.stability is instability.stability

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import paperlib
-from paperlib import checkpoints, provenance
+from paperlib.store import checkpoints, provenance
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))

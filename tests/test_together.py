@@ -11,13 +11,14 @@ import torch
 from recording import BASE, MAKE_LOOP, PRUNING, SETTINGS
 from small import numbers
 
-from paperlib import checkpoints, locks, training
+from paperlib import training
 from paperlib.config import FilterPruning
 from paperlib.extras import fast
 from paperlib.extras.fast import graphs, together
 from paperlib.extras.fast.convolutions import QuickLoop
 from paperlib.extras.fast.graphs import Replays
 from paperlib.runs import Store, StoreError
+from paperlib.store import checkpoints, lease
 from paperlib.training import run, run_together
 
 captured = recording.captured  # a fixture
@@ -230,9 +231,9 @@ def test_one_that_another_process_has(tmp_path):
 
     store = Store(tmp_path, tmp_path / "none")
     other = BASE.with_(seed=1)
-    with locks.claim(store.path, other.identity, wait=False):
+    with lease.claim(store.path, other.identity, wait=False):
         claimed, done = run_together([other, BASE], store, "cpu")
-    assert isinstance(claimed, locks.Claimed)
+    assert isinstance(claimed, lease.Claimed)
     assert done.run == BASE.identity
 
 
@@ -245,7 +246,7 @@ def test_stopped_together(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_together(seeds, store, "cpu", [None, stop, None])
     for config in seeds:
-        with locks.claim(store.path, config.identity, wait=False):
+        with lease.claim(store.path, config.identity, wait=False):
             pass
     assert not store.failures()
 

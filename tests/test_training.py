@@ -12,10 +12,11 @@ from PIL import Image
 from small import CONV, GONE, NUMBERS, PRUNED, SCRATCH, VGG, WEIGHTS, numbers, same
 from torch import nn
 
-from paperlib import checkpoints, data, inputs, models, training
+from paperlib import data, inputs, models, training
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
 from paperlib.pruning import PruningError
 from paperlib.runs import Mismatch, RunRecord, Store, StoreError
+from paperlib.store import checkpoints
 from paperlib.training import TrainingError, run
 
 

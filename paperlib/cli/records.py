@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from paperlib import archive, experiments, runs
+from paperlib import experiments, runs
 from paperlib.cli.options import FAILED, JSON, STORE, VERBOSE, Asked, Names, of_figures
 from paperlib.experiments import Scale
 from paperlib.plans import is_setting
+from paperlib.store import archive
 from paperlib.sweep import costs
 
 

@@ -12,8 +12,8 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from paperlib import provenance
 from paperlib.runs import figures_path
+from paperlib.store import provenance
 
 if TYPE_CHECKING:
     from paperlib.experiments import Loaded

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from paperlib.config import Config, to_dict
-from paperlib.packs import Entry
 from paperlib.runs import Store
+from paperlib.store.records import Entry
 
 ALIKE = ("train_per_class", "test_per_class", "model", "width", "batch", "augment", "precision")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from paperlib import checkpoints
 from paperlib.config import Config
 from paperlib.runs import Store, StoreError
+from paperlib.store import checkpoints
 from paperlib.sweep import costs, tasks, workers
 from paperlib.sweep.progress import Bar
 from paperlib.sweep.states import TO_RUN, State, states, unique

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from paperlib import checkpoints, locks
 from paperlib.config import Config
-from paperlib.packs import Entry
 from paperlib.runs import Mismatch, Store, StoreError
+from paperlib.store import checkpoints, lease
+from paperlib.store.records import Entry
 from paperlib.store.store import by_identity as unique
 from paperlib.sweep import costs
 
@@ -76,7 +76,7 @@ def _state(
     if failure is not None:
         why = "not run: it failed before; --retry-failed runs it again"
         return State(run, config, "failed", epochs, why, failure)
-    holder = locks.holder(store.path, run)
+    holder = lease.holder(store.path, run)
     if holder:
         resumed += f"; process {holder['pid']} on {holder['host']} is at it"
     return State(run, config, "partial" if epochs else "missing", epochs, f"run: {resumed}")

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paperlib import checkpoints, locks
 from paperlib.config import Config
-from paperlib.packs import Entry
 from paperlib.runs import RunRecord, Store, StoreError
+from paperlib.store import checkpoints, lease
+from paperlib.store.records import Entry
 from paperlib.sweep.workers import WorkerDied, assigned_device
 
 NOTE_SECONDS = 1.0  # between notes of how far a run is
@@ -83,7 +83,7 @@ def train_together(
     import torch
 
     from paperlib import training
-    from paperlib.executors import Turns
+    from paperlib.extras.fast.turns import Turns
 
     torch.set_num_threads(1)
     assert how.store is not None
@@ -117,7 +117,7 @@ def train_together(
 
 
 def _outcome(result: RunRecord | Exception) -> Outcome:
-    if isinstance(result, locks.Claimed):
+    if isinstance(result, lease.Claimed):
         return None
     if isinstance(result, StoreError | checkpoints.Stopped):
         return result

@@ -6,12 +6,15 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from concurrent.futures import ThreadPoolExecutor as Threads
+from contextlib import contextmanager
 from multiprocessing import connection, current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+from paperlib.extras.fast import WORKER_ENVIRONMENT
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,6 +23,22 @@ GUARD = (
     "the worker processes ended as they started. A script that starts runs has to do so below "
     '`if __name__ == "__main__":`, since each worker imports the script'
 )
+
+
+_ENVIRONMENT = threading.Lock()
+
+
+@contextmanager
+def _worker_environment() -> Iterator[None]:
+    """Set WORKER_ENVIRONMENT's variables, but those that the user has set, for this context."""
+    with _ENVIRONMENT:
+        added = {k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for name in added:
+                del os.environ[name]
 
 
 class WorkerDied(RuntimeError):
@@ -136,7 +155,9 @@ class _Worker:
             if self.stopped.is_set():  # nobody else would end the process
                 self.kill()
             self.pool = ProcessPoolExecutor(1, context, _begin, (theirs, self.device))
-            problem = self.pool.submit(_device_problem, self.device).result()
+            with _worker_environment():  # the first call starts the process
+                begun = self.pool.submit(_device_problem, self.device)
+            problem = begun.result()
         self.started = True
         return problem
 
@@ -172,7 +193,6 @@ def _begin(lifeline: connection.Connection, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     # CUDA's default of 8 would have several streams wait for each other.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     _device = device
 
 

@@ -176,7 +176,7 @@ DYING = """
 import os, signal
 from pathlib import Path
 from paperlib import models
-from paperlib.graphs import CaptureError
+from paperlib.extras.fast.graphs import CaptureError
 
 def build(num_classes, in_channels):
     lives = Path(__file__).with_name("lives")

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from paperlib import executors
+from paperlib.extras.fast.turns import ALONE, Turns
 from paperlib.sweep import cluster, workers
 from paperlib.sweep.workers import Processes, WorkerDied
 
@@ -67,12 +67,12 @@ def busy(device: str) -> str | None:
 
 
 def test_one_that_wants_to_be_alone_comes_last():
-    order, turns = [], executors.Turns()
+    order, turns = [], Turns()
 
     def steps(name, count, wishes=()):
         for i in range(count):
             order.append(name)
-            yield executors.ALONE if i in wishes else None
+            yield ALONE if i in wishes else None
         return name
 
     for name, *how in (("a", 3, [0]), ("b", 3), ("c", 2, [0, 1])):

@@ -1,7 +1,7 @@
 """Several runs on one GPU, each on a CUDA stream of its own.
 
 A step of a small network leaves most of a GPU idle; steps of several networks share it. The runs
-take turns (`executors.Turns`) in launching steps from one thread. Nothing random in one depends on
+take turns (`turns.Turns`) in launching steps from one thread. Nothing random in one depends on
 the others. On a CPU this is no faster than one run after the other.
 """
 
@@ -14,11 +14,12 @@ from contextlib import closing
 
 import torch
 
-from paperlib import executors, inputs, training
+from paperlib import inputs, training
 from paperlib.config import Config
 from paperlib.devices import choose_device
 from paperlib.extras import fast as faster
 from paperlib.extras.fast.graphs import GO_ON, CaptureError
+from paperlib.extras.fast.turns import ALONE, Turns
 from paperlib.runs import RunRecord, Store
 from paperlib.training import Callback, Steps
 
@@ -56,7 +57,7 @@ def run_together(
     waiting = deque(enumerate(zip(configs, callbacks, strict=True)))
     options = {"alone": min(at_once, len(configs)) == 1, "fast": fast, "until": until}
     results: dict[int, Outcome] = {}
-    with closing(executors.Turns()) as turns:
+    with closing(Turns()) as turns:
         while waiting or turns:
             while waiting and len(turns) < at_once:
                 i, (config, callback) = waiting.popleft()
@@ -93,7 +94,7 @@ def by_turns(
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
 
     Yields:
-        None when it is the others' turn, `executors.ALONE` when it has to wait for their end.
+        None when it is the others' turn, `turns.ALONE` when it has to wait for their end.
 
     Returns:
         The record, or the exception that ended the run.
@@ -113,7 +114,7 @@ def by_turns(
                 if alone:
                     return error
             steps, alone = None, True
-            yield executors.ALONE
+            yield ALONE
     except Exception as error:
         _free_frames(error, handled)
         return error

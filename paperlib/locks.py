@@ -1,7 +1,0 @@
-"""Moved: paperlib.store.lease."""
-
-import sys
-
-from paperlib.store import lease
-
-sys.modules[__name__] = lease

@@ -1,3 +1,0 @@
-"""Memory is kept by `extras.fast.WORKER_ENVIRONMENT`, in worker processes only."""
-
-from contextlib import nullcontext as kept  # noqa: F401

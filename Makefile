@@ -48,7 +48,7 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy paperlib
+	$(BIN)/mypy
 
 # The exact versions everybody gets; needs uv.
 lock:

@@ -82,7 +82,7 @@ def train_together(
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from paperlib import training
+    from paperlib.extras.fast.together import by_turns, is_fatal
     from paperlib.extras.fast.turns import Turns
 
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def train_together(
                 note = notes[config.identity] = Note(store.path, config.identity)
                 note.write(0)
                 alone = min(count, len(work)) == 1
-                steps = training.by_turns(
+                steps = by_turns(
                     config, store, device, note, alone=alone, fast=how.fast, until=how.until
                 )
                 turns.add(config.identity, steps)
@@ -110,7 +110,7 @@ def train_together(
                 notes.pop(run).remove()
                 if not worked:
                     raise result
-                if training.spoils(result):
+                if is_fatal(result):
                     raise WorkerDied(f"{type(result).__name__}: {result}", [run, *notes])
                 outcomes[run] = _outcome(result)
     return outcomes

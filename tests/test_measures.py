@@ -174,7 +174,7 @@ def test_the_arrays_survive_the_store(tmp_path):
 @pytest.mark.parametrize("profile", experiments.PROFILES)
 def test_measured_near_the_end_after_all_events(profile):
     measured = [c for c in experiments.plan("figure-6", profile).config if c.seed == 0]
-    assert len(measured) == 6
+    assert len(measured) == (5 if profile == "smoke" else 6)  # there, 1% and 13% are the same
     for config in measured:
         events = config.pruning.epochs if config.pruning else ()
         last = max((max(epochs) for epochs in events), default=0)

@@ -94,7 +94,9 @@ def judged(
         store: The default one where None.
     """
     if profile == "auto":
-        profile = os.environ.get("PAPERLIB_PROFILE", "small")
+        profile = os.environ.get("PAPERLIB_PROFILE", "auto")
+    if profile == "auto":
+        profile = "small"
     scale = experiments.Scale(profile, data, precision=precision)
     return Judged(scale, tuple(claims.judge(scale, store)))
 

@@ -555,9 +555,9 @@ assert "torch" not in sys.modules
 
 def test_source_checksum(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").write_text("")
-    for name, spec in (("mine.py", "mine:score"), ("pack/deep.py", "pack.deep:Net")):
+    (tmp_path / "pack_of_two").mkdir()
+    (tmp_path / "pack_of_two" / "__init__.py").write_text("")
+    for name, spec in (("mine.py", "mine:score"), ("pack_of_two/deep.py", "pack_of_two.deep:Net")):
         (tmp_path / name).write_text("raise RuntimeError\n")
         expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
         assert provenance.source_checksum(spec) == expected

@@ -681,3 +681,16 @@ def test_latency():
     assert latency(build("vgg11_bn"), batch=2, repeats=2) > 0
     with pytest.raises(CompactError, match="CPU"):
         latency(models.build("conv4", width=0.1).to("meta"))
+
+
+def test_attention_is_counted_whole():
+    """Its products are those of the formula: projections in and out, scores, and their values."""
+    width, tokens = 16, 12
+    network = nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(width, 2, 32, batch_first=True), nn.Flatten()
+    )
+    network.append(nn.Linear(tokens * width, 10))
+    products = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * 32
+    counted = cost(network.eval(), (1, tokens, 4, 4))
+    assert counted["multiply_adds"] == products + tokens * width * 10
+    assert torch.backends.mha.get_fastpath_enabled()

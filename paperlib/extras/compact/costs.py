@@ -13,6 +13,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib.extras.compact.channels import CompactError
@@ -35,7 +36,8 @@ def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str,
         is stored as its values other than zero, in order, and a bitmap of where they are.
         bytes_gzipped: of the latter, gzipped.
     """
-    with _evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), torch.no_grad(), _attention_in_parts(), counter:
         model(example_input(model, example))
     sparse = _encoded(model)
     parameters = list(model.parameters())
@@ -47,6 +49,18 @@ def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str,
         "bytes_sparse": len(sparse),
         "bytes_gzipped": len(gzip.compress(sparse, mtime=0)),
     }
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Keep attention off PyTorch's fused operations, which cannot be counted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def latency(

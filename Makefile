@@ -10,13 +10,19 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OPTIONS = --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(if $(RUNS),--runs $(RUNS))
 
-.PHONY: figures test lab bench lint lock clean
+.PHONY: figures test site lab bench lint lock clean
 
 figures: $(READY)
 	$(BIN)/paperlib figures $(OPTIONS)
 
 test: $(READY) lint
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests notebooks
+
+# The website, in build/site. It shows the outputs that the notebooks have; nothing is run.
+site: $(READY)
+	rm -rf docs/api
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet \
+		-c docs -d build/doctrees . build/site
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir . notebooks/tour.ipynb
@@ -34,7 +40,7 @@ lock:
 		--output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build docs/api *.egg-info
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \

@@ -194,7 +194,7 @@ def at_once(plan: Plan, configs: list[Config], images: int) -> dict:
     _reset_peak(plan.where)
     start = time.perf_counter()
     records = ours.run_together(
-        configs, None, plan.device, callbacks=[note(i) for i in range(len(configs))]
+        configs, None, plan.device, [note(i) for i in range(len(configs))], fast=True
     )
     wall = time.perf_counter() - start
     for record in records:
@@ -285,7 +285,7 @@ def agreement(part: Part) -> None:
 
     def curves(config: Config, plain: bool) -> np.ndarray:
         with mock.patch.dict(os.environ, PAPERLIB_PLAIN=str(int(plain))):
-            frame = ours.run(config, None, plan.device).epochs
+            frame = ours.run(config, None, plan.device, fast=True).epochs
         return frame[["train_loss", "test_loss", "post"]].to_numpy()
 
     def measure(config: Config) -> dict:

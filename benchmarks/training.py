@@ -269,7 +269,8 @@ class OurLoop:
             self.model, pruner = pruned(config, device)
             optimizer = training.make_optimizer(config, self.model)
             with mock.patch.dict(os.environ, PAPERLIB_PLAIN=str(int(plain))):
-                self.loop = training.make_loop(config, self.model, optimizer, pruner, device)
+                parts = config, self.model, optimizer, pruner, device
+                self.loop = training.make_loop(*parts, fast=True)
             half = (MEAN, STD, device)
             self.batches = data.Batches(*train, *half, config.batch, config.augment)
             self.test = data.Batches(*test, *half)

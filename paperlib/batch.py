@@ -13,6 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from paperlib import costs, experiments, sweep
+from paperlib.config import Config
 from paperlib.runs import Store, figures_path
 
 AT_ONCE = 2  # kernels that start together race for ports; two notebooks keep two cores busy
@@ -39,6 +40,21 @@ def needed(
     return {name: experiments.plan(name, profile, data, seeds, precision) for name in names}
 
 
+def queue(
+    names: Iterable[str],
+    profile: str,
+    data: str | None = None,
+    seeds: int | None = None,
+    precision: str | None = None,
+) -> list[Config]:
+    """The runs of figures as they are named, each seed by seed; of all, `experiments.queue`."""
+    names = list(names)
+    if not names:
+        return experiments.queue(profile, data, seeds, precision)
+    plans = needed(names, profile, data, seeds, precision)
+    return [c for plan in plans.values() for c in plan.sort_values("seed", kind="stable").config]
+
+
 def figures(
     names: Iterable[str],
     profile: str,
@@ -56,25 +72,34 @@ def figures(
     Columns: figures, seconds, file (the executed notebook, under figures/PROFILE/notebooks/) and
     error (the cell and its error, or None). A notebook that fails keeps what it had done and does
     not stop the others; neither does a run, which `attrs["failed_runs"]` then names. options: of
-    `sweep.execute`.
+    `sweep.execute`. Figures with runs that there was no time for are in `attrs["left"]`; their
+    notebooks are not executed, which would do them.
     """
+    names = list(names)
     plans = needed(names, profile, data, seeds, precision)
     folder = notebooks_path()
-    configs = sweep.unique(config for plan in plans.values() for config in plan.config)
+    configs = sweep.unique(queue(names, profile, data, seeds, precision))
     failed_runs = None
     try:
         sweep.execute(configs, store, executor, device, jobs, **options)
     except sweep.SweepError as error:
         failed_runs = str(error)
+    left: list[str] = []
+    if options.get("minutes"):
+        undone = {s.run for s in sweep.states(configs, store) if s.state in sweep.TO_RUN}
+        left = [name for name, plan in plans.items() if undone.intersection(plan.run)]
+    unready = {experiments.figure(name).notebook for name in left}
     by_notebook: dict[str, list[str]] = {}
     for name in plans:
-        by_notebook.setdefault(experiments.figure(name).notebook, []).append(name)
+        notebook = experiments.figure(name).notebook
+        if notebook not in unready:
+            by_notebook.setdefault(notebook, []).append(name)
     out = figures_path() / profile / "notebooks"
     os.environ["PAPERLIB_RUNS"] = str(store.path.absolute())
     parameters = {"profile": profile, "data": data, "seeds": seeds, "precision": precision}
     context = multiprocessing.get_context("spawn")
     rows = []
-    workers = min(AT_ONCE, len(by_notebook))
+    workers = min(AT_ONCE, len(by_notebook)) or 1
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
         futures = {
             pool.submit(_execute, folder / f"{n}.ipynb", out / f"{n}.ipynb", parameters): n
@@ -84,8 +109,9 @@ def figures(
             shown = ", ".join(by_notebook[futures[future]])
             rows.append({"figures": shown, **future.result()})
     order = list(by_notebook.values())
-    frame = pd.DataFrame(sorted(rows, key=lambda row: order.index(row["figures"].split(", "))))
-    frame.attrs["failed_runs"] = failed_runs
+    rows.sort(key=lambda row: order.index(row["figures"].split(", ")))
+    frame = pd.DataFrame(rows, columns=["figures", "seconds", "file", "error"])
+    frame.attrs |= {"failed_runs": failed_runs, "left": left}
     return frame
 
 

@@ -15,6 +15,7 @@ Reading a description imports no torch.
 import hashlib
 import io
 import json
+import math
 import os
 import struct
 import time
@@ -35,10 +36,14 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # To be raised whenever the same configuration gives other numbers, or the file another meaning.
-VERSION = 2
+VERSION = 3
 SECONDS = 10.0
 SHARE = 0.02
 _HEADER_LIMIT = 100_000_000
+
+
+class Stopped(RuntimeError):
+    """A run whose time was up; it goes on from its checkpoint when it is begun again."""
 
 
 class UnusableCheckpoint(RuntimeError):
@@ -54,8 +59,8 @@ def describe(store: str | os.PathLike, run: str) -> dict | None:
     """The description of a run's checkpoint; None where there is none that can be read.
 
     run, config, epochs (how many are done), seconds (spent on them), device, threads, earlier
-    (the same of processes it went on from), version, paperlib, torch. Only the file's head is read,
-    and nothing verified.
+    (the same of processes it went on from), data and source (checksums, or None), version,
+    paperlib, torch. Only the file's head is read, and nothing verified.
     """
     try:
         with file(store, run).open("rb") as content:
@@ -84,11 +89,29 @@ def discard(store: str | os.PathLike, run: str) -> None:
 class Checkpoint:
     """The checkpoint of one run: restored at its start, written when it is worth it.
 
-    claim: whose `check` is called before anything is written.
+    Args:
+        store: the store's path.
+        config: the run's configuration.
+        claim: its `check` is called before anything is written.
+        data: the checksum of the run's images.
+        source: the checksum of the code of a score or network that the configuration names.
+            A checkpoint made with another data or source is not restored; None is not compared.
+        until: when the run has to stop, by `time.time`.
     """
 
-    def __init__(self, store: str | os.PathLike, config: Config, claim: Claim) -> None:
+    def __init__(
+        self,
+        store: str | os.PathLike,
+        config: Config,
+        claim: Claim,
+        *,
+        data: str | None = None,
+        source: str | None = None,
+        until: float = math.inf,
+    ) -> None:
         self.path, self.config, self.claim = file(store, config.identity), config, claim
+        self.until = until
+        self.checksums = {"data": data, "source": source}
         self.earlier: list[dict] = []
         self._usable = True
         self._cost, self._since = 0.0, time.monotonic()
@@ -99,7 +122,7 @@ class Checkpoint:
         """Bring all three, made anew, to where the run was; returns its rows and arrays so far.
 
         None without a checkpoint: all stays as it is. Raises UnusableCheckpoint where the file is
-        damaged, or of another configuration or version; the three are then of no use.
+        damaged, or of another configuration, version, data or source; the three are then of no use.
         """
         if not self._usable:
             return None
@@ -158,10 +181,11 @@ class Checkpoint:
         It is due once `SECONDS` have gone since the last one, and so many that writing takes no
         more than a `SHARE` of the time; and after a measurement that took `measured` seconds, once
         that is `SECONDS`. A checkpoint that cannot be written, as on a full disk, is a warning:
-        the run goes on, and the one before stays.
+        the run goes on, and the one before stays. Raises Stopped, after it, where the time is up.
         """
-        start = time.monotonic()
-        if start - self._since < max(SECONDS, self._cost / SHARE) and measured < SECONDS:
+        start, stops = time.monotonic(), time.time() >= self.until
+        due = start - self._since >= max(SECONDS, self._cost / SHARE) or measured >= SECONDS
+        if not (due or stops):
             return
         try:
             self.save(model, optimizer, pruner, rows, arrays)
@@ -171,6 +195,8 @@ class Checkpoint:
             warnings.warn(f"{self.config.title} goes on without: {error}", stacklevel=2)
         self._since = time.monotonic()
         self._cost = self._since - start
+        if stops:
+            raise Stopped(f"the time of {self.config.title} was up after {len(rows)} epochs")
 
     def save(
         self,
@@ -209,16 +235,20 @@ class Checkpoint:
                 tensors[f"{part}.{name}"] = torch.empty(
                     tensor.shape, dtype=tensor.dtype, device="cpu"
                 ).copy_(tensor.detach())
-        about = _versions() | {
-            "run": self.config.identity,
-            "config": to_dict(self.config),
-            "epochs": len(rows),
-            "seconds": sum(row["seconds"] for row in rows),
-            "columns": list(rows[0]),
-            "device": next(model.parameters()).device.type,
-            "threads": torch.get_num_threads(),
-            "earlier": self.earlier,
-        }
+        about = (
+            _versions()
+            | {
+                "run": self.config.identity,
+                "config": to_dict(self.config),
+                "epochs": len(rows),
+                "seconds": sum(row["seconds"] for row in rows),
+                "columns": list(rows[0]),
+                "device": next(model.parameters()).device.type,
+                "threads": torch.get_num_threads(),
+                "earlier": self.earlier,
+            }
+            | self.checksums
+        )
         description = json.dumps(about)
         metadata = {"paperlib": description, "checksum": _checksum(description, tensors)}
         content = save(tensors, metadata)
@@ -248,6 +278,11 @@ class Checkpoint:
             raise UnusableCheckpoint(f"it is of another version: {error}") from error
         if run != self.config.identity:
             raise UnusableCheckpoint(f"it is of another configuration, {run}")
+        for name, ours in self.checksums.items():
+            if ours is not None and about[name] != ours:
+                raise UnusableCheckpoint(
+                    f"it was made with {name} of checksum {about[name]}, and this has {ours}"
+                )
         return about, tensors
 
 

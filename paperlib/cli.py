@@ -41,7 +41,13 @@ def _options(*, execution: bool, profile: str | None = "demo") -> Callable:
             click.option(
                 "--per-device",
                 type=click.IntRange(1),
-                help="runs at once on each GPU, in one process  [default: 1]",
+                help="runs at once in each process on a GPU  [default: 1]",
+            ),
+            click.option("--fast", is_flag=True, help="on a GPU, train by CUDA graphs"),
+            click.option(
+                "--minutes",
+                type=click.FloatRange(0, min_open=True),
+                help="stop after so long; what is not done goes on the next time",
             ),
             click.option("--cluster", metavar="ADDRESS", help="Dask: tcp://HOST:PORT or local:N"),
             click.option(
@@ -89,6 +95,8 @@ def figures_command(names, profile, data, seeds, precision, store, **how) -> Non
         frame = batch.figures(names, profile, where, data, seeds, precision=precision, **options)
     click.echo(frame.fillna({"error": ""}).to_string(index=False, float_format="{:.0f}".format))
     click.echo(f"figures are in {runs.figures_path() / profile}")
+    if frame.attrs["left"]:
+        click.echo(f"there was no time for: {', '.join(frame.attrs['left'])}")
     if frame.attrs["failed_runs"]:
         click.echo(f"paperlib: {frame.attrs['failed_runs']}", err=True)
     if frame.error.notna().any() or frame.attrs["failed_runs"]:
@@ -98,13 +106,17 @@ def figures_command(names, profile, data, seeds, precision, store, **how) -> Non
 @cli.command("sweep")
 @_options(execution=True)
 def sweep_command(names, profile, data, seeds, precision, store, **how) -> None:
-    """Do the runs of figures (all, or NAME ...), without the notebooks."""
-    plans = batch.needed(names, profile, data, seeds, precision)
-    configs = [config for plan in plans.values() for config in plan.config]
+    """Do the runs of figures, without the notebooks.
+
+    By NAME in that order, or all, those first that most depends on.
+    """
+    configs = sweep.unique(batch.queue(names, profile, data, seeds, precision))
     where = runs.Store(store)
     with _execution(**how) as options:
         done = sweep.execute(configs, where, **options)
-    click.echo(f"{done} runs done, {len(sweep.unique(configs))} in {where.path}")
+    left = len(sweep.missing(configs.values(), where)) if how["minutes"] else 0
+    told = f", {left} left" if left else ""
+    click.echo(f"{done} runs done, {len(configs) - left} in {where.path}{told}")
 
 
 @cli.command("status")
@@ -244,9 +256,12 @@ def _chosen(store, names, profile, data, seeds, precision) -> list[str] | None:
 
 
 @contextmanager
-def _execution(device, jobs, per_device, cluster, send_back, retry_failed) -> Iterator[dict]:
+def _execution(
+    device, jobs, per_device, cluster, send_back, retry_failed, fast, minutes
+) -> Iterator[dict]:
     """What `sweep.execute` takes, from the options."""
     options = {"device": device, "retry_failed": retry_failed, "tell": _tell}
+    options |= {"fast": fast, "minutes": minutes}
     if cluster is None:
         if send_back:
             raise click.UsageError("--send-back is for a --cluster")

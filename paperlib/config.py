@@ -131,7 +131,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class Flatness:
-    """What is measured at the end of `epoch`, on the first `images` test images (figures 6, E)."""
+    """What is measured at the end of `epoch`, on the first `images` test images (figures 6, E).
+
+    test_images: sharpness is measured on so many of the test images, None for all.
+    """
 
     epoch: int
     images: int = 512
@@ -139,6 +142,7 @@ class Flatness:
     directions: int = 10
     reach: float = 0.40
     step: float = 0.01
+    test_images: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.images >= 1, f"flatness needs at least one image, got {self.images}")
@@ -166,8 +170,8 @@ class Config:
     a name of `models.MODELS`, or "package.module:function". learning_rate is multiplied by 0.1 at
     each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. histograms:
     whether batch norm's outputs are measured before and after training or, where single weights
-    are pruned, those weights' magnitudes before, after and at the end. precision: "float32" (where
-    convolutions on a GPU take TF32, as is PyTorch's default), or "bfloat16" for autocast.
+    are pruned, those weights' magnitudes before, after and at the end. precision: "float32" (in
+    full, without TF32 on a GPU), or "bfloat16" for autocast.
     """
 
     data: str = "cifar10"

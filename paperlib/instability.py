@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+OUTCOME_EPOCHS = 3
+
 
 def stability(pre: ArrayLike, post: ArrayLike) -> np.ndarray | float:
     """100 * (1 - instability) percent, where instability = (pre - post) / pre.
@@ -27,8 +29,10 @@ def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
     in percent) and removed (filters or weights pruned at its end, 0 where there is no event).
 
     Returns, by run: events; mean_stability over them, percent (100 where there are none in
-    training); best_accuracy, the highest post from the last event on, percent; best_epoch, the
-    first that reaches it; gap, train minus test accuracy there, percent; last_accuracy; seconds.
+    training); accuracy, the primary outcome: the mean post of the three trained epochs before the
+    last, percent, NaN where fewer than four were trained; best_accuracy, the highest post from the
+    last event on, percent; best_epoch, the first that reaches it; gap, train minus test accuracy
+    there, percent; last_accuracy; seconds.
     """
     frame = epochs.sort_values(["run", "epoch"], ignore_index=True)
     event = frame.trained & (frame.removed > 0)
@@ -36,11 +40,15 @@ def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
     by_run = events.assign(stability=stability(events.pre, events.post)).groupby("run")
     last_event = frame.run.map(by_run.epoch.max()).fillna(-1)
     eligible = frame[frame.trained & (frame.epoch >= last_event)]
+    from_end = frame.trained[::-1].groupby(frame.run[::-1]).cumsum()  # 1 at the last trained epoch
+    in_outcome = frame.trained & from_end.between(2, OUTCOME_EPOCHS + 1)
+    outcome = frame[in_outcome].groupby("run").post
     best = eligible.loc[eligible.groupby("run").post.idxmax()].set_index("run")
     out = pd.DataFrame(index=pd.Index(frame.run.unique(), name="run"))
     out["events"] = by_run.size().reindex(out.index, fill_value=0)
     out["mean_stability"] = by_run.stability.mean().reindex(out.index)
     out.loc[out.events == 0, "mean_stability"] = 100.0
+    out["accuracy"] = outcome.mean().where(outcome.size() == OUTCOME_EPOCHS)
     out["best_accuracy"] = best.post
     out["best_epoch"] = best.epoch
     out["gap"] = best.train_accuracy - best.post

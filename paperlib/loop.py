@@ -4,7 +4,7 @@
 this.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -85,19 +85,56 @@ def train_epoch(
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, autocast: Callable[[], AbstractContextManager], size: int
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager],
 ) -> Totals:
-    """One pass over images in evaluation mode, in batches of `size`; training mode afterwards."""
+    """One pass over batches (x, y) in evaluation mode; the network is in training mode after it."""
     model.eval()
     totals = Totals(0.0, 0, 0)
     with torch.inference_mode():
-        for x, y in batches.evaluation(size):
+        for x, y in batches:
             loss, correct = score(model, autocast, x, y)
             totals.loss += loss
             totals.correct += correct
             totals.images += len(y)
     model.train()
     return totals
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Take the running statistics of all batch norms anew: their mean over batches of images.
+
+    All else is in evaluation mode, so that nothing is random. This is PyTorch's cumulative average
+    (`momentum=None`), which would wait for the device at every layer.
+
+    Args:
+        model: Its batch norms keep another momentum; its training mode is that of evaluation.
+        batches: Images, each (B, C, H, W).
+        autocast: The precision of the passes.
+    """
+    norms = batch_norms(model)
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    with torch.inference_mode():
+        for i, x in enumerate(batches):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)
+            with autocast():
+                model(x)
+    model.eval()
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """All batch norms of a network that keep running statistics."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
 class PlainLoop:
@@ -130,7 +167,7 @@ class PlainLoop:
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
         """One pass over the test images, in batches of `size`."""
-        return evaluate(self.model, batches, self.autocast, size)
+        return evaluate(self.model, batches.evaluation(size), self.autocast)
 
 
 class QuickLoop(PlainLoop):

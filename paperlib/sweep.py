@@ -9,8 +9,8 @@ import math
 import os
 import queue
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -157,31 +157,42 @@ def execute(
     retry_failed: bool = False,
     per_device: int | None = None,
     send_back: bool = False,
+    fast: bool = False,
+    minutes: float | None = None,
     tell: Callable[[str], object] = lambda text: None,
 ) -> int:
-    """Run what the store lacks; returns how many runs that were.
+    """Run what the store lacks, in the order given; returns how many runs were done.
 
     executor: any `concurrent.futures.Executor` (runs in threads of one process take turns); by
     default local processes of one thread each, which is both the fastest way to do several runs
     on a CPU and what keeps their numbers the same however many run at once: `jobs` of them. On
-    GPUs there is a process for each, which does `per_device` runs at once, by
-    `training.run_together`. send_back: workers keep a store of their own and send the records.
-    tell: is given lines for people, before anything is run.
+    GPUs there is a process for each, which does `per_device` runs at once, by `training.by_turns`:
+    when one is done the next begins. send_back: workers keep a store of their own and send the
+    records. fast: as for `training.make_loop`. tell: is given lines for people, before anything is
+    run.
+
+    minutes: how long this may take. A run is not begun that cannot be done by then, by the speeds
+    measured so far; where nothing alike was measured it is. When the time is up, those at work stop
+    at the end of an epoch, and leave a checkpoint.
 
     Runs that failed before are left alone unless retry_failed. A run that fails does not stop the
     others: SweepError at the end names it, and those left alone. Raises StoreError where the store
     cannot be written, or its disk is too small. Stopping half-way (Ctrl-C) keeps every finished
     run, and what the checkpoints hold of the others.
     """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be a positive number, got {minutes}")
+    until = math.inf if minutes is None else time.time() + 60 * minutes
     todo, alone = [], []
     for state in states(configs, store):
         if state.state in TO_RUN or (state.state == "failed" and retry_failed):
             todo.append(state)
         elif state.state == "failed":
             alone.append(state)
-    failed: list[str] = []
+    failed, left = [], 0
     if todo:
-        failed = _execute(todo, store, executor, device, jobs, per_device, send_back, tell)
+        how = {"send_back": send_back, "fast": fast, "until": until}
+        failed, left = _execute(todo, store, executor, device, jobs, per_device, how, tell)
     problems = []
     if failed:
         problems.append(f"{len(failed)} of {len(todo)} runs failed:")
@@ -191,16 +202,17 @@ def execute(
         problems += [f"  {state.config.title}: {state.error}" for state in alone]
     if problems:
         raise SweepError("\n".join(problems))
-    return len(todo)
+    return len(todo) - left
 
 
-def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -> list[str]:
+def _execute(todo, store, executor, device, jobs, per_device, how, tell) -> tuple[list[str], int]:
+    """Those that failed, and how many there was no time for."""
     devices, together = [], 1
     if executor is None:
         devices, together = executors.devices(device, jobs, per_device, default_jobs())
         devices = devices[: len(todo)]
         together = min(together, math.ceil(len(todo) / len(devices)))
-    if not send_back:
+    if not how["send_back"]:
         _fetch([state.config for state in todo], store)
     store.check_writable()
     at_once = together * len(devices) or getattr(executor, "slots", 0) or None
@@ -217,8 +229,11 @@ def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -
     for state in todo:
         if state.state == "damaged":
             tell(f"run again: {state.error}")
-    pool = executor or executors.Processes(devices)
-    work = _Sweep(pool, todo, store, device, send_back, speeds, together)
+    pool = executor or executors.Processes(devices, together)
+    room = at_once if executor is None else None
+    if executor is not None and how["until"] < math.inf:
+        room = at_once or default_jobs()
+    work = _Sweep(pool, todo, store, device, speeds, together > 1, room, **how)
     try:
         work.run()
     except BaseException:
@@ -228,7 +243,7 @@ def _execute(todo, store, executor, device, jobs, per_device, send_back, tell) -
         raise
     if executor is None:
         pool.shutdown(wait=True)
-    return work.failed
+    return work.failed, len(work.left)
 
 
 def _fetch(todo: list[Config], store: Store) -> None:
@@ -242,24 +257,33 @@ def _fetch(todo: list[Config], store: Store) -> None:
 
 
 class _Sweep:
-    """Runs on their way through an executor."""
+    """Runs on their way through an executor.
 
-    def __init__(self, executor, todo, store, device, send_back, speeds, together) -> None:
+    by_turns: several at once in one process. room: so many at a time are given to the executor,
+    the next when one is done; None gives it all.
+    """
+
+    def __init__(
+        self, executor, todo, store, device, speeds, by_turns, room, send_back, fast, until
+    ) -> None:
         self.executor, self.store, self.device, self.send_back = executor, store, device, send_back
         self.todo: dict[str, State] = {state.run: state for state in todo}
-        self.together = together
+        self.by_turns, self.room, self.fast, self.until = by_turns, room, fast, until
+        self.waiting = deque(todo)
+        self.suspects: deque[State] = deque()  # what several processes may have died of
         self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self.pending: dict[Future, list[State]] = {}
+        self.pending: dict[Future, State] = {}
         self.elsewhere: dict[str, float] = {}  # when each was found claimed
         self.tries, self.deaths = Counter(), 0
+        self.death: BaseException | None = None
         self.failed: list[str] = []
+        self.left: list[State] = []
         self.bar = _Bar(self.todo, store.path, speeds)
 
     def run(self) -> None:
-        """Until every run is done, here or elsewhere, or has failed."""
+        """Until every run is done, here or elsewhere, or has failed, or there is no time for it."""
         with self.bar:
-            for states in _bundles(list(self.todo.values()), self.together):
-                self._submit(states)
+            self._feed()
             while self.pending or self.elsewhere:
                 with suppress(queue.Empty):
                     if self.pending:
@@ -268,6 +292,7 @@ class _Sweep:
                         time.sleep(POLL)
                 if self.elsewhere and self.finished.empty():
                     self._look_elsewhere()
+                self._feed()
                 self.bar.show()
 
     def cancel(self) -> None:
@@ -275,41 +300,67 @@ class _Sweep:
         for future in self.pending:
             future.cancel()
 
-    def _submit(self, states: list[State]) -> None:
-        configs = [state.config for state in states]
+    def _feed(self) -> None:
+        """Give the executor what it has room for."""
+        while self.waiting and (self.room is None or len(self.pending) < self.room):
+            self._submit(self.waiting.popleft())
+        if self.suspects and not (self.pending or self.waiting):
+            self._submit(self.suspects.popleft())  # alone: one may be what they died of
+
+    def _submit(self, state: State) -> None:
+        if self._too_late(state):
+            self._leave(state)
+            return
+        how = self.device, self.fast, self.until
         if self.send_back:
-            future = self.executor.submit(_work_and_send, configs, self.device)
+            work = _work_and_send
         else:
-            places = str(self.store.path.absolute()), self.store.results
-            future = self.executor.submit(_work, configs, *places, self.device)
-        self.pending[future] = states
+            work = _work_by_turns if self.by_turns else _work
+            how = str(self.store.path.absolute()), self.store.results, *how
+        try:
+            future = self.executor.submit(work, state.config, *how)
+        except RuntimeError as error:  # an executor that is broken takes nothing more
+            self._give_up(state, error)
+            return
+        self.pending[future] = state
         future.add_done_callback(self.finished.put)
 
+    def _too_late(self, state: State) -> bool:
+        seconds = self.bar.speeds.epoch(state.config) * (state.config.epochs - state.epochs)
+        return time.time() + (0 if math.isnan(seconds) else seconds) >= self.until
+
+    def _leave(self, state: State) -> None:
+        self.left.append(state)
+        self.bar.gave_up(state)
+
     def _take(self, future: Future) -> None:
-        states = self.pending.pop(future)
+        state = self.pending.pop(future)
         try:
-            outcomes = future.result()
+            outcome = future.result()
             self.deaths = 0
         except (Exception, CancelledError) as error:
-            outcomes = [error] * len(states)
+            outcome = error
             self._count_death(error)
-        for state, outcome in zip(states, outcomes, strict=True):
-            if self.send_back and isinstance(outcome, tuple):
-                entry, arrays = outcome
-                try:
-                    self.store.put(entry, arrays)
-                    outcome = float(entry.columns["seconds"].mean())
-                except StoreError as error:
-                    outcome = error
-            if isinstance(outcome, BaseException):
-                self._failed(state, outcome)
-            elif outcome is None:
-                self.elsewhere[state.run] = time.monotonic()
-            else:
-                self.bar.done(state, outcome)
+        if self.send_back and isinstance(outcome, tuple):
+            entry, arrays = outcome
+            try:
+                self.store.put(entry, arrays)
+                outcome = float(entry.columns["seconds"].mean())
+            except StoreError as error:
+                outcome = error
+        if isinstance(outcome, checkpoints.Stopped):
+            self._leave(state)
+        elif isinstance(outcome, BaseException):
+            self._failed(state, outcome)
+        elif outcome is None:
+            self.elsewhere[state.run] = time.monotonic()
+        else:
+            self.bar.done(state, outcome)
 
     def _count_death(self, error: BaseException) -> None:
-        if executors.died(error):
+        """Once for all runs that one process had."""
+        if executors.died(error) and error is not self.death:
+            self.death = error
             self.deaths += 1
             if self.deaths >= DEATHS:
                 raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
@@ -318,19 +369,19 @@ class _Sweep:
         if executors.died(error):
             self.tries[state.run] += 1
             if self.tries[state.run] < TRIES:
-                try:
-                    self._submit([state])  # alone: of several, one may be what they die of
-                    return
-                except RuntimeError:  # an executor that is broken takes nothing more
-                    pass
-            else:
-                error = f"{error or type(error).__name__}, {TRIES} times"
-                self.store.fail(state.config, error)
+                last = self.tries[state.run] == TRIES - 1
+                (self.suspects if self.by_turns and last else self.waiting).append(state)
+                return
+            error = f"{error or type(error).__name__}, {TRIES} times"
+            self.store.fail(state.config, error)
         elif isinstance(error, StoreError):
             # What the next runs would come to, too; better now than after hours. The disk first: if
             # it is full, whether a file can just be written hangs on what others do there.
             costs.check_disk([state.config], 1, self.store.path)
             self.store.check_writable()
+        self._give_up(state, error)
+
+    def _give_up(self, state: State, error: BaseException | str) -> None:
         self.failed.append(f"{state.config.title}: {error or type(error).__name__}")
         self.bar.gave_up(state)
 
@@ -341,7 +392,7 @@ class _Sweep:
             if run in whole:
                 self.bar.done(self.todo[run], None)
             elif time.monotonic() - since > ASK:
-                self._submit([self.todo[run]])
+                self.waiting.appendleft(self.todo[run])
             else:
                 continue
             del self.elsewhere[run]
@@ -442,41 +493,49 @@ class _Note:
                 self.path.unlink(missing_ok=True)
 
 
-def _bundles(states: list[State], size: int) -> list[list[State]]:
-    """Lists of at most `size` runs to be done at once, of those that take about as long."""
-    if size > 1:  # stable: seeds of a setting stay together
-        states = sorted(states, key=lambda s: (s.config.model, s.config.data, s.config.epochs))
-    return [states[i : i + size] for i in range(0, len(states), size)]
-
-
 def _work(
-    configs: list[Config], store: str, results: Path | None, device: str
-) -> list[float | Exception | None]:
-    """In a worker: do runs, at once where they are several.
+    config: Config, store: str, results: Path | None, device: str, fast: bool, until: float
+) -> float | Exception | None:
+    """In a worker: do a run.
 
-    Returns of each its mean seconds an epoch, None where others have claimed it, or why it failed;
-    what a caller can put right as a StoreError. Raises WorkerDied where this process should do no
-    more; what it has done is in the store.
+    Returns its mean seconds an epoch, None where others have claimed it, or why it failed; what a
+    caller can put right as a StoreError, and Stopped where its time was up. Raises WorkerDied where
+    this process should do no more.
     """
     from paperlib import training
 
-    notes = [_Note(Path(store), config.identity) for config in configs]
+    note = _Note(Path(store), config.identity)
     try:
-        where = executors.mine(device)
-        records = training.run_together(configs, Store(store, results), where, notes)
-        for record in records:
-            if training.spoils(record):
-                raise executors.WorkerDied(f"{type(record).__name__}: {record}")
-        return [_outcome(record) for record in records]
+        places = Store(store, results), executors.mine(device)
+        (record,) = training.run_together([config], *places, [note], fast=fast, until=until)
+        return _outcome(record)
     finally:
-        for note in notes:
-            note.remove()
+        note.remove()
+
+
+def _work_by_turns(
+    config: Config, store: str, results: Path | None, device: str, fast: bool, until: float
+) -> Generator[str | None, None, float | Exception | None]:
+    """As `_work`, for `executors.Turns`."""
+    from paperlib import training
+
+    note = _Note(Path(store), config.identity)
+    try:
+        places = Store(store, results), executors.mine(device)
+        record = yield from training.by_turns(config, *places, note, fast=fast, until=until)
+        return _outcome(record)
+    finally:
+        note.remove()
 
 
 def _outcome(record: RunRecord | Exception) -> float | Exception | None:
+    from paperlib import training
+
+    if training.spoils(record):
+        raise executors.WorkerDied(f"{type(record).__name__}: {record}")
     if isinstance(record, locks.Claimed):
         return None
-    if isinstance(record, StoreError):
+    if isinstance(record, StoreError | checkpoints.Stopped):
         return record
     if isinstance(record, Exception):
         # Some exceptions cannot be sent between processes; their text always can.
@@ -485,13 +544,12 @@ def _outcome(record: RunRecord | Exception) -> float | Exception | None:
 
 
 def _work_and_send(
-    configs: list[Config], device: str
-) -> list[tuple[Entry, bytes | None] | Exception | None]:
-    """In a worker with a store of its own: as `_work`, but records as `Store.put` takes them."""
+    config: Config, device: str, fast: bool, until: float
+) -> tuple[Entry, bytes | None] | Exception | None:
+    """In a worker with a store of its own: as `_work`, but a record as `Store.put` takes it."""
     store = Store()
-    outcomes: list = _work(configs, str(store.path), store.results, device)
-    for i, config in enumerate(configs):
-        if isinstance(outcomes[i], float):
-            (entry,) = store.entries([config.identity])
-            outcomes[i] = entry, store.arrays(entry)
-    return outcomes
+    outcome = _work(config, str(store.path), store.results, device, fast, until)
+    if not isinstance(outcome, float):
+        return outcome
+    (entry,) = store.entries([config.identity])
+    return entry, store.arrays(entry)

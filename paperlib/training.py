@@ -14,9 +14,11 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +27,43 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperlib import backends, checkpoints, data, graphs, locks, memory, models, provenance
+from paperlib import (
+    backends,
+    checkpoints,
+    convolutions,
+    data,
+    executors,
+    graphs,
+    locks,
+    memory,
+    models,
+    provenance,
+)
 from paperlib.checkpoints import Checkpoint
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
-from paperlib.loop import PlainLoop, QuickLoop
+from paperlib.loop import PlainLoop, QuickLoop, Totals, batch_norms, evaluate, recalibrate
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, Pruner, WeightPruner
-from paperlib.runs import RunRecord, Store
+from paperlib.runs import RunRecord, Store, StoreError
 
 EVALUATION_BATCH = {"cpu": 128}  # measured: what is larger leaves the caches
 LARGE_EVALUATION_BATCH = 1000  # on all other devices
 # torch's global generators and torch.fx's tracing belong to the process: threads take turns.
 _one_at_a_time = threading.RLock()
 HISTOGRAM_IMAGES = 128
+LOSS_IMAGES = 1000  # training images whose loss is measured around an event
+RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 2000, 128
+# Columns that no other number depends on. NaN but at events (the last one: but in the last epoch).
+BESIDE = ("recalibrated", "pre_loss", "post_loss", "distance")
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message names it and the epoch."""
+
+
+class ChangedInputs(StoreError):
+    """A record made with other data or code than there is now; the message names both."""
 
 
 def stream(seed: int, name: str, epoch: int = 0) -> int:
@@ -95,6 +116,21 @@ def resolve(spec: str) -> Callable:
         raise ValueError(f"cannot find {spec!r}: {error}") from error
 
 
+def _network(config: Config, classes: int, channels: int, device: torch.device | str) -> nn.Module:
+    """`build` on a device, in the memory format that trains fastest there."""
+    device = torch.device(device)
+    return build(config, classes, channels).to(device, memory_format=_layout(config, device))
+
+
+def _layout(config: Config, device: torch.device) -> torch.memory_format:
+    """The memory format of images and convolutions' weights that a device computes fastest in.
+
+    cuDNN has most float32 kernels for channels-first only, and would convert around each of them.
+    """
+    planar = device.type == "mps" or (device.type == "cuda" and config.precision == "float32")
+    return torch.contiguous_format if planar else torch.channels_last
+
+
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or SGD over all parameters, fused."""
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
@@ -126,10 +162,12 @@ def make_loop(
     optimizer: torch.optim.Optimizer,
     pruner: Pruner | None,
     device: torch.device,
+    fast: bool = False,
 ) -> PlainLoop:
-    """How a run trains and evaluates: on a GPU, with networks of ours, by graphs.
+    """How a run trains and evaluates: on a CPU the quick way, on a GPU by the plain loop.
 
-    On a CPU the quick way. The variable PAPERLIB_PLAIN=1 has the plain loop everywhere.
+    fast: on a GPU, with networks of ours, by CUDA graphs. The variable PAPERLIB_PLAIN=1 has the
+    plain loop everywhere.
     """
 
     def autocast() -> torch.autocast:
@@ -139,7 +177,7 @@ def make_loop(
 
     kind = PlainLoop
     if os.environ.get("PAPERLIB_PLAIN", "0") != "1":
-        if device.type == "cuda" and config.model in models.MODELS:
+        if device.type == "cuda" and fast and config.model in models.MODELS:
             kind = graphs.CapturedLoop
         elif device.type == "cpu":
             kind = QuickLoop
@@ -266,9 +304,8 @@ def measured_flatness(
     directions = vectors[eigenvalues.argsort(descending=True)[: flatness.directions]]
     del vectors
     noise = gradient_covariance_trace(model, images, labels, held)
-    batches = list(test.evaluation())
-    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    losses, accuracies = sharpness(model, images, labels, directions, flatness.epsilons, held)
+    along = test.first(flatness.test_images or len(test.labels))
+    losses, accuracies = sharpness(model, *along, directions, flatness.epsilons, held)
     return {
         "eigenvalues": eigenvalues.cpu().numpy(),
         "noise": np.array(noise),
@@ -276,6 +313,84 @@ def measured_flatness(
         "losses": losses.numpy(),
         "accuracies": accuracies.numpy(),
     }
+
+
+class Replica:
+    """A second network that takes over a run's state, to measure it without touching the run.
+
+    Network and pruner are built anew. A deep copy would share the run's hooks, and through them
+    its counters, scores and noise. As for a checkpoint, a network may keep state in parameters and
+    buffers only.
+
+    Args:
+        config: The run's configuration.
+        classes: Of the run's data, as `channels`.
+        loop: The run's; the replica computes on its device, in its precision.
+    """
+
+    def __init__(self, config: Config, classes: int, channels: int, loop: PlainLoop) -> None:
+        self.device = next(loop.model.parameters()).device
+        self.model = _network(config, classes, channels, self.device)
+        self.pruner = make_pruner(config, self.model)
+        self.autocast = loop.autocast
+        self.quick = isinstance(loop, QuickLoop)
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, pruner: Pruner) -> None:
+        """Take over the state of the run's network and pruner."""
+        self.pruner.load_state_dict(pruner.state_dict())  # first: it may add buffers
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            tensor.copy_(state[name])
+
+    def loss(self, train: data.Batches) -> Totals:
+        """The loss on the first `LOSS_IMAGES` training images, without augmentation."""
+        images, labels = train.first(LOSS_IMAGES)
+        size = self._evaluation_batch
+        with self._measuring():
+            batches = zip(images.split(size), labels.split(size), strict=True)
+            return evaluate(self.model, batches, self.autocast)
+
+    def recalibrated(self, train: data.Batches, test: data.Batches) -> Totals:
+        """The test accuracy with batch norm's running statistics taken anew.
+
+        They are taken from the first `RECALIBRATION_IMAGES` training images, without augmentation.
+        A last batch of one image is left out, as some batch norms cannot train on it. The replica's
+        statistics change. NaN without batch norm.
+        """
+        if not batch_norms(self.model):
+            return Totals(math.nan, math.nan, 1)
+        images, _ = train.first(RECALIBRATION_IMAGES)
+        batches = list(images.split(RECALIBRATION_BATCH))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches.pop()
+        with self._measuring():
+            recalibrate(self.model, batches, self.autocast)
+            return evaluate(self.model, test.evaluation(self._evaluation_batch), self.autocast)
+
+    @property
+    def _evaluation_batch(self) -> int:
+        return EVALUATION_BATCH.get(self.device.type, LARGE_EVALUATION_BATCH)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if isinstance(self.pruner, FilterNoise):
+                stack.enter_context(self.pruner.paused())
+            if self.quick:
+                stack.enter_context(convolutions.quick(self.model))
+            yield
+
+
+@torch.no_grad()
+def distance(model: nn.Module, initial: nn.Module) -> float:
+    """The L2 distance of all parameters from initial ones, relative to the norm of these."""
+    start = {name: parameter.cpu().double() for name, parameter in initial.named_parameters()}
+    moved = torch.zeros((), dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        moved += (parameter.cpu().double() - start[name]).square().sum()
+    norm = sum(parameter.square().sum() for parameter in start.values())
+    return float((moved / norm).sqrt())
 
 
 @dataclass
@@ -296,6 +411,7 @@ def run(
     device: str = "auto",
     callback: Callable[[Moment], dict[str, np.ndarray] | None] | None = None,
     wait: bool = True,
+    fast: bool = False,
 ) -> RunRecord:
     """Train, prune and measure one network as `config` says; or return the store's record of it.
 
@@ -303,14 +419,16 @@ def run(
     goes on from its last checkpoint in the store. callback: called at the end of each epoch with a
     `Moment`; arrays it returns are kept in the record. It must leave the network and torch's
     generators as they are, and sees an epoch again whose checkpoint was not written. wait: where
-    another process has the run, wait for its record rather than raise `locks.Claimed`.
+    another process has the run, wait for its record rather than raise `locks.Claimed`. fast: as
+    for `make_loop`.
 
     Raises ConfigError, PruningError, DataError or ValueError on what cannot be run, before any
-    training; StoreError where the store cannot be written; TrainingError where the loss stops being
-    finite, which the store then notes, or where the process that was waited for failed; and
-    `locks.Lost` where another process took the run over from this one.
+    training; StoreError where the store cannot be written, or has a record that was made with other
+    data or code (`ChangedInputs`); TrainingError where the loss stops being finite, which the store
+    then notes, or where the process that was waited for failed; and `locks.Lost` where another
+    process took the run over from this one.
     """
-    going = _Running(config, store, device, callback, wait, alone=True)
+    going = _Running(config, store, device, callback, wait, alone=True, fast=fast)
     while going.result is None:
         going.go_on()
     return going.result
@@ -321,38 +439,82 @@ def run_together(
     store: Store | None = None,
     device: str = "auto",
     callbacks: Iterable[Callable[[Moment], dict[str, np.ndarray] | None] | None] | None = None,
+    *,
+    at_once: int | None = None,
+    fast: bool = False,
+    until: float = math.inf,
 ) -> list[RunRecord | Exception]:
-    """`run` several at once on one device; returns the record of each, or why there is none.
+    """`run` several on one device, `at_once` of them at any time, in the order they are given.
 
-    Each has a CUDA stream of its own. A step of a small network leaves most of a GPU idle; steps
-    of several share it. They take turns in launching their steps, some at a time, in this one
-    thread; what is random in one does not hang on the others. callbacks: one a run. A run that
-    another process has is not waited for: its `locks.Claimed` is returned. One that finds no memory
-    beside the others is begun again, from its checkpoint, when they are done. On a CPU it is no
-    faster than one after the other.
+    Returns the record of each, or why there is none. On a CPU it is no faster than one after the
+    other. A run that another process has is not waited for: its `locks.Claimed` is returned.
+
+    callbacks: one a run. at_once: all, where None is given. fast and until: as for `by_turns`.
     """
     configs = list(configs)
+    at_once = at_once or len(configs)
     callbacks = [None] * len(configs) if callbacks is None else callbacks
-    runs = [
-        _Running(config, store, device, callback, wait=False, alone=len(configs) == 1)
-        for config, callback in zip(configs, callbacks, strict=True)
-    ]
+    waiting = deque(enumerate(zip(configs, callbacks, strict=True)))
+    results: dict[int, RunRecord | Exception] = {}
+    with closing(executors.Turns()) as turns:
+        while waiting or turns:
+            while waiting and len(turns) < at_once:
+                i, (config, callback) = waiting.popleft()
+                alone = min(at_once, len(configs)) == 1
+                steps = by_turns(
+                    config, store, device, callback, alone=alone, fast=fast, until=until
+                )
+                turns.add(i, steps)
+            for i, worked, result in turns.turn():
+                if not worked:
+                    raise result
+                results[i] = result
+    return [results[i] for i in range(len(configs))]
+
+
+def by_turns(
+    config: Config,
+    store: Store | None = None,
+    device: str = "auto",
+    callback: Callable[[Moment], dict[str, np.ndarray] | None] | None = None,
+    *,
+    alone: bool = False,
+    fast: bool = False,
+    until: float = math.inf,
+) -> Generator[str | None, None, RunRecord | Exception]:
+    """`run` as one of several that take turns (`executors.Turns`) in launching their steps.
+
+    Each has a CUDA stream of its own. A step of a small network leaves most of a GPU idle; steps
+    of several share it. What is random in one does not depend on the others. One that finds no
+    memory beside the others is begun again, from its checkpoint, when they are done.
+
+    Args:
+        config: of the run; store, device, callback and fast as for `run`.
+        alone: no other run is at work on the device, so that a lack of memory is a failure.
+        until: when the run has to stop, by `time.time`: at the end of an epoch, with a checkpoint.
+
+    Returns:
+        The record, or why there is none.
+    """
     handled = sys.exception()
+    going = _Running(config, store, device, callback, False, alone, fast, until)
     try:
-        while going := [one for one in runs if one.result is None]:
-            for one in [one for one in going if not one.alone] or going[:1]:
-                try:
-                    one.go_on()
-                except Exception as error:
-                    if isinstance(error, torch.OutOfMemoryError) and not one.alone:
-                        one.put_off()
-                    else:
-                        one.result = error
-                    _let_go(error, handled)
+        while going.result is None:
+            wish = None
+            try:
+                going.go_on()
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) and not going.alone:
+                    going.put_off()
+                    wish = executors.ALONE
+                else:
+                    going.result = error
+                _let_go(error, handled)
+            if going.result is None:
+                yield wish
     finally:
-        for one in runs:
-            one.close()
-    return [one.result for one in runs]
+        going.close()
+    return going.result
 
 
 def _let_go(error: BaseException | None, handled: BaseException | None) -> None:
@@ -377,20 +539,35 @@ class _Running:
     """
 
     def __init__(
-        self, config: Config, store: Store | None, device: str, callback, wait: bool, alone: bool
+        self,
+        config: Config,
+        store: Store | None,
+        device: str,
+        callback,
+        wait: bool,
+        alone: bool,
+        fast: bool = False,
+        until: float = math.inf,
     ):
         self.config, self.store, self.device = config, store, device
         self.callback, self.wait, self.alone = callback, wait, alone
-        self.steps: Generator[None, None, RunRecord] | None = None
+        self.fast, self.until = fast, until
+        self.steps: Generator[str | None, None, RunRecord] | None = None
         self.stream: torch.cuda.Stream | None = None
+        self.waits = False  # for what its stream still has to do
         self.result: RunRecord | Exception | None = None
 
     def go_on(self) -> None:
-        """To the next wait, or the end; at first, where the store has the record, to that."""
+        """To the next wait, or the end; at first, where the store has the record, to that.
+
+        Beside others it does not wait for the device here: it stays where it is.
+        """
         if self.steps is None:
             self._begin()
             if self.result is not None:
                 return
+        if self.waits and not self.alone and not self.stream.query():
+            return
         with ExitStack() as stack:
             if self.stream is not None:
                 # Of the device first: a stream's end would begin something on the one before.
@@ -398,8 +575,10 @@ class _Running:
                 stack.enter_context(torch.cuda.stream(self.stream))
                 # The quickest kernels, found by trial at their first use.
                 stack.enter_context(backends.switched(torch.backends.cudnn, benchmark=True))
+            if self.config.precision == "float32":
+                stack.enter_context(backends.full_float32())
             try:
-                next(self.steps)
+                self.waits = next(self.steps) != graphs.GO_ON and self.stream is not None
             except StopIteration as end:
                 self.result = end.value
 
@@ -407,15 +586,19 @@ class _Running:
         config, store = self.config, self.store
         if store is not None and config.identity in store:
             checkpoints.discard(store.path, config.identity)  # its writer may have died before
-            self.result = store.read(config.identity)
+            self.result = stored(config, store)
             return
         where = choose_device(self.device)
-        self.stream = torch.cuda.Stream(where) if where.type == "cuda" else None
-        self.steps = _claimed(config, store, where, self.callback, self.wait, self.alone)
+        if where.type == "cuda":
+            torch.cuda.empty_cache()  # of runs that are done; other processes may need it
+            self.stream = torch.cuda.Stream(where)
+        self.steps = _claimed(
+            config, store, where, self.callback, self.wait, self.alone, self.fast, self.until
+        )
 
     def put_off(self) -> None:
         """Begin again, alone."""
-        self.steps, self.alone = None, True
+        self.steps, self.alone, self.waits = None, True, False
 
     def close(self) -> None:
         """Give up what a run that is not done has claimed."""
@@ -424,8 +607,15 @@ class _Running:
 
 
 def _claimed(
-    config: Config, store: Store | None, device: torch.device, callback, wait: bool, alone: bool
-) -> Generator[None, None, RunRecord]:
+    config: Config,
+    store: Store | None,
+    device: torch.device,
+    callback,
+    wait: bool,
+    alone: bool,
+    fast: bool,
+    until: float,
+) -> Generator[str | None, None, RunRecord]:
     """Check the run, claim it, do it, and read its record."""
     if store is not None:
         store.check_writable()
@@ -438,7 +628,7 @@ def _claimed(
         )
     if store is None:
         with memory.kept():
-            return (yield from _run(config, _dataset(config), device, callback))
+            return (yield from _run(config, _dataset(config), device, callback, fast=fast))
     earlier = store.failure(config.identity)
     with locks.claim(store.path, config.identity, wait) as claim:
         failure = store.failure(config.identity)
@@ -446,28 +636,89 @@ def _claimed(
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config.identity not in store:
             with memory.kept():
-                yield from _run_once(config, store, device, callback, claim, alone)
-        return store.read(config.identity)
+                yield from _run_once(config, store, device, callback, claim, alone, fast, until)
+            return store.read(config.identity)
+        return stored(config, store)
 
 
 def _dataset(config: Config, root: Path | None = None) -> data.Dataset:
     """The run's images: one subset for all seeds, which differ in the network, not the task."""
-    return data.load(config.data, root).subset(config.train_per_class, config.test_per_class)
+    checksum = provenance.known_checksum(config.data, root)
+    return _subset(config.data, root, checksum, config.train_per_class, config.test_per_class)
+
+
+@lru_cache(maxsize=1)
+def _subset(
+    spec: str, root: Path | None, checksum: str | None, training: int | None, test: int | None
+) -> data.Dataset:
+    """Kept for the next run: a process that does many loads their images once."""
+    return data.load(spec, root).subset(training, test)
+
+
+def source_checksum(config: Config) -> str | None:
+    """The checksum of the code of the score and network that a run names; None without any.
+
+    Of both, it is that of the two checksums.
+    """
+    specs = [config.model]
+    if isinstance(config.pruning, FilterPruning):
+        specs.append(config.pruning.score)
+    found = [checksum for checksum in map(provenance.source_checksum, specs) if checksum]
+    if len(found) < 2:
+        return found[0] if found else None
+    return hashlib.sha256("/".join(found).encode()).hexdigest()
+
+
+def _checksums(config: Config, images: str | None) -> dict[str, str | None]:
+    return {"data": images or None, "source": source_checksum(config)}
+
+
+def stored(config: Config, store: Store) -> RunRecord:
+    """The store's record of a run.
+
+    Raises:
+        ChangedInputs: its data, or the code of a score or network that it names, have changed
+            since. They are compared where the checksums of then and now are known.
+        KeyError, DamagedRecord: as `Store.read`.
+    """
+    record = store.read(config.identity)
+    try:
+        images = provenance.known_checksum(config.data, store.path / "data")
+    except data.DataError:  # there is something else in the place of the data
+        images = None
+    for name, now in _checksums(config, images).items():
+        then = record.provenance.get(name)
+        if then and now and then != now:
+            inputs = f"data {config.data!r}" if name == "data" else "code of its score or network"
+            raise ChangedInputs(
+                f"the record of {config.title} in {store.path} was made with other {inputs}, of "
+                f"checksum {then}; the present one has {now}. Choose another run folder with "
+                "--runs, or remove the record"
+            )
+    return record
 
 
 def _run_once(
-    config: Config, store: Store, device: torch.device, callback, claim: locks.Claim, alone: bool
-) -> Iterator[None]:
+    config: Config,
+    store: Store,
+    device: torch.device,
+    callback,
+    claim: locks.Claim,
+    alone: bool,
+    fast: bool,
+    until: float,
+) -> Generator[str | None, None, None]:
     """Run what this process has claimed, and write its record or why it failed."""
     dataset = _dataset(config, store.path / "data")
-    checkpoint = Checkpoint(store.path, config, claim)
+    checksums = _checksums(config, dataset.checksum)
+    checkpoint = Checkpoint(store.path, config, claim, **checksums, until=until)
     try:
         with _one_at_a_time:
             try:
-                record = yield from _run(config, dataset, device, callback, checkpoint)
+                record = yield from _run(config, dataset, device, callback, checkpoint, fast)
             except checkpoints.UnusableCheckpoint as error:
                 checkpoint.set_aside(error)
-                record = yield from _run(config, dataset, device, callback, checkpoint)
+                record = yield from _run(config, dataset, device, callback, checkpoint, fast)
     except TrainingError as error:
         store.fail(config, error)
         checkpoints.discard(store.path, config.identity)
@@ -488,11 +739,13 @@ def _run(
     device: torch.device,
     callback,
     checkpoint: Checkpoint | None = None,
-) -> Generator[None, None, RunRecord]:
+    fast: bool = False,
+) -> Generator[str | None, None, RunRecord]:
     """The run itself; it yields wherever it would wait for the device, or for its launches."""
-    channels_last = torch.channels_last if device.type != "mps" else torch.contiguous_format
+    checksums = _checksums(config, dataset.checksum)
     classes, channels = len(dataset.classes), dataset.train_images.shape[1]
-    model = build(config, classes, channels).to(device, memory_format=channels_last)
+    model = _network(config, classes, channels, device)
+    layout = _layout(config, device)
     train = data.Batches(
         dataset.train_images,
         dataset.train_labels,
@@ -501,8 +754,16 @@ def _run(
         device,
         config.batch,
         config.augment,
+        layout,
     )
-    test = data.Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
+    test = data.Batches(
+        dataset.test_images,
+        dataset.test_labels,
+        dataset.mean,
+        dataset.std,
+        device,
+        layout=layout,
+    )
     rows, arrays = [], {}
     of_weights = config.histograms and isinstance(config.pruning, WeightPruning)
     of_norms = config.histograms and not of_weights
@@ -517,8 +778,9 @@ def _run(
     evaluation_batch = EVALUATION_BATCH.get(device.type, LARGE_EVALUATION_BATCH)
     if noise is not None:
         evaluation_batch = config.noise.evaluation_batch
-    loop = make_loop(config, model, optimizer, pruner, device)
+    loop = make_loop(config, model, optimizer, pruner, device, fast)
     events = Events(config.pruning)
+    replica = None
     trained = sum(row["trained"] for row in rows)
     for epoch in range(len(rows), config.epochs):
         start = time.perf_counter()
@@ -543,15 +805,23 @@ def _run(
                 raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
         test_loss, pre = tested.read()
         removed, post = 0, pre
+        around: list[Totals] = []
         if events.at(epoch):
+            replica = replica or Replica(config, classes, channels, loop)
+            replica.load(model, pruner)
             chooser.generator.manual_seed(stream(config.seed, "filters", epoch))
             if of_weights and epoch == events.first:
                 arrays |= weight_histograms(pruner, "before") | {"edges": MAGNITUDES}
             removed = pruner.prune(*events.at(epoch))
             if of_weights and epoch == events.last:
                 arrays |= weight_histograms(pruner, "after")
+            if removed:
+                around.append(replica.loss(train))
         if noise is not None and epoch == config.epochs - 1:
             noise.remove()
+        if removed:
+            replica.load(model, pruner)
+            around += [replica.loss(train), replica.recalibrated(train, test)]
         if removed or noise is not None:
             # With noise every epoch has both evaluations: each of their batches is a pass.
             tested = loop.evaluate(test, evaluation_batch)
@@ -570,6 +840,13 @@ def _run(
             "post": post,
             "removed": removed,
         }
+        row |= dict.fromkeys(BESIDE, math.nan)
+        if around:
+            (row["pre_loss"], _), (row["post_loss"], _), (_, row["recalibrated"]) = (
+                totals.read() for totals in around
+            )
+        if epoch == config.epochs - 1:
+            row["distance"] = distance(model, build(config, classes, channels))
         evaluated = time.perf_counter()
         with noise.paused() if noise is not None else nullcontext():
             if config.flatness is not None and epoch == config.flatness.epoch:
@@ -587,6 +864,7 @@ def _run(
         arrays |= weight_histograms(pruner, "end")
         arrays |= {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
     about = _provenance(device, model, pruner) | {"classes": classes, "channels": channels}
+    about |= checksums
     if checkpoint is not None and checkpoint.earlier:
         about["resumed"] = checkpoint.earlier
     return RunRecord(config, pd.DataFrame(rows), arrays, about)

@@ -144,7 +144,7 @@ def test_runs_that_were_not_at_once_have_no_speed_at_once(tmp_path, monkeypatch)
                 raise torch.OutOfMemoryError("out of memory")
             return (yield from super().launch(*rest))
 
-    def make_loop(config, model, optimizer, pruner, device):
+    def make_loop(config, model, optimizer, pruner, device, fast):
         loop = make(config, model, optimizer, pruner, device)
         return Short(model, optimizer, pruner, loop.autocast)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -341,6 +342,30 @@ def restored(config: Config, store: Store):
     model = training.build(config)
     optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
     return Checkpoint(store.path, config, None).restore(model, optimizer, pruner)
+
+
+@pytest.mark.parametrize("field", ["data", "source"])
+def test_other_data_or_source(field, store):
+    """The same configuration, but the images or the code that it names are others."""
+    model = training.build(VGG)
+    optimizer, pruner = training.make_optimizer(VGG, model), training.make_pruner(VGG, model)
+    claim = SimpleNamespace(check=lambda: None)
+    made = {"data": "a" * 32, "source": "b" * 64}
+    rows = [{"epoch": 0, "seconds": 1.0}]
+    Checkpoint(store.path, VGG, claim, **made).save(model, optimizer, pruner, rows, {})
+    about = checkpoints.describe(store.path, VGG.identity)
+    assert {name: about[name] for name in made} == made
+
+    def restored_with(**checksums):
+        return Checkpoint(store.path, VGG, claim, **checksums).restore(model, optimizer, pruner)
+
+    assert restored_with(**made)[0] == rows
+    assert restored_with()[0] == rows
+    with pytest.raises(UnusableCheckpoint, match=f"{field} .*{made[field]}.* ccc"):
+        restored_with(**made | {field: "ccc"})
+    Checkpoint(store.path, VGG, claim).save(model, optimizer, pruner, rows, {})
+    with pytest.raises(UnusableCheckpoint, match=f"{field} .* None"):
+        restored_with(**{field: made[field]})
 
 
 def test_zeros(store, always):

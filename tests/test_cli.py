@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -184,7 +185,8 @@ def test_status_for_people(paperlib, half_done):
     assert code == 0
     assert header.split() == ["figure", "runs", *STATES, "hours", "unknown"]
     assert first.split() == ["figure-1", "3", "2", "0", "1", "0", "0", "1.00", "0"]
-    assert second.split()[:2] + second.split()[-2:] == ["table-C1", "9", "?", "9"]
+    count = len(experiments.plan("table-C1", "smoke", seeds=3))
+    assert second.split()[:2] + second.split()[-2:] == ["table-C1", f"{count}", "?", f"{count}"]
     assert len(runs) == 1
     assert runs[0].startswith("failed: ")
     assert runs[0].endswith(
@@ -192,7 +194,7 @@ def test_status_for_people(paperlib, half_done):
     )
     _, out, _ = paperlib(*line, "-v")
     runs = out.splitlines()[3:]
-    assert len(runs) == 12
+    assert len(runs) == 3 + count
     assert "not run: in the store" in runs[0]
     assert runs[3].startswith("missing: ")
     assert runs[3].endswith("run: starts from its first epoch")
@@ -241,6 +243,57 @@ def test_sweep(paperlib, tmp_path):
     assert store.identities() == experiments.plan("figure-1", "smoke").run.tolist()
     assert not (tmp_path / "runs").exists()
     assert paperlib(*line) == (0, f"0 runs done, 1 in {tmp_path / 'mine'}\n", "")
+
+
+def test_sweep_for_some_minutes(paperlib, monkeypatch, tmp_path):
+    """What there was no time for is counted, and no error."""
+    given = {}
+
+    def execute(configs, store, **options):
+        given.update(options, configs=list(configs.values()))
+        return 0
+
+    monkeypatch.setattr(cli.sweep, "execute", execute)
+    line = "sweep figure-B1 figure-1 --profile smoke --seeds 2 --fast --minutes 1.5"
+    code, out, _ = paperlib(*line.split())
+    plans = [experiments.plan(f"figure-{n}", "smoke", seeds=2) for n in ("B1", "1")]
+    count = len({run for plan in plans for run in plan.run})
+    assert (code, out) == (0, f"0 runs done, 0 in {tmp_path / 'runs'}, {count} left\n")
+    assert (given["fast"], given["minutes"]) == (True, 1.5)
+    seeds = [config.seed for config in given["configs"]]
+    assert seeds[: len(plans[0])] == sorted(plans[0].seed)
+    assert {c.identity for c in given["configs"][: len(plans[0])]} == set(plans[0].run)
+    paperlib("sweep", "--profile", "smoke")
+    assert given["configs"] == experiments.queue("smoke")
+    assert (given["fast"], given["minutes"]) == (False, None)
+    assert paperlib("sweep", "--minutes", "0")[0] == 2
+
+
+def test_a_figure_there_was_no_time_for(paperlib, monkeypatch):
+    """Its notebook is not executed: that would do its runs."""
+    executed = []
+
+    def execute(notebook, out, parameters):
+        executed.append(notebook.stem)
+        return {"seconds": 1.0, "file": str(out), "error": None}
+
+    monkeypatch.setattr(cli.sweep, "execute", lambda *_, **options: 0)
+    monkeypatch.setattr(cli.batch, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(cli.batch, "_execute", execute)
+    done = experiments.plan("figure-1", "smoke", seeds=1).config[0]
+    Store().write(record(done, 1))
+    line = "figures figure-1 figure-B1 --profile smoke --seeds 1 --minutes 1"
+    code, out, _ = paperlib(*line.split())
+    assert code == 0
+    assert executed == ["figure-1"]
+    assert out.splitlines()[-1] == "there was no time for: figure-B1"
+
+
+class Pool(ThreadPoolExecutor):
+    """In this process."""
+
+    def __init__(self, workers, **_):
+        super().__init__(workers)
 
 
 # Records

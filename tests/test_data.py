@@ -2,8 +2,12 @@
 
 import hashlib
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import unicodedata
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from paperlib import data
+from paperlib import data, provenance
 from paperlib.data import Batches, DataError, Dataset
 
 ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
@@ -33,7 +37,8 @@ def random_images(count: int, size: int = 32) -> torch.Tensor:
 
 def same(a: Dataset, b: Dataset) -> bool:
     tensors = all(torch.equal(getattr(a, half), getattr(b, half)) for half in HALVES)
-    return tensors and (a.classes, a.mean, a.std) == (b.classes, b.mean, b.std)
+    about = [(d.classes, d.mean, d.std, d.checksum) for d in (a, b)]
+    return tensors and about[0] == about[1]
 
 
 def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
@@ -96,6 +101,11 @@ def test_digits(tmp_path):
     everything = torch.cat([digits.train_images, digits.test_images])[:, 0].flatten(1)
     assert len(everything.unique(dim=0)) == 1797  # no test image is a training image
     assert not list(tmp_path.iterdir())
+    assert digits.checksum == digits.subset(3).checksum == data.known_checksum("digits")
+    digest = hashlib.sha256(digits.train_images.numpy().tobytes())
+    for half in HALVES[1:]:
+        digest.update(getattr(digits, half).numpy().tobytes())
+    assert digest.hexdigest()[:32] == digits.checksum
 
 
 def test_subset_is_balanced_nested_and_seeded(tmp_path):
@@ -148,10 +158,10 @@ def test_dataset_of_wrong_tensors(change, message):
 
 @pytest.mark.parametrize("spec", ["cifar", "images", "images:", "digits:8", ""])
 def test_unknown_data_set(spec, tmp_path):
-    with pytest.raises(
-        DataError, match=rf"{spec!r}; there are: digits, cifar10, cifar100, images:"
-    ):
+    with pytest.raises(DataError) as error:
         data.load(spec, tmp_path)
+    for word in (repr(spec), "digits", "cifar10", "cifar10-jpeg", "cifar100", "images:PATH"):
+        assert word in str(error.value)
 
 
 # CIFAR
@@ -202,6 +212,7 @@ def test_cifar_is_downloaded_once_and_read(name, web, tmp_path, monkeypatch):
     assert np.array_equal(first.test_images.numpy(), pixels[count:])
     assert first.train_labels.tolist() == [0, 1] * (count // 2)
     assert first.mean == data.CIFARS[name].mean
+    assert first.checksum == data.CIFARS[name].md5
 
 
 def test_cifar_without_a_network_or_damaged(web, tmp_path, monkeypatch):
@@ -253,8 +264,9 @@ def test_classes_of_cifar10_get_its_constants(tmp_path):
 def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
     decode, calls = data.decode_image, []
     monkeypatch.setattr(data, "decode_image", lambda *a: calls.append(a[1]) or decode(*a))
-    files, root = few_files(), tmp_path / "root"
+    files = few_files()
     for path in (tmp_path / "a.zip", tmp_path / "folder"):
+        root = tmp_path / f"root-{path.stem}"  # one of their own: they share their content
         first = load(write(path, files), root)
         assert len(calls) == 10
         assert same(first, load(path, root))
@@ -263,7 +275,7 @@ def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
         assert not same(first, load(write(path, changed), root))
         assert len(calls) == 20
         calls.clear()
-    assert not list(root.glob("*.part"))
+        assert not list(root.glob("*.part"))
 
 
 def test_cache_never_half_written(tmp_path, monkeypatch):
@@ -277,7 +289,7 @@ def test_cache_never_half_written(tmp_path, monkeypatch):
         patch.setattr(data, "save_file", disk_full)
         with pytest.raises(OSError, match="no space left"):
             load(path, root)
-    assert [file.suffix for file in root.iterdir()] in ([], [".lock"])
+    assert {file.suffix for file in root.iterdir()} <= {".lock", ".txt"}
     load(path, root)
 
 
@@ -396,9 +408,246 @@ def test_missing_and_foreign_paths(tmp_path):
         load(tmp_path / "a.zip", tmp_path)
 
 
+@pytest.mark.parametrize("factor", [256, 257])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bits_become_8(suffix, factor):
+    """Whether 8 bits were widened by a shift or by 257, they come back."""
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deep = gray.astype(np.uint16) * factor
+    file = io.BytesIO()
+    Image.fromarray(deep).save(file, {"tif": "tiff", "pgm": "ppm"}.get(suffix, suffix))
+    found = data.decode_image(file.getvalue(), "a")
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, np.stack(3 * [gray]))
+
+
+def test_big_endian_and_12_bits_of_a_tiff():
+    """Written by hand: one strip of 8 x 1 pixels, after the directory."""
+    values = np.arange(8, dtype=np.uint16) * 30
+    twelve = values << 4
+    packed = bytes(
+        byte
+        for a, b in twelve.reshape(-1, 2).tolist()
+        for byte in (a >> 4, (a & 15) << 4 | b >> 8, b & 255)
+    )
+    for order, bits, strip in (
+        ("big", 16, (values << 8).astype(">u2").tobytes()),
+        ("little", 16, (values << 8).astype("<u2").tobytes()),
+        ("little", 12, packed),
+    ):
+        tags = {256: 8, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1}
+        tags |= {278: 1, 279: len(strip)}
+        entries = b"".join(
+            number.to_bytes(size, order)
+            for tag, value in tags.items()
+            for number, size in ((tag, 2), (4, 2), (1, 4), (value, 4))
+        )
+        head = {"big": b"MM", "little": b"II"}[order] + (42).to_bytes(2, order)
+        head += (8).to_bytes(4, order) + len(tags).to_bytes(2, order)
+        found = data.decode_image(head + entries + bytes(4) + strip, "a")
+        assert found[0, 0].tolist() == values.tolist(), (order, bits)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_pixels_without_a_range_are_refused(kind, mode, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), kind)).save(file, "tiff")
+    path = write(tmp_path / "a.zip", few_files() | {"train/cat/7.tif": file.getvalue()})
+    with pytest.raises(DataError, match=rf"train/cat/7\.tif .* mode {mode}\b"):
+        load(path, tmp_path / "root")
+
+
+def test_backslashes_and_accents(tmp_path):
+    files = few_files()
+    expected = load(write(tmp_path / "folder", files), tmp_path / "root")
+    windows = {name.replace("/", "\\"): content for name, content in files.items()}
+    assert same(load(write(tmp_path / "a.zip", windows), tmp_path / "root"), expected)
+    accented = {}
+    for name, content in files.items():
+        form = "NFC" if name.startswith("test") else "NFD"
+        accented[unicodedata.normalize(form, name.replace("cat", "café"))] = content
+    for path in (tmp_path / "accents", tmp_path / "accents.tar"):
+        found = load(write(path, accented), tmp_path / "root")
+        assert found.classes == ("café", "dog")
+        assert torch.equal(found.train_images, expected.train_images)
+    both = {unicodedata.normalize(form, "train/café/0.png"): png() for form in ("NFC", "NFD")}
+    with pytest.raises(DataError, match=r"are both train/café/0\.png"):
+        load(write(tmp_path / "b.zip", accented | both), tmp_path / "root")
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.zip", few_files())
+    first = data.load("images:~/a.zip", "~/root")
+    assert list((tmp_path / "root").glob("*.safetensors"))
+    assert data.known_checksum("images:~/a.zip", "~/root") == first.checksum
+    monkeypatch.setenv("PAPERLIB_DATA", "~/other")
+    assert same(first, data.load("images:~/a.zip"))
+    assert list((tmp_path / "other").glob("*.safetensors"))
+    assert not (tmp_path / "~").exists()
+
+
+# Checksums of content
+
+
+def plain_checksum(files: dict[str, bytes]) -> str:
+    content = b"".join(
+        name.encode() + b"\0" + str(len(files[name])).encode() + b"\0" + files[name]
+        for name in sorted(files)
+    )
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+@pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
+def test_checksum_is_of_the_content_alone(name, tmp_path):
+    files, root = few_files(), tmp_path / "root"
+    orders = (sorted(files), sorted(files, reverse=True))
+    for i, (order, top) in enumerate(zip(orders, ("", "top/"), strict=True)):
+        (tmp_path / str(i)).mkdir()
+        content = {top + file: files[file] for file in order} | {top + "notes.txt": b"x"}
+        path = write(tmp_path / str(i) / name, content)
+        assert data.known_checksum(f"images:{path}", root) == plain_checksum(files)
+        found = load(path, root)
+        assert found.checksum == found.subset(1, 1).checksum == plain_checksum(files)
+    assert len(list(root.glob("*.safetensors"))) == 1
+    flipped = bytearray(files["train/cat/0.png"])
+    flipped[-1] ^= 1
+    changes = (
+        files | {"train/cat/0.png": bytes(flipped)},
+        files | {"train/cat/0.png": files["train/cat/1.png"], "train/cat/1.png": png(0)},
+        {("test/cat/9.png" if k == "test/cat/1.png" else k): v for k, v in files.items()},
+        {k: v for k, v in files.items() if k != "test/cat/1.png"},
+    )
+    seen = {plain_checksum(files)}
+    for i, changed in enumerate(changes):
+        folder = tmp_path / f"changed-{i}"
+        folder.mkdir()
+        seen.add(data.known_checksum(f"images:{write(folder / name, changed)}", root))
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("name", ["folder", "a.zip"])
+def test_known_checksum_is_remembered_until_a_file_changes(name, tmp_path, monkeypatch):
+    files, root = few_files(), tmp_path / "root"
+    path = write(tmp_path / name, files)
+    checksum = load(path, root).checksum
+    read, calls = data.read_images, []
+    monkeypatch.setattr(data, "read_images", lambda *a: calls.append(a) or read(*a))
+    assert data.known_checksum(f"images:{path}", root) == checksum
+    assert not calls
+    file = path / "train/cat/0.png" if name == "folder" else path
+    times = file.stat()
+    files["train/cat/0.png"] = files["train/cat/0.png"][:-1] + b"x"
+    write(path, files)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its size is the same, too
+    assert data.known_checksum(f"images:{path}", root) == plain_checksum(files) != checksum
+
+
+def test_known_checksum_needs_no_torch(tmp_path):
+    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
+    checksum = load(path, root).checksum
+    assert data.known_checksum(f"images:{tmp_path / 'nowhere'}", root) is None
+    assert data.known_checksum("nothing") is None
+    code = f"""
+import sys
+from paperlib.provenance import known_checksum
+print(known_checksum("cifar10"), known_checksum("images:{path}", {str(root)!r}))
+assert "torch" not in sys.modules
+"""
+    run = [sys.executable, "-c", code]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    assert printed == [data.CIFARS["cifar10"].md5, checksum]
+
+
+def test_source_checksum(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("")
+    for name, spec in (("mine.py", "mine:score"), ("pack/deep.py", "pack.deep:Net")):
+        (tmp_path / name).write_text("raise RuntimeError\n")
+        expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
+        assert provenance.source_checksum(spec) == expected
+        (tmp_path / name).write_text("raise TypeError\n")
+        assert provenance.source_checksum(spec) != expected
+    for spec in ("l2", "vgg11_bn", "nowhere:score", "nowhere.deep:score", "sys:exit"):
+        assert provenance.source_checksum(spec) is None
+
+
+# CIFAR-10 as JPEG
+
+
+@pytest.fixture
+def few_jpegs(monkeypatch) -> dict[str, bytes]:
+    """A small stand-in for the public repository's images, with its own checksum."""
+    files = {
+        f"{split}/{label}/0000.png": png(i)
+        for split in ("train", "test")
+        for i, label in enumerate(data.CIFAR10_CLASSES)
+    }
+    monkeypatch.setitem(data.CHECKSUMS, "cifar10-jpeg", plain_checksum(files))
+    return files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cifar10-jpeg", "cifar10-jpeg.tar.xz", "cifar10-jpeg.zip", "cifar10-jpeg.tar.gz"),
+        "CIFAR-10-images-master.zip",
+    ],
+)
+@pytest.mark.parametrize("place", ["root", "PAPERLIB_DATA"])
+def test_jpeg_is_found_verified_and_cached(name, place, few_jpegs, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "JPEG_URL", "nowhere")
+    folder, root = tmp_path / "folder", tmp_path / "root"
+    folder.mkdir()
+    if place == "root":
+        root = folder
+    else:
+        monkeypatch.setenv("PAPERLIB_DATA", str(folder))
+    top = "CIFAR-10-images-master/" if "master" in name else ""
+    path = write(folder / name, {top + file: content for file, content in few_jpegs.items()})
+    found = data.load("cifar10-jpeg", root)
+    assert found.name == "cifar10-jpeg"
+    assert found.classes == data.CIFAR10_CLASSES
+    assert found.mean == data.CIFARS["cifar10"].mean
+    assert found.checksum == data.known_checksum("cifar10-jpeg") == plain_checksum(few_jpegs)
+    # Once decoded the archive is not needed, also by one who finds the cache in PAPERLIB_DATA.
+    path.rename(tmp_path / "away")
+    assert same(found, data.load("cifar10-jpeg", root))
+    monkeypatch.setenv("PAPERLIB_DATA", str(root))
+    assert same(found, data.load("cifar10-jpeg", tmp_path / "third"))
+
+
+def test_wrong_jpegs_are_refused(few_jpegs, tmp_path):
+    few_jpegs["test/cat/0000.png"] = png(77)
+    path = write(tmp_path / "cifar10-jpeg.tar.gz", few_jpegs)
+    with pytest.raises(DataError) as error:
+        data.load("cifar10-jpeg", tmp_path)
+    for word in (str(path), plain_checksum(few_jpegs), data.CHECKSUMS["cifar10-jpeg"]):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_jpeg_is_downloaded(few_jpegs, web, tmp_path, monkeypatch):
+    folder, address = web
+    monkeypatch.setattr(data, "JPEG_URL", f"{address}/master.zip")
+    with pytest.raises(DataError, match="cifar10-jpeg could not be downloaded") as error:
+        data.load("cifar10-jpeg", tmp_path / "root")
+    assert "\n" not in str(error.value)
+    top = "CIFAR-10-images-master/"
+    write(folder / "master.zip", {top + file: content for file, content in few_jpegs.items()})
+    found = data.load("cifar10-jpeg", tmp_path / "root")
+    assert found.train_labels.tolist() == list(range(10))
+    assert not list((tmp_path / "root").glob("*.part"))
+
+
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE.name} is not beside the repository")
-def test_cifar10_as_jpeg(tmp_path):
-    found = load(ARCHIVE, tmp_path)
+def test_cifar10_as_jpeg(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERLIB_DATA", str(ARCHIVE.parent))
+    found = data.load("cifar10-jpeg", tmp_path)
     assert found.train_images.shape == (50_000, 3, 32, 32)
     assert found.test_images.shape == (10_000, 3, 32, 32)
     assert found.train_labels.bincount().tolist() == [5000] * 10

@@ -6,9 +6,10 @@ between them; and it refuses what a capture refuses.
 """
 
 import gc
+import math
 import warnings
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -64,7 +65,7 @@ class Recording(TorchDispatchMode):
 def captured(monkeypatch):
     """All runs by captured loops; gives what makes their graphs, which counts them."""
 
-    def make_loop(config, model, optimizer, pruner, device):
+    def make_loop(config, model, optimizer, pruner, device, fast):
         loop = MAKE_LOOP(config, model, optimizer, pruner, device)
         return CapturedLoop(model, optimizer, pruner, loop.autocast, Recording)
 
@@ -132,8 +133,11 @@ def test_same_as_the_plain_loop(name, captured):
 
 
 def test_few_graphs(captured):
-    """One for each size of a batch and one for the test images: not one an epoch or an event."""
-    numbers(BASE.with_(epochs=8))
+    """One for each size of a batch and one for the test images: not one an epoch or an event.
+
+    Nor one for each learning rate.
+    """
+    numbers(BASE.with_(epochs=8, milestones=(2, 4)))
     assert captured.made == 3
     captured.made = 0
     epochs = tuple(range(2, 10))
@@ -164,12 +168,17 @@ def test_the_first_call_is_an_ordinary_one():
         replays(lambda: calls.append("called"), "a")
     assert calls == ["called", "replayed", "replayed"]
     assert len(made) == 1
-    replays.forget()
-    replays(lambda: calls.append("called"), "a")
-    assert calls[3:] == ["replayed"]
+    replays.forget()  # what is done by now may need kernels that were never launched
+    for _ in range(2):
+        replays(lambda: calls.append("called"), "a")
+    assert calls[3:] == ["called", "replayed"]
     assert len(made) == 2
     replays(lambda: calls.append("called"), "b")
-    assert calls[4:] == ["called"]
+    assert calls[5:] == ["called"]
+
+
+class Event:
+    record = wait = lambda self: None
 
 
 class Pools:
@@ -178,28 +187,31 @@ class Pools:
     def __init__(self, monkeypatch):
         self.uses = {}
         fakes = {"graph_pool_handle": lambda: 7, "CUDAGraph": lambda: Pools.OfOne(self)}
-        fakes |= {"graph": self.capture, "current_stream": lambda: 1, "default_stream": lambda: 0}
+        fakes |= {"current_stream": lambda: 1, "default_stream": lambda: 0}
+        fakes |= {"current_device": lambda: 0, "Event": Event}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+        monkeypatch.setattr(graphs, "_last_turn", {})
 
     class OfOne:
-        pool = None
+        pool = begun = None
 
         def __init__(self, pools):
             self.pools = pools
 
+        def capture_begin(self, pool, capture_error_mode):
+            if self.pools.uses.get(pool) == 0:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            self.begun = pool
+
+        def capture_end(self):
+            self.pool, self.begun = self.begun, None
+            self.pools.uses[self.pool] = self.pools.uses.get(self.pool, 0) + 1
+
         def __del__(self):
             if self.pool is not None:  # captured
                 self.pools.uses[self.pool] -= 1
-
-    @contextmanager
-    def capture(self, graph, pool, stream):
-        if self.uses.get(pool) == 0:
-            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
-        yield
-        graph.pool = pool
-        self.uses[pool] = self.uses.get(pool, 0) + 1
 
 
 def test_the_pool_outlives_forgotten_graphs(monkeypatch):
@@ -209,7 +221,8 @@ def test_the_pool_outlives_forgotten_graphs(monkeypatch):
     for _ in range(3):
         replays(lambda: None, "a")
     replays.forget()
-    replays(lambda: None, "a")
+    for _ in range(2):
+        replays(lambda: None, "a")
     assert made == [7, 7, 7]
     assert pools.uses == {7: 2}
     del replays
@@ -324,24 +337,26 @@ def test_a_run_that_was_stopped(captured, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "model", "plain", "expected"),
+    ("device", "model", "fast", "plain", "expected"),
     [
-        ("cuda", "vgg11_bn", "0", "CapturedLoop"),
-        ("cuda", "vgg11_bn", "1", "PlainLoop"),
-        ("cuda", "tests.test_graphs:network", "0", "PlainLoop"),
-        ("cpu", "vgg11_bn", "0", "QuickLoop"),
-        ("cpu", "tests.test_graphs:network", "0", "QuickLoop"),
-        ("cpu", "vgg11_bn", "1", "PlainLoop"),
-        ("mps", "vgg11_bn", "0", "PlainLoop"),
+        ("cuda", "vgg11_bn", True, "0", "CapturedLoop"),
+        ("cuda", "vgg11_bn", False, "0", "PlainLoop"),
+        ("cuda", "vgg11_bn", True, "1", "PlainLoop"),
+        ("cuda", "tests.test_graphs:network", True, "0", "PlainLoop"),
+        ("cpu", "vgg11_bn", False, "0", "QuickLoop"),
+        ("cpu", "vgg11_bn", True, "0", "QuickLoop"),
+        ("cpu", "tests.test_graphs:network", False, "0", "QuickLoop"),
+        ("cpu", "vgg11_bn", True, "1", "PlainLoop"),
+        ("mps", "vgg11_bn", True, "0", "PlainLoop"),
     ],
 )
-def test_which_loop_is_chosen(device, model, plain, expected, monkeypatch):
+def test_which_loop_is_chosen(device, model, fast, plain, expected, monkeypatch):
     monkeypatch.setattr(graphs, "CudaGraphs", lambda: Recording)
     monkeypatch.setenv("PAPERLIB_PLAIN", plain)
     network = training.build(BASE)
     optimizer = training.make_optimizer(BASE, network)
     config = BASE.with_(model=model)
-    loop = training.make_loop(config, network, optimizer, None, torch.device(device))
+    loop = training.make_loop(config, network, optimizer, None, torch.device(device), fast)
     assert type(loop).__name__ == expected
 
 
@@ -383,6 +398,63 @@ def launching(name, monkeypatch) -> str:
 @pytest.mark.parametrize(("name", "expected"), [("plain", "00110011"), ("dropout", "00001111")])
 def test_steps_take_turns(name, expected, captured, monkeypatch):
     assert launching(name, monkeypatch) == expected
+
+
+def test_the_next_begins_when_one_is_done():
+    """Two at any time, in the order given: not in bundles that wait for their slowest."""
+    lengths, seen = (4, 1, 1, 1, 2), []
+    configs = [BASE.with_(epochs=n, seed=i) for i, n in enumerate(lengths)]
+    notes = [lambda moment, i=i: seen.append(i) for i in range(len(configs))]
+    records = run_together(configs, None, "cpu", notes, at_once=2)
+    assert [len(record.epochs) for record in records] == list(lengths)
+    begun = [seen.index(i) for i in range(5)]
+    assert begun == sorted(begun)
+    of_the_long_one = [at for at, i in enumerate(seen) if i == 0]
+    assert seen.index(2) < of_the_long_one[-1]
+
+
+def test_all_stop_when_the_time_is_up(tmp_path):
+    from paperlib import checkpoints
+    from paperlib.runs import Store
+
+    store, seeds = Store(tmp_path, tmp_path / "none"), [BASE.with_(seed=i) for i in range(2)]
+    alone = [numbers(config) for config in seeds]
+    for epochs in (1, 2):  # one more each time
+        stopped = run_together(seeds, store, "cpu", until=0.0)
+        assert [type(each) for each in stopped] == [checkpoints.Stopped] * 2
+        assert [checkpoints.progress(tmp_path, c.identity) for c in seeds] == [epochs] * 2
+    assert not store.failures()
+    done = run_together(seeds, store, "cpu")
+    for record, rows in zip(done, alone, strict=True):
+        assert record.epochs.drop(columns="seconds").equals(rows)
+
+
+class Stream:
+    """One that has always something left to do, but for every fifth question."""
+
+    device, asked = None, 0
+
+    def query(self):
+        self.asked += 1
+        return self.asked % 5 == 0
+
+
+def test_a_run_that_waits_leaves_the_thread_to_others(captured, monkeypatch):
+    """It goes on when its stream is done; between launches that is not asked."""
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(graphs, "STEPS", 1)
+    config, calls = BASE.with_(epochs=2), 0
+    going = training._Running(config, None, "cpu", None, False, alone=False)
+    going._begin()
+    going.stream = Stream()
+    while going.result is None:
+        going.go_on()
+        calls += 1
+    assert len(going.result.epochs) == 2
+    assert going.stream.asked == 2 * 5
+    launches = math.ceil(10 * BASE.train_per_class / BASE.batch)
+    assert calls == 2 * launches + 2 * 4 + 1
 
 
 def test_one_that_fails_leaves_the_others(tmp_path):
@@ -452,7 +524,7 @@ def test_one_without_memory_beside_others_is_done_after_them(tmp_path, monkeypat
                 raise torch.OutOfMemoryError("out of memory")
             return (yield from super().launch(*rest))
 
-    def make_loop(config, model, optimizer, pruner, device):
+    def make_loop(config, model, optimizer, pruner, device, fast):
         loop = MAKE_LOOP(config, model, optimizer, pruner, device)
         return Short(model, optimizer, pruner, loop.autocast)
 
@@ -540,10 +612,9 @@ def test_emulated_bfloat16_is_said(native, monkeypatch):
 
 @on_gpu
 @pytest.mark.parametrize("name", SETTINGS)
-def test_cuda_graphs_against_the_plain_loop(name, monkeypatch):
+def test_cuda_graphs_against_the_plain_loop(name):
     config = SETTINGS[name].with_(epochs=max(4, SETTINGS[name].epochs))
-    rows = run(config, device="cuda").epochs
-    monkeypatch.setenv("PAPERLIB_PLAIN", "1")
+    rows = run(config, device="cuda", fast=True).epochs
     plain = run(config, device="cuda").epochs
     assert rows.removed.equals(plain.removed)
     early = slice(0, 2)  # kernels chosen otherwise round otherwise, and that grows
@@ -557,9 +628,9 @@ def test_cuda_graphs_against_the_plain_loop(name, monkeypatch):
 @pytest.mark.parametrize("name", ["plain", "dropout", "milestones"])
 def test_streams_against_one_after_the_other(name):
     configs = [SETTINGS[name].with_(seed=seed) for seed in range(4)]
-    together = run_together(configs, device="cuda")
+    together = run_together(configs, device="cuda", at_once=3, fast=True)
     for config, record in zip(configs, together, strict=True):
-        alone = run(config, device="cuda")
+        alone = run(config, device="cuda", fast=True)
         assert record.epochs.train_loss[:2].to_numpy() == pytest.approx(
             alone.epochs.train_loss[:2].to_numpy(), rel=2e-2
         )

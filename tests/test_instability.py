@@ -61,6 +61,22 @@ def test_stability_where_there_was_no_accuracy():
     assert np.isnan(stability([0, 50], [10, 50])).tolist() == [True, False]
 
 
+def test_the_primary_outcome_leaves_out_the_last_epoch():
+    row = summary(epochs([95, 70, 72, 77, 10], pre=[99, 80, 80, 80, 80], removed=[0, 1, 0, 0, 1]))
+    assert row.accuracy == pytest.approx((70 + 72 + 77) / 3)
+
+
+@pytest.mark.parametrize(("count", "scratch"), [(3, False), (1, False), (4, True)])
+def test_no_primary_outcome_of_fewer_than_four_trained_epochs(count, scratch):
+    row = summary(
+        epochs([50.0 + i for i in range(count)], scratch=scratch),
+        epochs([1, 2, 3, 4, 5], run="b"),
+    )
+    assert math.isnan(row.accuracy)
+    longer = summary(epochs([50.0 + i for i in range(count + 1)], scratch=scratch))
+    assert math.isnan(longer.accuracy) == (count == 1)
+
+
 def test_a_run_without_events():
     row = summary(epochs([50, 70, 60]))
     assert (row.events, row.mean_stability) == (0, 100)
@@ -137,6 +153,7 @@ def test_several_runs_at_once():
     together = summarize(shuffled.reset_index(drop=True)).sort_values("run")
     pd.testing.assert_frame_equal(together.reset_index(drop=True), alone.reset_index(drop=True))
     assert alone.set_index("run").mean_stability.to_dict() == {"a": 100, "b": 75, "c": 50}
+    assert alone.set_index("run").accuracy.dropna().to_dict() == {"c": pytest.approx(70 / 3)}
 
 
 def test_frames_joined_without_a_new_index():

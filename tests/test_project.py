@@ -22,9 +22,12 @@ CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 BY_HAND = {"python", "pip", "make"}
 
 
-def requirements() -> dict[str, str]:
+def requirements(*extras: str) -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["test"]
+    optional = project["optional-dependencies"]
+    lines = project["dependencies"] + [
+        line for name in extras or optional for line in optional[name]
+    ]
     return dict(re.fullmatch(r"([\w-]+)(>=.+)", line).groups() for line in lines)
 
 
@@ -33,7 +36,9 @@ def test_environment_matches_pyproject():
     assert environment["channels"] == ["conda-forge"]
     packages = [line for line in environment["dependencies"] if isinstance(line, str)]
     conda = {re.split("[>=<]", line)[0]: line for line in packages}
-    expected = {CONDA_NAMES.get(name, name): minimum for name, minimum in requirements().items()}
+    expected = {
+        CONDA_NAMES.get(name, name): minimum for name, minimum in requirements("test").items()
+    }
     assert conda.keys() - BY_HAND == expected.keys()
     for name, minimum in expected.items():
         assert conda[name] == f"{name}{minimum}"

@@ -1,14 +1,18 @@
 """Correlations, means and differences, against scipy and against the formulas written out."""
 
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as sm
+from scipy import optimize
 from scipy import stats as scipy_stats
+from statsmodels.stats.meta_analysis import combine_effects
 
 from paperlib import stats
-from paperlib.stats import Estimate
+from paperlib.stats import Estimate, Fitted
 
 X = [1.0, 2.0, 4.0, 5.0, 7.0, 8.0]
 Y = [9.0, 7.0, 8.0, 4.0, 5.0, 1.0]
@@ -214,6 +218,219 @@ def test_t_test_with_pooled_variance():
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], []), ([], [])])
 def test_no_t_test_of_one_value(a, b):
     assert np.isnan(stats.pooled_t_test(a, b)).all()
+
+
+# Tests that decide claims
+
+DIFFERENCES = np.array([0.3, -0.1, 0.8, 0.5, -0.4, 0.9, 0.2])
+
+
+@pytest.mark.parametrize("level", [0.90, 0.95, 0.975])
+def test_a_fitted_mean_has_scipys_interval(level):
+    fitted = stats.fitted_mean(DIFFERENCES)
+    result = scipy_stats.ttest_1samp(DIFFERENCES, 0.1)
+    assert fitted.interval(level) == pytest.approx(tuple(result.confidence_interval(level)))
+    assert fitted.p(0.1) == pytest.approx(result.pvalue)
+
+
+def test_fits_of_many_data_sets_are_those_of_each():
+    values = np.random.default_rng(0).normal(0, 1, (4, 3, 6))
+    covariate = np.arange(6.0) ** 2
+    means, intercepts = stats.fitted_mean(values), stats.fitted_intercept(values, covariate)
+    for at in np.ndindex(4, 3):
+        alone = stats.fitted_mean(values[at])
+        assert (means.value[at], means.error[at]) == pytest.approx(alone[:2])
+        alone = stats.fitted_intercept(values[at], covariate)
+        assert (intercepts.value[at], intercepts.error[at]) == pytest.approx(alone[:2])
+    assert means.p().shape == (4, 3)
+
+
+@pytest.mark.parametrize("values", [[], [2.0]])
+def test_no_interval_of_one_value(values):
+    fitted = stats.fitted_mean(np.array(values))
+    assert np.isnan([*fitted.interval(), fitted.p()]).all()
+
+
+def test_no_p_of_equal_values():
+    fitted = stats.fitted_mean(np.full(4, 2.0))
+    assert fitted.interval() == (2, 2)
+    assert math.isnan(fitted.p())
+
+
+def test_an_intercept_against_least_squares():
+    covariate = np.array([0.5, 1.0, -0.2, 0.9, 0.3, 1.4, 0.6])
+    fitted = stats.fitted_intercept(DIFFERENCES, covariate)
+    result = sm.OLS(DIFFERENCES, sm.add_constant(covariate)).fit()
+    assert (fitted.value, fitted.error) == pytest.approx((result.params[0], result.bse[0]))
+    assert fitted.p() == pytest.approx(result.pvalues[0])
+    assert fitted.interval() == pytest.approx(tuple(result.conf_int()[0]))
+
+
+@pytest.mark.parametrize("covariate", [np.ones(7), np.arange(2.0)])
+def test_no_intercept_without_a_line(covariate):
+    fitted = stats.fitted_intercept(DIFFERENCES[: len(covariate)], covariate)
+    assert np.isnan([fitted.value, *fitted.interval(), fitted.p()]).all()
+
+
+@pytest.mark.parametrize("values", [DIFFERENCES, DIFFERENCES[:2], np.array([1.0, 1, 1, 1, -1])])
+def test_sign_flips_against_scipy(values):
+    result = scipy_stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    assert stats.sign_flip(values) == pytest.approx(result.pvalue)
+
+
+def test_sign_flips_of_all_the_same_sign():
+    assert stats.sign_flip(np.arange(1.0, 11)) == 2 / 2**10
+    assert math.isnan(stats.sign_flip(np.array([])))
+    assert math.isnan(stats.sign_flip(np.ones(40)))
+
+
+def test_holm_by_hand():
+    adjusted = stats.holm([0.03, np.nan, 0.01, 0.5, 0.02])
+    assert adjusted == pytest.approx([0.06, np.nan, 0.04, 0.5, 0.06], nan_ok=True)
+    assert np.isnan(stats.holm([np.nan, np.nan])).all()
+
+
+# Colditz et al. (1994): tuberculosis, and no tuberculosis, of those vaccinated and not.
+VACCINATED = [
+    *[(4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619)],
+    *[(33, 5036, 47, 5761), (180, 1361, 372, 1079), (8, 2537, 10, 619)],
+    *[(505, 87886, 499, 87892), (29, 7470, 45, 7232), (17, 1699, 65, 1600)],
+    *[(186, 50448, 141, 27197), (5, 2493, 3, 2338), (27, 16886, 29, 17825)],
+]
+
+
+def test_random_effects_of_a_published_example():
+    """The numbers of metafor's rma(measure="RR", test="knha") for its data set dat.bcg."""
+    a, b, c, d = np.array(VACCINATED).T
+    effects = np.log(a / (a + b)) - np.log(c / (c + d))
+    result = stats.random_effects(effects, 1 / a - 1 / (a + b) + 1 / c - 1 / (c + d))
+    assert result.fitted[:2] == pytest.approx((-0.7145, 0.1808), abs=5e-5)
+    assert result.fitted.interval() == pytest.approx((-1.1084, -0.3206), abs=1e-4)
+    assert result.fitted.p() == pytest.approx(0.0019, abs=5e-5)
+    assert (result.between, result.i_squared) == pytest.approx((0.3132, 92.22), abs=5e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_effects_maximise_the_restricted_likelihood(seed):
+    rng = np.random.default_rng(seed)
+    variances = rng.uniform(0.01, 0.5, 8)
+    effects = rng.normal(0.3, np.sqrt(0.3 + variances))
+
+    def minus_likelihood(between: float) -> float:
+        w = 1 / (variances + between)
+        center = np.average(effects, weights=w)
+        return -np.log(w).sum() + np.log(w.sum()) + (w * (effects - center) ** 2).sum()
+
+    best = optimize.minimize_scalar(minus_likelihood, bounds=(0, 20), method="bounded").x
+    result = stats.random_effects(effects, variances)
+    assert result.between == pytest.approx(best, abs=1e-4)
+    w = 1 / (variances + result.between)
+    line = sm.WLS(effects, np.ones(8), weights=w).fit()
+    assert result.fitted[:2] == pytest.approx((line.params[0], line.bse[0]))
+    assert result.fitted.interval() == pytest.approx(tuple(line.conf_int()[0]))
+
+
+def test_random_effects_that_do_not_differ():
+    effects, variances = np.array([0.5, 0.52, 0.49, 0.55]), np.array([0.1, 0.2, 0.15, 0.1])
+    result = stats.random_effects(effects, variances)
+    expected = combine_effects(effects, variances, use_t=True)
+    assert (result.between, result.i_squared) == (0, 0)
+    assert result.fitted.value == pytest.approx(expected.mean_effect_re)
+    assert result.fitted.error == pytest.approx(expected.sd_eff_w_re_hksj)
+
+
+@pytest.mark.parametrize(
+    ("effects", "variances"), [([1.0], [1.0]), ([1.0, 2.0], [1.0, 0.0]), ([], [])]
+)
+def test_no_random_effects_of_one_or_without_variance(effects, variances):
+    result = stats.random_effects(effects, variances)
+    assert np.isnan([result.fitted.value, *result.fitted.interval(), result.between]).all()
+
+
+def test_permutations_against_all_of_them():
+    """1 rate, 2 seeds, 3 targets: 36 permutations."""
+    stability = np.array([[[99.0, 97, 95], [99.5, 96, 95.5]]])
+    accuracy = np.array([[[80.0, 81, 80.5], [79, 80.2, 83]]])
+    means = stability.mean(1)[0]
+    orders = list(itertools.permutations(range(3)))
+    taus = [
+        scipy_stats.kendalltau(means, accuracy[0, 0, list(a)] + accuracy[0, 1, list(b)]).statistic
+        for a, b in itertools.product(orders, orders)
+    ]
+    observed = scipy_stats.kendalltau(means, accuracy.mean(1)[0]).statistic
+    statistic, lower, higher = stats.permuted_tau(stability, accuracy, draws=20_000)
+    assert statistic == pytest.approx(observed)
+    assert lower == pytest.approx(np.mean(np.array(taus) <= observed + 1e-9), abs=0.015)
+    assert higher == pytest.approx(np.mean(np.array(taus) >= observed - 1e-9), abs=0.015)
+    assert stats.permuted_tau(stability, accuracy, 100) == stats.permuted_tau(
+        stability, accuracy, 100
+    )
+
+
+def test_permutations_stay_within_rate_and_seed():
+    """Rates and seeds may differ as they like: only targets are exchanged."""
+    rng = np.random.default_rng(0)
+    stability = 99 - np.arange(3.0) + rng.normal(0, 0.1, (7, 3, 3))
+    accuracy = rng.normal(80, 1, (7, 3, 3))
+    shifted = accuracy + 50 * rng.normal(0, 1, (7, 3, 1))
+    assert stats.permuted_tau(stability, accuracy, 500) == pytest.approx(
+        stats.permuted_tau(stability, shifted, 500)
+    )
+    linked = accuracy - 5 * stability
+    assert stats.permuted_tau(stability, linked, 500) == pytest.approx((-7, 1 / 501, 1))
+    assert stats.permuted_tau(stability, -linked, 500) == pytest.approx((7, 1, 1 / 501))
+
+
+def test_a_seed_that_is_not_whole_is_left_out_of_permutations():
+    rng = np.random.default_rng(0)
+    stability, accuracy = 99 + rng.normal(0, 1, (2, 2, 4, 3))
+    accuracy[:, 1, 2] = np.nan
+    accuracy[1, 0] = np.nan
+    whole = [scipy_stats.kendalltau(*(v[0][[0, 2, 3]].mean(0) for v in (stability, accuracy)))]
+    whole += [scipy_stats.kendalltau(stability[1][2:].mean(0), accuracy[1][2:].mean(0))]
+    stability[np.isnan(accuracy)] = np.nan
+    statistic = stats.permuted_tau(stability, accuracy, 50)[0]
+    assert statistic == pytest.approx(sum(result.statistic for result in whole))
+
+
+def balanced(settings: int = 4, seeds: int = 6) -> pd.DataFrame:
+    """Settings and seeds crossed; x within settings has no part that seeds share."""
+    rng = np.random.default_rng(1)
+    within = rng.normal(0, 1, (settings, seeds))
+    within -= within.mean(0) + within.mean(1, keepdims=True) - within.mean()
+    x = 3 * np.arange(settings)[:, None] + within
+    y = 80 - 0.5 * x + rng.normal(0, 2, (settings, 1)) + rng.normal(0, 1, (1, seeds))
+    y += rng.normal(0, 0.3, (settings, seeds))
+    index = pd.MultiIndex.from_product([list("abcd")[:settings], range(seeds)])
+    frame = pd.DataFrame({"x": x.ravel(), "y": y.ravel()}, index=index)
+    return frame.rename_axis(["setting", "seed"]).reset_index()
+
+
+def test_slopes_between_and_within_settings():
+    """In a balanced design: of the settings' means, and with settings and seeds held constant."""
+    frame = balanced()
+    slopes = stats.mixed_slopes(frame, "y", "x")
+    means = frame.groupby("setting")[["x", "y"]].mean()
+    between = scipy_stats.linregress(means.x, means.y)
+    assert slopes["between"][:2] == pytest.approx((between.slope, between.stderr), rel=5e-3)
+    assert slopes["between"].p() == pytest.approx(between.pvalue, rel=5e-3)
+    held = sm.OLS.from_formula("y ~ x + C(setting) + C(seed)", frame).fit()
+    assert slopes["within"][:2] == pytest.approx((held.params["x"], held.bse["x"]), rel=5e-3)
+    assert slopes["within"].freedom == 24 - 4 - 6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("change", [{"y": 80.0}, {"x": 99.0}])
+def test_a_model_without_a_solution_has_no_slopes(change):
+    slopes = stats.mixed_slopes(balanced().assign(**change), "y", "x")
+    assert set(slopes) == {"between", "within"}
+    assert all(slope is None or isinstance(slope, Fitted) for slope in slopes.values())
+
+
+def test_kendalls_tau_of_few_means_is_exact():
+    assert stats.kendall_tau([1, 2, 3], [3, 2, 1]) == pytest.approx((-1, 1 / 3))
 
 
 # Distances to the standard normal

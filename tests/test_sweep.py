@@ -405,16 +405,6 @@ def test_devices(monkeypatch, asked, jobs, per_device, gpus, expected):
 # Several runs at once in one process, as on a GPU
 
 
-def test_bundles_are_of_runs_alike(store):
-    long = [config.with_(epochs=3) for config in seeds(3)]
-    mixed = [config for pair in zip(seeds(3), long, strict=True) for config in pair]
-    states = sweep.states(mixed, store)
-    bundles = sweep._bundles(states, 2)
-    assert sorted(s.run for b in bundles for s in b) == sorted(s.run for s in states)
-    assert [[s.config.epochs for s in b] for b in bundles] == [[2, 2], [2, 3], [3, 3]]
-    assert [b for (b,) in sweep._bundles(states, 1)] == states
-
-
 def test_at_once_in_each_process(store, tmp_path, threads, monkeypatch):
     monkeypatch.setattr(executors, "devices", lambda *_: (["cpu", "cpu"], 3))
     told = []
@@ -449,6 +439,18 @@ def build(num_classes, in_channels):
         lives.write_text(str(left - 1))
         os.kill(os.getpid(), signal.SIGKILL)
     return models.build("conv4", num_classes, in_channels, 1 / 16)
+"""
+
+
+SPOILING = """
+from pathlib import Path
+from paperlib.graphs import CaptureError
+
+def build(num_classes, in_channels):
+    lives = Path(__file__).with_name("lives")
+    left = int(lives.read_text())
+    lives.write_text(str(left - 1))
+    raise CaptureError("a capture failed")
 """
 
 
@@ -501,25 +503,141 @@ def gone():
     raise executors.WorkerDied("the GPU is gone")
 
 
-def test_runs_go_on_elsewhere_when_a_capture_spoils_their_process(store, threads, monkeypatch):
-    from paperlib import training
-    from paperlib.graphs import CaptureError
+def numbered(name: str, count: int):
+    """A generator of so many turns; returns what it and all others of the process had by then."""
+    for _ in range(count):
+        TURNS.append(name)
+        yield
+    return list(TURNS)
 
-    real, asked = training.run_together, []
 
-    def run_together(configs, store, device, callbacks):
-        asked.append(len(configs))
-        if len(asked) == 1:
-            return [CaptureError("no capture"), *real(configs[1:], store, device, callbacks[1:])]
-        return real(configs, store, device, callbacks)
+TURNS: list[str] = []
 
-    monkeypatch.setattr(training, "run_together", run_together)
-    monkeypatch.setattr(executors, "devices", lambda *rest: (["cpu"], 3))
-    monkeypatch.setattr(executors, "Processes", lambda devices: threads)
-    assert sweep.execute(seeds(3), store) == 3
-    assert asked == [3, 1, 1, 1]  # two of these were done, and are read
-    assert all(config.identity in store for config in seeds(3))
+
+def spoiling():
+    """Ends its process in its third turn."""
+    yield
+    yield
+    raise executors.WorkerDied("a capture failed")
+
+
+def test_processes_let_generators_take_turns():
+    with executors.Processes(["cpu"], at_once=3) as pool:
+        futures = [pool.submit(numbered, name, 2 * 10**5) for name in "ab"]
+        assert pool.submit(max, 3, 7).result(60) == 7  # they are asked between turns
+        turns, _ = (future.result(60) for future in futures)
+        assert turns.count("a") == 2 * 10**5
+        assert turns.count("b") > 1000
+        more = [pool.submit(numbered, "c", 1) for _ in range(9)]
+        assert [len(future.result(60)) for future in more][-1] == 4 * 10**5 + 9
+
+
+def test_what_a_dead_process_had_fails_and_no_more():
+    with executors.Processes(["cpu"], at_once=2) as pool:
+        futures = [pool.submit(numbered, "a", 10**9), pool.submit(spoiling)]
+        later = [pool.submit(numbered, "b", 1) for _ in range(3)]
+        errors = [future.exception(60) for future in futures]
+        assert isinstance(errors[0], executors.WorkerDied)
+        assert errors[0] is errors[1]
+        assert max(len(future.result(60)) for future in later) <= 3
+
+
+def test_one_that_wants_to_be_alone_comes_last():
+    order, turns = [], executors.Turns()
+
+    def steps(name, count, wishes=()):
+        for i in range(count):
+            order.append(name)
+            yield executors.ALONE if i in wishes else None
+        return name
+
+    for name, *how in (("a", 3, [0]), ("b", 3), ("c", 2, [0, 1])):
+        turns.add(name, steps(name, *how))
+    ended = []
+    while turns:
+        ended += [key for key, worked, _ in turns.turn() if worked]
+        if ended == ["b"] and "d" not in order:
+            turns.add("d", steps("d", 2))
+    assert ended[0] == "b"
+    assert sorted(ended) == list("abcd")
+    assert "".join(order).startswith("abcbb")
+    assert turns._going == turns._later == {}
+
+
+def test_runs_go_on_elsewhere_when_a_capture_spoils_their_process(
+    store, dying, tmp_path, monkeypatch
+):
+    """Those beside it begin again, and the last try of each is alone."""
+    (tmp_path / "lives").write_text("9")
+    (tmp_path / "dying_network.py").write_text(SPOILING)
+    configs = [*seeds(2), dying, *[c.with_(seed=9 + c.seed) for c in seeds(2)]]
+    monkeypatch.setattr(executors, "devices", lambda *_: (["cpu"], 3))
+    with pytest.raises(SweepError, match="1 of 5 runs failed") as caught:
+        sweep.execute(configs, store)
+    assert "a capture failed, 3 times" in str(caught.value)
+    assert (tmp_path / "lives").read_text() == "6"
+    assert len(store.identities()) == 4
+    assert list(store.failures()) == [dying.identity]
+
+
+def test_workers_that_all_die_end_the_sweep(store, dying, tmp_path, monkeypatch):
+    (tmp_path / "lives").write_text("99")
+    monkeypatch.setattr(executors, "devices", lambda *_: (["cpu"], 4))
+    monkeypatch.setattr(sweep, "DEATHS", 4)
+    with pytest.raises(SweepError, match="the workers die, 4 in a row"):
+        sweep.execute([dying.with_(seed=seed) for seed in range(8)], store)
+    assert 90 <= int((tmp_path / "lives").read_text()) <= 95
+
+
+# Limited time
+
+
+def test_order_is_kept(store, monkeypatch):
+    """Of runs given one by one, and of several at once in a process."""
+    configs = [QUICK.with_(seed=seed) for seed in (3, 1, 2, 0)]
+    begun = []
+    monkeypatch.setattr(executors, "devices", lambda *_: (["cpu"], 2))
+    real = executors.Processes.submit
+
+    def submit(pool, work, config, *rest):
+        begun.append(config)
+        return real(pool, work, config, *rest)
+
+    monkeypatch.setattr(executors.Processes, "submit", submit)
+    sweep.execute(configs, store)
+    assert begun == configs
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_sweep_stops_when_its_time_is_up(store, at_once, monkeypatch):
+    monkeypatch.setattr(executors, "devices", lambda *_: (["cpu"], at_once))
+    long = [config.with_(epochs=10**6, batch=16) for config in seeds(3)]  # none alike measured
+    start = time.monotonic()
+    assert sweep.execute([QUICK, *long], store, minutes=0.3) == 1
+    assert 17 < time.monotonic() - start < 40
+    assert store.identities() == [QUICK.identity]
     assert not store.failures()
+    found = sweep.states([QUICK, *long], store)
+    stopped = [state for state in found if state.state == "partial"]
+    assert len(stopped) == at_once
+    assert all(state.epochs > 10 for state in stopped)
+    assert [state.state for state in found][1 : 1 + at_once] == ["partial"] * at_once
+    assert not list(store.path.glob("claims/*.json"))
+
+
+def test_what_cannot_end_in_time_is_not_begun(store, threads):
+    slow, unknown = QUICK.with_(width=1 / 32), QUICK
+    measured(store, slow.with_(seed=9), 40.0)
+    told = []
+    assert sweep.execute([slow, unknown], store, threads, minutes=1, tell=told.append) == 1
+    assert unknown.identity in store
+    assert slow.identity not in store
+    assert sweep.execute([slow], store, threads, minutes=2) == 1
+
+
+def test_no_time_is_wrong(store, threads):
+    with pytest.raises(ValueError, match="minutes must be a positive number, got 0"):
+        sweep.execute([QUICK], store, threads, minutes=0)
 
 
 # Several at one store

@@ -1,5 +1,7 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
+import copy
+import hashlib
 import math
 
 import numpy as np
@@ -7,13 +9,15 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from paperlib import data, models, training
-from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
+from paperlib import backends, checkpoints, data, models, training
+from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning, to_dict
+from paperlib.loop import Totals
 from paperlib.pruning import PruningError
 from paperlib.runs import RunRecord, Store, StoreError
-from paperlib.training import TrainingError, run
+from paperlib.training import ChangedInputs, TrainingError, run
 
 torch.set_num_threads(1)
 
@@ -584,6 +588,349 @@ def test_parameters_that_are_left(config):
     assert (record.provenance["held"] > 0) == (config.pruning is not None)
     assert record.parameters == left[-1]
     assert (record.provenance["classes"], record.provenance["channels"]) == (10, 3)
+
+
+# Measured beside
+
+CHOSEN = FilterPruning((0.3, 0.5), ((0, 2), (1, 2)), "activation", "largest", norm=False)
+MEASURED = {
+    "filters": PRUNED.with_(augment=True),
+    "scratch": SCRATCH,
+    "activation": VGG.with_(
+        model="resnet18", pruning=FilterPruning((0.3, 0.5), ((0, 1), (1, 2)), "activation")
+    ),
+    "random": VGG.with_(pruning=FilterPruning((0.5,), ((0, 2),), target="random")),
+    "weights": WEIGHTS.with_(dropout=(0.25, 0.5)),
+    "plus": VGG.with_(
+        model=f"{__name__}:Plus",
+        learning_rate=0.05,
+        pruning=FilterPruning((0.5, 0.7), ((0, 1), (1,))),
+    ),
+} | {
+    kind: VGG.with_(pruning=CHOSEN, noise=Noise(kind, 5, evaluation_batch=16))
+    for kind in ("zeroing", "gaussian", "restored")
+}
+
+
+class Unmeasured:
+    """Stands in for the replica, and measures nothing."""
+
+    def __init__(self, *arguments) -> None:
+        pass
+
+    def load(self, *arguments) -> None:
+        pass
+
+    def nothing(self, *arguments) -> Totals:
+        return Totals(math.nan, math.nan, 1)
+
+    loss = recalibrated = nothing
+
+
+class Plus(nn.Module):
+    """A residual block with a plain sum, and dropout before it."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, stride=4, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.block = PlusBlock()
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        out = self.block(self.drop(self.norm(self.stem(x)).relu()))
+        return self.fc(out.mean((2, 3)))
+
+
+class PlusBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        out = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(out)) + x).relu()
+
+
+def all_tensors(moment) -> dict[str, np.ndarray]:
+    """A callback: everything that the network and the pruner hold, at every epoch."""
+    state = dict(moment.model.named_parameters()) | dict(moment.model.named_buffers())
+    if moment.pruner is not None:
+        state |= {f"pruner {name}": t for name, t in moment.pruner.state_dict().items()}
+    return {f"{moment.epoch} {k}": t.detach().clone().numpy() for k, t in state.items()}
+
+
+def switch_measuring_off(monkeypatch) -> None:
+    monkeypatch.setattr(training, "Replica", Unmeasured)
+    monkeypatch.setattr(training, "distance", lambda *networks: math.nan)
+
+
+def same_but_for_what_is_measured(a: RunRecord, b: RunRecord) -> None:
+    columns = ["seconds", *training.BESIDE]
+    assert a.epochs.drop(columns=columns).equals(b.epochs.drop(columns=columns))
+    assert list(a.epochs) == list(b.epochs)
+    assert list(a.arrays) == list(b.arrays)
+    for name, array in a.arrays.items():
+        assert array.tobytes() == b.arrays[name].tobytes(), name
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measuring_changes_no_number(name, monkeypatch):
+    record = run(MEASURED[name], None, "cpu", all_tensors)
+    with monkeypatch.context() as patch:
+        switch_measuring_off(patch)
+        plain = run(MEASURED[name], None, "cpu", all_tensors)
+    assert plain.epochs[list(training.BESIDE)].isna().all(axis=None)
+    same_but_for_what_is_measured(record, plain)
+    event = record.epochs.removed > 0
+    assert event.any()
+    assert record.epochs.pre_loss.notna().equals(event)
+    assert record.epochs.post_loss.notna().equals(event)
+    with_norm = event & (name != "weights")
+    assert record.epochs.recalibrated.notna().equals(with_norm)
+    assert record.epochs.distance.notna().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["activation", "plus", "gaussian"])
+def test_measuring_changes_no_number_of_a_resumed_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
+    config, store = MEASURED[name], Store(tmp_path)
+
+    def stop(moment):
+        if moment.epoch == 2:
+            raise KeyboardInterrupt
+        return all_tensors(moment)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, store, "cpu", stop)
+    resumed, unbroken = run(config, store, "cpu", all_tensors), run(config, None, "cpu")
+    assert [part["epochs"] for part in resumed.provenance["resumed"]] == [2]
+    assert same(resumed.epochs.drop(columns="seconds"), unbroken.epochs.drop(columns="seconds"))
+    switch_measuring_off(monkeypatch)
+    same_but_for_what_is_measured(resumed, run(config, None, "cpu", all_tensors))
+
+
+def test_an_event_that_removes_nothing_is_not_measured():
+    rows = numbers(VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1)))))
+    assert rows.pre_loss.notna().tolist() == [False, True, False]
+    assert rows.recalibrated.notna().tolist() == [False, True, False]
+    assert numbers(VGG)[["recalibrated", "pre_loss", "post_loss"]].isna().all(axis=None)
+
+
+def images_of(config: Config) -> data.Batches:
+    dataset = data.load(config.data).subset(config.train_per_class, config.test_per_class)
+    return data.Batches(
+        dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, "cpu"
+    )
+
+
+@pytest.mark.parametrize("name", ["filters", "scratch", "activation", "weights", "plus"])
+def test_what_is_measured_by_hand(name, monkeypatch):
+    """Of copies of the pruned network, hooks included, whose observers are not due."""
+    monkeypatch.setattr(training, "LOSS_IMAGES", 30)
+    monkeypatch.setattr(training, "RECALIBRATION_IMAGES", 41)
+    monkeypatch.setattr(training, "RECALIBRATION_BATCH", 10)
+    config = MEASURED[name]
+    train, seen, last = images_of(config), [], []
+
+    @torch.no_grad()
+    def look(moment):
+        network = copy.deepcopy(moment.model).eval()
+        images, labels = train.first(30)
+        loss = F.cross_entropy(network(images), labels).item()
+        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for batch in train.first(41)[0][:40].split(10):  # without a last batch of one image
+            network(batch)
+        x, y = next(moment.test.evaluation(1000))
+        correct = (network.eval()(x).argmax(1) == y).double().mean().item()
+        seen.append((loss, 100 * correct if norms else math.nan))
+        last[:] = [p.detach().clone().flatten() for p in moment.model.parameters()]
+
+    rows = numbers(config, callback=look)
+    event = rows.removed > 0
+    losses, accuracies = np.array(seen)[event].T
+    assert np.allclose(rows.post_loss[event], losses, rtol=1e-5)
+    assert np.allclose(rows.recalibrated[event], accuracies, equal_nan=True)
+    assert name == "weights" or not (rows.recalibrated == rows.post)[event].all()
+    initial = torch.cat([p.detach().flatten() for p in training.build(config).parameters()])
+    moved = torch.linalg.vector_norm(torch.cat(last) - initial) / torch.linalg.vector_norm(initial)
+    assert rows.distance.iloc[-1] == pytest.approx(moved.item(), rel=1e-5)
+
+
+def test_the_loss_before_an_event_is_that_of_a_run_without_it():
+    train, losses = images_of(VGG), []
+
+    @torch.no_grad()
+    def look(moment):
+        images, labels = train.first(1000)
+        losses.append(F.cross_entropy(moment.model.eval()(images), labels).item())
+        moment.model.train()
+
+    numbers(VGG, callback=look)
+    rows = numbers(PRUNED)
+    assert rows.pre_loss[1] == pytest.approx(losses[1], rel=1e-5)
+    assert rows.pre_loss[1] != pytest.approx(rows.post_loss[1], rel=1e-2)
+
+
+def test_a_choice_of_filters_for_noise_changes_no_loss():
+    """Noise acts at the passes after it, of which the measurements are none."""
+    rows = numbers(MEASURED["zeroing"])
+    event = (rows.removed > 0) & (rows.epoch < 2)
+    assert rows.pre_loss[event].equals(rows.post_loss[event])
+    assert rows.pre_loss[2] != rows.post_loss[2]  # at the end they are removed
+
+
+def test_distance_of_no_step_is_zero():
+    network = training.build(VGG)
+    assert training.distance(network, training.build(VGG)) == 0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(-2)
+    assert training.distance(network, training.build(VGG)) == pytest.approx(3)
+
+
+# Precision
+
+
+@pytest.fixture
+def tf32():
+    """A GPU's convolutions would take TF32, as is PyTorch's default."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def rounds(*_) -> bool:
+    """Whether any product or convolution of float32 may round more than float32 does."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+    places = [torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    return any(place.fp32_precision not in ("ieee", "none") for place in places)
+
+
+@pytest.mark.parametrize(("precision", "full"), [("float32", True), ("bfloat16", False)])
+def test_float32_is_full_float32(precision, full, tf32):
+    config = VGG.with_(precision=precision, model=f"{__name__}:Chain", batch=50)
+    seen = []
+    assert rounds()
+    run(config, None, "cpu", lambda moment: seen.append(rounds()))
+    assert seen == [not full] * 3
+    training.run_together([config, config.with_(seed=1)], None, "cpu")
+    assert rounds()
+
+
+def test_full_float32_overlaps(tf32):
+    """As in two threads: the first context ends while the second is open."""
+    first, second = backends.full_float32(), backends.full_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not rounds()
+    second.__exit__(None, None, None)
+    assert rounds()
+
+
+# Data and code of a record
+
+
+def write_images(folder, shade: int) -> None:
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True, exist_ok=True)
+            for i in range(2):
+                pixels = np.full((32, 32, 3), 100 * i + (label == "dog"), np.uint8)
+                pixels[: 9 + i] = shade
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+
+
+def test_a_record_of_other_data_is_not_taken(tmp_path):
+    write_images(tmp_path / "images", 7)
+    config = VGG.with_(
+        data=f"images:{tmp_path / 'images'}", train_per_class=None, test_per_class=1, epochs=1
+    )
+    store = Store(tmp_path / "runs")
+    record = run(config, store, "cpu")
+    then = data.known_checksum(config.data, store.path / "data")
+    assert record.provenance["data"] == then
+    assert len(then) == 32
+    assert record.provenance["source"] is None
+    assert run(config, store, "cpu").provenance == record.provenance
+    write_images(tmp_path / "images", 8)
+    with pytest.raises(ChangedInputs, match=f"{config.identity}(.|\n)*{then}"):
+        untouched(config, store)
+    (result,) = training.run_together([config], store, "cpu")
+    assert isinstance(result, ChangedInputs)
+    assert run(config, Store(tmp_path / "other"), "cpu").provenance["data"] != then
+    write_images(tmp_path / "images", 7)
+    assert untouched(config, store).provenance == record.provenance
+
+
+SCORE = "def score(conv):\n    return conv.weight.flatten(1).{}(1)\n"
+
+
+def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    score = tmp_path / "of_a_score.py"
+    score.write_text(SCORE.format("amax"))
+    pruning = FilterPruning((0.5,), ((0,),), "of_a_score:score", layers=("features.25",))
+    configs = {
+        "score": VGG.with_(pruning=pruning, epochs=1),
+        "both": VGG.with_(
+            model=f"{__name__}:Chain",
+            pruning=FilterPruning((0.5,), ((0,),), "of_a_score:score", layers=("0",)),
+            epochs=1,
+        ),
+    }
+    store = Store(tmp_path / "runs")
+    sources = {name: run(c, store, "cpu").provenance["source"] for name, c in configs.items()}
+    assert len(set(sources.values())) == 2
+    assert sources["score"] == hashlib.sha256(score.read_bytes()).hexdigest()
+    for config in configs.values():
+        untouched(config, store)
+    score.write_text(SCORE.format("amin"))
+    for name, config in configs.items():
+        with pytest.raises(ChangedInputs, match=f"{config.identity}(.|\n)*{sources[name]}"):
+            untouched(config, store)
+
+
+def test_a_record_without_checksums_is_taken(tmp_path, monkeypatch):
+    store, frame = Store(tmp_path), pd.DataFrame({"epoch": [0], "post": [10.0]})
+    monkeypatch.setattr(training.provenance, "known_checksum", lambda *_: "ab" * 16)
+    for config, about in ((VGG, {}), (PRUNED, {"data": None, "source": None})):
+        store.write(RunRecord(config, frame, provenance=about))
+        assert untouched(config, store).provenance == about
+    store.write(RunRecord(SCRATCH, frame, provenance={"data": "cd" * 16}))
+    with pytest.raises(ChangedInputs, match="cd" * 16):
+        untouched(SCRATCH, store)
+    monkeypatch.setattr(training.provenance, "known_checksum", lambda *_: None)
+    untouched(SCRATCH, store)
+
+
+def test_a_checkpoint_of_other_code_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_another_score.py").write_text(SCORE.format("amax"))
+    pruning = FilterPruning((0.5,), ((2,),), "of_another_score:score", layers=("features.25",))
+    config, store = VGG.with_(pruning=pruning), Store(tmp_path / "runs")
+
+    def stop(moment):
+        if moment.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, store, "cpu", stop)
+    (tmp_path / "of_another_score.py").write_text(SCORE.format("amin"))
+    with pytest.warns(UserWarning, match="of_another_score|source"):
+        record = run(config, store, "cpu")
+    assert "resumed" not in record.provenance
 
 
 # A network from its record

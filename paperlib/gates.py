@@ -1,0 +1,229 @@
+"""Gates: whether a scale can test a claim at all, from the records and not from a comparison.
+
+| gate | what must hold |
+| --- | --- |
+| G1 | the unpruned network learns its training images |
+| G2 | networks recover from their events before the next one, or have stopped improving |
+| G3 | every pruned network learns its training images in the end |
+| G4 | the doses that are compared differ by a factor of 5 |
+| G5 | the mean stabilities of two pruned settings that are compared differ |
+| share | noise lasts for the paper's share of the time between events |
+
+G1 to G4 are computed for each network of a figure from means over seeds. No gate compares the
+accuracy of two settings. No torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+
+from paperlib import stats
+from paperlib.config import Config, FilterPruning
+from paperlib.instability import OUTCOME_EPOCHS
+from paperlib.papers.noise_spans import images_of, training_batches
+
+LEARNED = 99.9  # percent training accuracy
+LEARNED_BY = 0.55  # of the epochs
+LEARNED_WITHOUT_MILESTONES = 98.0  # percent, in the mean of the last `LAST_EPOCHS`
+LAST_EPOCHS = 3
+RECOVERED = 0.3  # points that `pre` may lack
+RECOVERED_EVENTS = 90.0  # percent of the events
+STILL_RISING = 0.5  # points from three epochs to the next three
+LOW_LOSS = 0.02  # nats
+DOSES = 5.0
+ROUNDING = 1e-9  # of means over seeds
+PAPER_STEPS = 40 * 391  # of the paper's training, from one event of noise to the next
+
+UNPRUNED = "none"
+CURVES = ("pre", "post", "train_accuracy", "train_loss", "removed")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate's result.
+
+    passed: None where the gate does not apply. setting: empty where it is about all. number: what
+    was measured, in the unit that `text` says; NaN where nothing was.
+    """
+
+    gate: str
+    network: str
+    figure: str
+    setting: str
+    passed: bool | None
+    number: float
+    text: str
+
+
+def table(results: Iterable[Gate]) -> pd.DataFrame:
+    """One row a result, for people: columns as the fields of `Gate`, passed in words."""
+    words = {True: "passed", False: "failed", None: "not applicable"}
+    rows = [asdict(gate) | {"passed": words[gate.passed]} for gate in results]
+    return pd.DataFrame(rows, columns=list(Gate.__dataclass_fields__))
+
+
+def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
+    """G1 to G4 and the share of noise, for each network of each figure.
+
+    Args:
+        runs: one row a run that a figure has: figure, network, setting, run, config and choosing
+            (seeds that only choose dropout are left out).
+        epochs: one row an epoch, keyed by run; runs that are not there are left out of the means.
+    """
+    epochs = epochs.drop_duplicates(["run", "epoch"])[["run", "epoch", *CURVES]]
+    results = []
+    for (figure, network), group in runs[~runs.choosing].groupby(["figure", "network"], sort=False):
+        configs = group.drop_duplicates("setting").set_index("setting").config
+        means = (
+            group[["run", "setting"]]
+            .merge(epochs, on="run")
+            .groupby(["setting", "epoch"])[list(CURVES)]
+            .mean()
+        )
+        for setting, config in configs.items():
+            if setting not in means.index:
+                continue
+            curves = means.loc[setting]
+            found = []
+            if setting == UNPRUNED:
+                found.append(("G1", *_learned(config, curves)))
+            elif config.pruning is not None and config.noise is None:
+                found += [("G2", *_recovered(config, curves)), ("G3", *_fitted(config, curves))]
+            elif config.noise is not None:
+                found.append(("share", *_noise_share(setting, config)))
+            results += [Gate(name, network, figure, setting, *rest) for name, *rest in found]
+        results.append(Gate("G4", network, figure, "", *_doses(configs)))
+    return results
+
+
+def separation(figure: str, network: str, contrast: str, differences: np.ndarray) -> Gate:
+    """G5 of a contrast: whether the mean stabilities of its two settings differ.
+
+    differences: (seeds,) in percent, paired by seed. Their interval must exclude 0.
+    """
+    fitted = stats.fitted_mean(differences[~np.isnan(differences)])
+    low, high = fitted.interval()
+    number = float(fitted.value)
+    text = f"mean stability differs by {number:.2f} [{low:.2f}, {high:.2f}] percent"
+    return Gate("G5", network, figure, contrast, bool(low > 0 or high < 0), number, text)
+
+
+def fits_training_set(config: Config) -> bool:
+    """Whether a network must learn its training images exactly: G3 and the first form of G2.
+
+    That is vgg11_bn, and resnet18 by Adam, without augmentation: all but the networks of SGD,
+    Table F1 and conv4.
+    """
+    network = config.model in ("vgg11_bn", "resnet18")
+    return network and config.optimizer == "adam" and not config.augment
+
+
+def _learned(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+    """G1, of the unpruned network."""
+    if config.augment:
+        return None, np.nan, "the training images are augmented"
+    if not config.milestones:
+        number = curves.train_accuracy.iloc[-LAST_EPOCHS:].mean()
+        text = f"{number:.2f}% training accuracy in the last {LAST_EPOCHS} epochs"
+        needed = LEARNED_WITHOUT_MILESTONES
+    else:
+        by = int(LEARNED_BY * config.epochs + ROUNDING)
+        number = curves.train_accuracy[curves.index < by].max()
+        text = f"{number:.2f}% training accuracy by epoch {by} of {config.epochs}"
+        needed = LEARNED
+    passed = bool(number >= needed - ROUNDING)
+    return passed, float(number), f"{text}, at least {needed:g}% needed"
+
+
+def _recovered(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+    """G2, of one pruned setting."""
+    if not fits_training_set(config):
+        return _settled(curves)
+    if config.pruning.scratch:
+        return None, np.nan, "pruned before training"
+    milestone = min(config.milestones, default=0)
+    events = curves.index[(curves.removed > 0) & (curves.index >= milestone)]
+    if not len(events):
+        return None, np.nan, f"no event from epoch {milestone} on"
+    if (np.diff(events) == 1).any():
+        return None, np.nan, "an event every epoch: G3 decides"
+    recovered = []
+    for event, end in zip(events, [*events[1:], curves.index.max()], strict=True):
+        window = curves.loc[event + 1 : end]
+        back = window.pre.max() >= curves.pre[event] - RECOVERED - ROUNDING
+        learned = window.train_accuracy.iloc[-1:].max() >= LEARNED - ROUNDING
+        recovered.append(bool(back and learned))
+    number = 100 * float(np.mean(recovered))
+    text = (
+        f"recovered from {sum(recovered)} of {len(recovered)} events from the first milestone on, "
+        f"at least {RECOVERED_EVENTS:g}% needed"
+    )
+    return number >= RECOVERED_EVENTS - ROUNDING, number, text
+
+
+def _settled(curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+    """G2 where training images are not learned exactly: test accuracy no longer rises."""
+    outcome = curves.post.iloc[-1 - OUTCOME_EPOCHS : -1].mean()
+    before = curves.post.iloc[-1 - 2 * OUTCOME_EPOCHS : -1 - OUTCOME_EPOCHS].mean()
+    number = float(outcome - before)
+    text = (
+        f"test accuracy rises by {number:.2f} points to the outcome's {OUTCOME_EPOCHS} epochs from "
+        f"the {OUTCOME_EPOCHS} before, at most {STILL_RISING:g} allowed"
+    )
+    return bool(number <= STILL_RISING + ROUNDING), number, text
+
+
+def _fitted(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+    """G3, of one pruned setting."""
+    if not fits_training_set(config):
+        return None, np.nan, "not needed of this network"
+    accuracy, loss = curves.train_accuracy.iloc[-1], curves.train_loss.iloc[-1]
+    text = (
+        f"ends at {accuracy:.2f}% training accuracy, at least {LEARNED:g}% needed, and a training "
+        f"loss of {loss:.2g}, at most {LOW_LOSS:g} allowed"
+    )
+    passed = bool(accuracy >= LEARNED - ROUNDING and loss <= LOW_LOSS)
+    return passed, float(accuracy), text
+
+
+def _doses(configs: pd.Series) -> tuple[bool | None, float, str]:
+    """G4, of all settings of a network that prune filters in training."""
+    doses = [
+        100 * config.pruning.fractions[-1] / len(config.pruning.epochs[-1])
+        for config in configs
+        if fits_training_set(config)
+        and isinstance(config.pruning, FilterPruning)
+        and not config.pruning.scratch
+        and config.noise is None
+    ]
+    if len(doses) < 2:
+        return None, np.nan, "no doses are compared"
+    number = max(doses) / min(doses)
+    text = (
+        f"{min(doses):.2g} to {max(doses):.2g}% of the last layer an event, a factor of "
+        f"{number:.1f}, at least {DOSES:g} needed"
+    )
+    return bool(number >= DOSES - ROUNDING), float(number), text
+
+
+def _noise_share(setting: str, config: Config) -> tuple[bool | None, float, str]:
+    """Whether noise lasts for the paper's share of the steps from one event to the next.
+
+    setting: its name, which ends with the paper's span in training batches. To the nearest batch,
+    and at least one.
+    """
+    paper = int(setting.split()[-1])
+    images = images_of(config)
+    batches = training_batches(config.noise, config.batch, *images)
+    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in config.pruning.epochs)
+    steps = gap * -(-images[0] // config.batch)
+    if paper == 0:
+        return None, float(batches), "noise in one pass only"
+    expected = max(1.0, paper / PAPER_STEPS * steps)
+    text = (
+        f"noise lasts {batches} of {steps} training batches from event to event, {expected:.1f} "
+        f"for the paper's {100 * paper / PAPER_STEPS:.1f}%"
+    )
+    return bool(abs(batches - expected) <= 0.5 + ROUNDING), float(batches), text

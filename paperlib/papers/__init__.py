@@ -1,0 +1,1 @@
+"""The settings of both papers, as data at the papers' own scale."""

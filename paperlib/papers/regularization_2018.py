@@ -1,0 +1,78 @@
+"""The settings of arXiv 1805.01930, on weight pruning as a regularizer.
+
+Only the paper's abstract and introduction are at hand. Its claims are the paper's; the network is
+inferred from the abstract's "85% fewer parameters", and how the claims are tested is ours.
+"""
+
+from dataclasses import replace
+
+from paperlib.config import Config, WeightPruning
+from paperlib.papers.settings import (
+    DROPOUT,
+    METHODS,
+    NO_PRUNING,
+    Figure,
+    Schedule,
+    Setting,
+    seeded,
+)
+
+FOLDER = "regularization-2018"
+
+# The dense layer of conv4 holds 94.3% of its parameters; 90% of it is 85% of the network.
+CONV4 = Config(model="conv4", optimizer="adam", learning_rate=0.001, epochs=150)
+CONV4_DROPOUT = (0.25, 0.5)
+CONV4_FRACTION = 0.9
+CONV4_EVENTS = Schedule((0,), (99,), 1)
+FRACTIONS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+# Dropout's best rates are chosen on these seeds, and compared on the others.
+CHOOSING = (10, 11, 12, 13, 14)
+
+
+def _conv4(target: str, fraction: float = CONV4_FRACTION) -> Setting:
+    pruning = WeightPruning(("dense",), (fraction,), CONV4_EVENTS.epochs[0], target)
+    config = CONV4.with_(pruning=pruning, histograms=fraction == CONV4_FRACTION)
+    return Setting("conv4", METHODS[target], f"{target} {fraction:g}", config, CONV4_EVENTS)
+
+
+def _dropout(after_pool: float, after_dense: float) -> Setting:
+    config = CONV4.with_(dropout=(after_pool, after_dense))
+    return Setting("conv4", DROPOUT, f"dropout {after_pool:g}/{after_dense:g}", config)
+
+
+CONV4_NO_PRUNING = Setting("conv4", NO_PRUNING, "none", CONV4)
+CONV4_TARGETS = tuple(_conv4(target) for target in METHODS)
+DROPOUTS = (_dropout(CONV4_DROPOUT[0], 0), _dropout(0, CONV4_DROPOUT[1]), _dropout(*CONV4_DROPOUT))
+
+FIGURE_R1 = seeded(10, (CONV4_NO_PRUNING, DROPOUTS[-1], *CONV4_TARGETS))
+FIGURE_R3 = seeded(
+    3,
+    (
+        CONV4_NO_PRUNING,
+        *(_conv4(target, fraction) for target in METHODS for fraction in FRACTIONS),
+    ),
+)
+FIGURE_R4 = seeded(
+    10,
+    (CONV4_NO_PRUNING, *(replace(setting, choosing=CHOOSING) for setting in DROPOUTS)),
+)
+FIGURE_R5 = seeded(10, CONV4_TARGETS)
+FIGURE_R6 = seeded(1, (CONV4_NO_PRUNING, *CONV4_TARGETS))
+
+
+def _figure(name: str, title: str, settings: tuple[Setting, ...], seeds: int = 10) -> Figure:
+    return Figure(name, title, seeds, settings, f"{FOLDER}/{name}")
+
+
+FIGURES = (
+    _figure("figure-R1", "Pruning large weights against dropout, by epoch", FIGURE_R1),
+    _figure(
+        "figure-R2",
+        "Pruning large weights against dropout: best accuracy and parameters",
+        FIGURE_R1,
+    ),
+    _figure("figure-R3", "Best accuracy by the fraction of the layer removed", FIGURE_R3),
+    _figure("figure-R4", "Dropout at its best", FIGURE_R4),
+    _figure("figure-R5", "Where the weights went", FIGURE_R5),
+    _figure("figure-R6", "What 85% fewer parameters buys", FIGURE_R6, seeds=1),
+)

@@ -1,0 +1,285 @@
+"""Notebooks in JupyterLab and pages of the website, in a headless Chromium, on loopback only."""
+
+import functools
+import http.client
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import pytest
+
+psutil = pytest.importorskip("psutil", reason="no psutil: pip install 'paperlib[test]'")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no playwright: pip install 'paperlib[browser]'"
+)
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "build/site"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+STARTED_SECONDS = 120
+SHOWN_SECONDS = 60
+NOTEBOOK_SECONDS = 420
+IMAGES = ".jp-OutputArea-output img"
+# Every cell in the page, nothing saved by itself, nothing asked of the network.
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "docmanager-extension/plugin": {"autosave": False},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="no chromium"),
+    pytest.mark.timeout(NOTEBOOK_SECONDS + 180),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(SHOWN_SECONDS * 1000)
+    yield context.new_page()
+    context.close()
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and all that it has started: kernels, and workers of kernels."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.terminate()
+    for member in psutil.wait_procs(family, timeout=10)[1]:
+        member.kill()
+    process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on a copy of the notebooks; gives the address of a notebook by its path."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for name, settings in SETTINGS.items():
+        path = folder / f"settings/@jupyterlab/{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = os.urandom(16).hex()
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "JUPYTER_TOKEN": token,
+    }
+    options = ("--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}")
+    limits = (f"--ServerApp.root_dir={folder}", "--ServerApp.port_retries=0")
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options, *limits],
+            env=os.environ | variables,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + STARTED_SECONDS
+        while not answers(port):
+            assert process.poll() is None, (folder / "log").read_text()[-2000:]
+            assert time.monotonic() < until, "JupyterLab has not started"
+            time.sleep(0.2)
+        yield lambda path: f"http://127.0.0.1:{port}/lab/tree/notebooks/{path}?reset&token={token}"
+    finally:
+        end(process)
+
+
+def answers(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/api")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def run_all(page, address: str) -> None:
+    """Open a notebook, run all its cells, and check that each has run and none has failed."""
+    page.goto(address)
+    page.get_by_text("| Idle").wait_for(timeout=STARTED_SECONDS * 1000)  # the kernel, connected
+    cells = page.locator(".jp-NotebookPanel .jp-CodeCell")
+    page.locator(".jp-NotebookPanel .jp-Cell").first.click()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    until = time.monotonic() + NOTEBOOK_SECONDS
+    failed = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    while True:
+        prompts = cells.locator(".jp-InputPrompt").all_inner_texts()
+        assert not failed.count(), failed.first.inner_text()[-2000:]
+        if all(prompt.strip("[]: ").isdigit() for prompt in prompts):
+            return
+        assert time.monotonic() < until, f"cells still running: {prompts}"
+        page.wait_for_timeout(500)
+
+
+def shown(page, selector: str) -> list[str]:
+    """The addresses of the images; every one must have pixels."""
+    images = page.locator(selector).evaluate_all(
+        "images => images.map(i => [i.currentSrc || i.src, i.complete && i.naturalWidth > 0])"
+    )
+    assert not [source[:200] for source, has_pixels in images if not has_pixels]
+    return [source for source, _ in images]
+
+
+@pytest.mark.parametrize(
+    ("path", "pictures"), [("tour.ipynb", 2), ("tradeoff-2020/figure-2.ipynb", 1)]
+)
+def test_notebook_runs_in_jupyterlab(page, lab, path, pictures):
+    run_all(page, lab(path))
+    assert len(shown(page, IMAGES)) >= pictures
+
+
+@pytest.mark.skipif(
+    not (ROOT / "notebooks/explore.ipynb").exists(), reason="no notebooks/explore.ipynb"
+)
+def test_a_dropdown_changes_the_picture(page, lab):
+    run_all(page, lab("explore.ipynb"))
+    page.locator(IMAGES).first.wait_for()
+    before = shown(page, IMAGES)
+    dropdown = page.locator(".widget-dropdown select").first
+    index = dropdown.evaluate("select => select.selectedIndex")
+    dropdown.select_option(index=0 if index else 1)
+    until = time.monotonic() + NOTEBOOK_SECONDS
+    while not (after := shown(page, IMAGES)) or after == before:
+        assert time.monotonic() < until, "the picture has not changed"
+        page.wait_for_timeout(200)
+
+
+class Links(HTMLParser):
+    """What a page links to, and what can be linked to in it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.hrefs, self.ids = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids.add(values.get("id"))
+        if tag == "a" and values.get("href"):
+            self.hrefs.append(values["href"])
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address of the website, served on loopback."""
+    if not (SITE / "index.html").exists():
+        pytest.skip("no website: make site")
+    handler = functools.partial(Quiet, directory=str(SITE))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def pages() -> list[str]:
+    found = (path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
+    return sorted(name for name in found if not name.startswith("_static"))
+
+
+def test_links_of_the_site_lead_somewhere(site):
+    parsed = {name: Links((SITE / name).read_text()) for name in pages()}
+    broken = []
+    for name, links in parsed.items():
+        for href in links.hrefs:
+            address, fragment = urldefrag(urljoin(site + name, href))
+            if address.startswith(site):
+                target = unquote(urlsplit(address).path).lstrip("/")
+                ids = parsed[target].ids if target in parsed else {""}
+                if not (SITE / target).is_file() or unquote(fragment) not in ids | {""}:
+                    broken.append((name, href))
+    assert len(parsed) > 20
+    assert not broken
+
+
+def background(page) -> float:
+    """Brightness of the page's background, 0 to 255."""
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(float, color[color.index("(") + 1 : -1].split(",")[:3])) / 3
+
+
+def test_pages_of_the_site(browser, site):
+    wrong = []
+
+    def console(message):
+        # A page that is left early is asked for favicon.ico instead of the icon that it names.
+        if message.type == "error" and not message.location["url"].endswith("favicon.ico"):
+            wrong.append((message.text, message.location["url"]))
+
+    def request(request):
+        if not request.url.startswith((site, "data:")):
+            wrong.append(("outside", request.url))
+
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.on("console", console)
+        page.on("request", request)
+        page.on("pageerror", lambda error: wrong.append((page.url, str(error))))
+        page.on("requestfailed", lambda request: wrong.append(("failed", request.url)))
+        for name in pages():
+            if name == "index.html":  # it only leads to docs/index.html
+                continue
+            page.goto(site + name)
+            page.evaluate("window.MathJax ? MathJax.startup.promise.then(() => 0) : 0")
+            brightness = {}
+            for width in (1280, 400):
+                for scheme in ("light", "dark"):
+                    page.set_viewport_size({"width": width, "height": 900})
+                    page.emulate_media(color_scheme=scheme)
+                    reached = page.evaluate("document.documentElement.scrollWidth")
+                    if reached > width:
+                        wrong.append((name, scheme, f"{reached} pixels wide at {width}"))
+                    brightness[scheme] = background(page)
+            if not brightness["dark"] < 80 < 200 < brightness["light"]:
+                wrong.append((name, brightness))
+            for image in page.locator("img").all():
+                image.scroll_into_view_if_needed()  # some are loaded only then
+                if not image.evaluate("i => i.decode().then(() => i.naturalWidth, () => 0)"):
+                    wrong.append((name, image.get_attribute("src")))
+    assert not wrong
+
+
+def test_the_first_page_leads_to_the_claims(page, site):
+    page.goto(site)
+    page.wait_for_url("**/docs/index.html")
+    page.get_by_role("link", name="evidence", exact=True).click()
+    page.wait_for_url("**/docs/evidence.html")

@@ -1,0 +1,310 @@
+"""Gates, on epochs made by hand whose answers are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paperlib import experiments, gates
+from paperlib.config import Config, FilterPruning, WeightPruning
+
+ADAM = Config(model="vgg11_bn", milestones=(8, 18), epochs=20)
+SGD = ADAM.with_(optimizer="sgd", augment=True, model="resnet20")
+CONV4 = Config(model="conv4", milestones=(), epochs=20)
+
+
+def filters(*epochs: int, fraction: float = 0.9, scratch: bool = False) -> FilterPruning:
+    return FilterPruning(
+        (0.3, fraction), () if scratch else ((epochs[0],), epochs), scratch=scratch
+    )
+
+
+def run(config: Config, setting: str, seed: int = 0, network: str = "VGG11", figure: str = "f"):
+    """A registered run's row."""
+    config = config.with_(seed=seed)
+    return {
+        "figure": figure,
+        "network": network,
+        "setting": setting,
+        "seed": seed,
+        "choosing": False,
+        "run": config.identity,
+        "config": config,
+    }
+
+
+def history(row: dict, **columns: object) -> pd.DataFrame:
+    """A run's epochs: learned from epoch 5 on, at 80% test accuracy, unless `columns` differ.
+
+    Columns are lists, or dicts of the epochs that differ.
+    """
+    config = row["config"]
+    n = config.epochs
+    events = set()
+    if config.pruning is not None and not getattr(config.pruning, "scratch", False):
+        last = config.pruning.epochs
+        events = set(last[-1] if isinstance(config.pruning, FilterPruning) else last)
+    frame = pd.DataFrame(
+        {
+            "run": row["run"],
+            "epoch": range(n),
+            "trained": True,
+            "train_accuracy": np.where(np.arange(n) < 5, 90.0, 100.0),
+            "train_loss": 0.001,
+            "pre": 80.0,
+            "post": 80.0,
+            "removed": [10 * (e in events) for e in range(n)],
+        }
+    )
+    for name, values in columns.items():
+        frame[name] = frame[name].astype(float)
+        if isinstance(values, dict):
+            frame.loc[list(values), name] = list(values.values())
+        else:
+            frame[name] = values
+    return frame
+
+
+def evaluate(*runs_and_epochs) -> dict[tuple[str, str], gates.Gate]:
+    runs = pd.DataFrame([row for row, _ in runs_and_epochs])
+    results = gates.evaluate(runs, pd.concat([epochs for _, epochs in runs_and_epochs]))
+    return {(gate.gate, gate.setting): gate for gate in results}
+
+
+def alone(gate: str, config: Config, setting: str, **columns: object) -> gates.Gate:
+    row = run(config, setting)
+    return evaluate((row, history(row, **columns)))[gate, setting]
+
+
+# G1
+
+
+@pytest.mark.parametrize(
+    ("first", "passed"), [(0, True), (10, True), (11, False), (19, False)], ids=str
+)
+def test_g1_by_55_percent_of_the_epochs(first, passed):
+    """Of 20 epochs, the first 11."""
+    learned = [100.0 if epoch == first else 90.0 for epoch in range(20)]
+    gate = alone("G1", ADAM, "none", train_accuracy=learned)
+    assert gate.passed is passed
+    assert gate.number == (100 if passed else 90)
+
+
+@pytest.mark.parametrize(("reached", "passed"), [(99.9, True), (99.89, False)])
+def test_g1_needs_what_it_says(reached, passed):
+    assert alone("G1", ADAM, "none", train_accuracy=reached).passed is passed
+
+
+@pytest.mark.parametrize(("last", "passed"), [((98, 97.5, 98.5), True), ((98, 97.5, 98.4), False)])
+def test_g1_without_milestones_is_of_the_last_three_epochs(last, passed):
+    gate = alone("G1", CONV4, "none", train_accuracy=[*[100.0] * 17, *last])
+    assert (gate.passed, gate.number) == (passed, pytest.approx(np.mean(last)))
+
+
+def test_g1_does_not_apply_to_augmented_images():
+    gate = alone("G1", SGD, "none", train_accuracy=50.0)
+    assert gate.passed is None
+
+
+def test_gates_are_of_means_over_seeds():
+    """One seed learns, one does not; their mean does not, and recovers nothing."""
+    pruned = ADAM.with_(pruning=filters(3, 11))
+    rows = [run(c, name, seed) for c, name in ((ADAM, "none"), (pruned, "S")) for seed in (0, 1)]
+    half = dict.fromkeys(range(20), 99.7)
+    found = evaluate(
+        (rows[0], history(rows[0])),
+        (rows[1], history(rows[1], train_accuracy=half)),
+        (rows[2], history(rows[2])),
+        (rows[3], history(rows[3], train_accuracy=half, train_loss=0.05)),
+    )
+    assert (found["G1", "none"].passed, found["G1", "none"].number) == (False, 99.85)
+    assert found["G2", "S"].passed is False
+    assert found["G3", "S"].passed is False
+
+
+def test_seeds_that_only_choose_do_not_count():
+    rows = [run(ADAM, "none", 0), run(ADAM, "none", 10) | {"choosing": True}]
+    found = evaluate((rows[0], history(rows[0])), (rows[1], history(rows[1], train_accuracy=50.0)))
+    assert found["G1", "none"].number == 100
+
+
+# G2: events at 3, 7, 11, 15; the milestone is 8
+
+PRUNED = ADAM.with_(pruning=filters(3, 7, 11, 15))
+
+
+def test_g2_counts_events_from_the_milestone_on():
+    gate = alone("G2", PRUNED, "S", pre={4: 10, 5: 10, 6: 10, 7: 10})
+    assert (gate.passed, gate.number) == (True, 100)
+    on_it = ADAM.with_(pruning=filters(8))
+    assert alone("G2", on_it, "S", pre={8: 80.4}).passed is False
+
+
+@pytest.mark.parametrize(("reached", "passed"), [(79.7, True), (79.69, False)])
+def test_g2_accuracy_comes_back_to_that_before_the_event(reached, passed):
+    """The event at 11: `pre` of 12 to 15, the last of them measured just before the next event."""
+    low = {12: 50, 13: 50, 14: 50}
+    assert alone("G2", PRUNED, "S", pre=low | {15: reached}).passed is passed
+    assert alone("G2", PRUNED, "S", pre=low | {13: reached, 15: 79.7}).passed is True
+    gate = alone("G2", PRUNED, "S", pre=dict.fromkeys(range(16, 20), 50) | {17: reached})
+    assert gate.passed is passed
+    assert gate.number == (100 if passed else 50)
+
+
+def test_g2_a_later_event_may_start_lower():
+    """Each window is judged by its own event: 80, then 79.8, then 79.6 at the end."""
+    drift = dict.fromkeys(range(12, 16), 79.8) | dict.fromkeys(range(16, 20), 79.6)
+    assert alone("G2", PRUNED, "S", pre=drift).passed is True
+
+
+@pytest.mark.parametrize(("epoch", "passed"), [(15, False), (19, False), (14, True), (16, True)])
+def test_g2_training_accuracy_in_the_last_epoch_of_a_window(epoch, passed):
+    assert alone("G2", PRUNED, "S", train_accuracy={epoch: 99.8}).passed is passed
+
+
+def test_g2_nine_events_in_ten():
+    """Ten windows of two epochs from the milestone on, of which one or two do not recover."""
+    config = ADAM.with_(epochs=40, milestones=(8,), pruning=filters(*range(8, 27, 2)))
+    once = alone("G2", config, "S", train_accuracy={12: 99})
+    assert (once.passed, once.number) == (True, 90)
+    twice = alone("G2", config, "S", train_accuracy={12: 99, 14: 99})
+    assert (twice.passed, twice.number) == (False, 80)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "setting"),
+    [
+        (filters(3, 7), "before the milestone"),
+        (filters(*range(3, 16)), "every epoch"),
+        (filters(scratch=True), "before training"),
+    ],
+)
+def test_g2_where_it_does_not_apply(pruning, setting):
+    gate = alone("G2", ADAM.with_(pruning=pruning), setting, train_accuracy=10.0, pre={19: 0})
+    assert gate.passed is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SGD.with_(pruning=filters(3, 7)),
+        CONV4.with_(pruning=WeightPruning(("dense",), (0.9,), (0, 1, 2))),
+        ADAM.with_(model="resnet18", augment=True, pruning=filters(3, 7)),
+    ],
+    ids=["SGD", "conv4", "F1"],
+)
+@pytest.mark.parametrize(("rise", "passed"), [(0.5, True), (0.51, False), (-3, True)])
+def test_g2_of_other_networks_is_that_accuracy_no_longer_rises(config, rise, passed):
+    """Epochs 16 to 18 against 13 to 15; the last and those before do not matter."""
+    post = {19: 0.0, 12: 0.0} | {e: 80 + rise + (e - 17) for e in (16, 17, 18)}
+    gate = alone("G2", config, "S", post=post, train_accuracy=50.0)
+    assert (gate.passed, gate.number) == (passed, pytest.approx(rise))
+    assert alone("G3", config, "S", train_accuracy=50.0).passed is None
+
+
+# G3
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "passed"),
+    [(99.9, 0.02, True), (99.89, 0.001, False), (100, 0.021, False), (100, np.nan, False)],
+)
+@pytest.mark.parametrize("pruning", [filters(3, 11), filters(scratch=True)], ids=["S", "scratch"])
+def test_g3_at_the_end(accuracy, loss, passed, pruning):
+    config = ADAM.with_(pruning=pruning)
+    gate = alone("G3", config, "S", train_accuracy={19: accuracy}, train_loss={19: loss, 18: 9})
+    assert (gate.passed, gate.number) == (passed, accuracy)
+
+
+# G4
+
+
+@pytest.mark.parametrize(
+    ("counts", "fractions", "ratio", "passed"),
+    [
+        ((10, 2), (0.9, 0.9), 5, True),
+        ((9, 2), (0.9, 0.9), 4.5, False),
+        ((9, 2), (0.45, 0.9), 9, True),
+        ((1, 1), (0.9, 0.9), 1, False),
+    ],
+)
+def test_g4_is_the_ratio_of_doses_in_the_last_layer(counts, fractions, ratio, passed):
+    rows = [
+        run(ADAM.with_(pruning=filters(*range(n), fraction=f)), f"S {n} {f} {i}", i)
+        for i, (n, f) in enumerate(zip(counts, fractions, strict=True))
+    ]
+    rows.append(run(ADAM.with_(pruning=filters(scratch=True)), "scratch"))
+    gate = evaluate(*[(row, history(row)) for row in rows])["G4", ""]
+    assert (gate.passed, gate.number) == (passed, pytest.approx(ratio))
+
+
+def test_g4_without_doses_to_compare():
+    rows = [run(SGD.with_(pruning=filters(*range(n))), f"S {n}") for n in (10, 1)]
+    assert evaluate(*[(row, history(row)) for row in rows])["G4", ""].passed is None
+    row = run(ADAM.with_(pruning=filters(3)), "L")
+    assert evaluate((row, history(row)))["G4", ""].passed is None
+
+
+# G5
+
+
+@pytest.mark.parametrize(
+    ("differences", "passed"),
+    [([-1, -1.2, -0.9], True), ([1, 1.2, 0.9], True), ([-1, 1, 0.1], False), ([-1, np.nan], False)],
+)
+def test_g5_stabilities_must_differ(differences, passed):
+    gate = gates.separation("figure-2", "VGG11", "L - S", np.array(differences))
+    assert gate.passed is passed
+    assert gate.number == pytest.approx(np.nanmean(differences))
+
+
+# Noise
+
+
+def test_the_share_of_noise_at_every_profile():
+    for profile in experiments.PROFILES:
+        for figure in ("figure-5", "figure-D2"):
+            plan = experiments.plan(figure, profile).assign(figure=figure)
+            rows = plan.drop_duplicates("setting").to_dict("records")
+            found = evaluate(*[(row, history(row)) for row in rows])
+            for row in rows:
+                if row["config"].noise is not None:
+                    passed = None if row["setting"].endswith(" 0") else True
+                    assert found["share", row["setting"]].passed is passed, (profile, row)
+
+
+def test_noise_that_lasts_too_long():
+    """A fifth of small's 2,504 training batches from event to event in place of 7%."""
+    plan = experiments.plan("figure-5", "small")
+    row = plan[plan.setting == "zeroing 1106"].iloc[0].to_dict() | {"figure": "figure-5"}
+    noise = row["config"].noise
+    for more, passed in ((0, True), (1, False), (300, False)):
+        longer = type(noise)(noise.kind, noise.passes + more, noise.evaluation_batch)
+        row |= {"config": row["config"].with_(noise=longer)}
+        assert evaluate((row, history(row)))["share", "zeroing 1106"].passed is passed
+
+
+# The table
+
+
+def test_each_network_of_each_figure_has_its_own():
+    config = ADAM.with_(pruning=filters(3, 11))
+    rows = [
+        run(config, "S"),
+        run(config, "S", figure="g"),
+        run(SGD.with_(pruning=filters(3)), "S", network="ResNet20"),
+    ]
+    histories = [history(rows[0], train_loss=1.0), history(rows[2])]
+    results = gates.evaluate(pd.DataFrame(rows), pd.concat(histories))
+    g3 = {(g.figure, g.network): g.passed for g in results if g.gate == "G3"}
+    assert g3 == {("f", "VGG11"): False, ("g", "VGG11"): False, ("f", "ResNet20"): None}
+    table = gates.table(results)
+    assert len(table) == len(results) == 9
+    assert list(table) == ["gate", "network", "figure", "setting", "passed", "number", "text"]
+
+
+def test_runs_that_are_not_there_have_no_gates():
+    rows = [run(ADAM, "none"), run(ADAM.with_(pruning=filters(3, 11)), "S")]
+    results = gates.evaluate(pd.DataFrame(rows), history(rows[0]))
+    assert {(gate.gate, gate.setting) for gate in results} == {("G1", "none"), ("G4", "")}
+    empty = gates.evaluate(pd.DataFrame(rows), history(rows[0]).iloc[:0])
+    assert {gate.gate for gate in empty} == {"G4"}

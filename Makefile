@@ -1,6 +1,6 @@
-# `make figures` and `make test` set everything up themselves, in .venv, once.
+# Every target sets itself up in .venv, once.
 
-PROFILE ?= demo
+PROFILE ?=
 JOBS    ?=
 RUNS    ?=
 PYTHON  ?= python3
@@ -8,15 +8,31 @@ PYTHON  ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-OPTIONS = --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(if $(RUNS),--runs $(RUNS))
+OPTIONS = $(if $(JOBS),--jobs $(JOBS)) $(if $(RUNS),--runs $(RUNS))
 
-.PHONY: figures test site lab bench lint lock clean
+# Notebooks draw from the committed records again, and every number and table is compared.
+CHECK_NOTEBOOKS = PAPERLIB_PROFILE=auto PAPERLIB_RESULTS=$(CURDIR)/results \
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-sanitize-with tests/nbval.cfg \
+	--nbval-current-env --nbval-cell-timeout 900 \
+	notebooks/tradeoff-2020 notebooks/regularization-2018 notebooks/index.ipynb notebooks/claims.ipynb
 
+.PHONY: figures demo test notebooks site lab bench lint lock clean
+
+# Draws every figure from the records in results/ and runs/; trains only what demo lacks.
 figures: $(READY)
-	$(BIN)/paperlib figures $(OPTIONS)
+	$(BIN)/paperlib figures $(if $(PROFILE),--profile $(PROFILE)) $(OPTIONS)
+
+# Trains everything at profile demo, without looking into results/.
+demo: $(READY)
+	$(BIN)/paperlib figures --profile demo --fresh $(OPTIONS)
 
 test: $(READY) lint
-	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests notebooks
+	$(BIN)/pytest -n 2 tests
+	$(CHECK_NOTEBOOKS)
+
+# Executes every notebook from records and writes it back with its outputs.
+notebooks: $(READY)
+	$(BIN)/paperlib notebooks --write
 
 # The website, in build/site. It shows the outputs that the notebooks have; nothing is run.
 site: $(READY)
@@ -25,7 +41,7 @@ site: $(READY)
 		-c docs -d build/doctrees . build/site
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir . notebooks/tour.ipynb
+	$(BIN)/jupyter lab --notebook-dir . notebooks/index.ipynb
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
@@ -33,6 +49,7 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The exact versions everybody gets; needs uv.
 lock:

@@ -31,7 +31,8 @@ from paperlib.runs import Store
 SWEEP = """
 import sys
 from benchmarks import faults
-from paperlib import checkpoints, sweep
+from paperlib import sweep
+from paperlib.store import checkpoints
 from paperlib.runs import Store
 checkpoints.SECONDS, checkpoints.SHARE = 0.0, 1e9
 if __name__ == "__main__":
@@ -57,7 +58,7 @@ def begin(script: Path, store: Path) -> subprocess.Popen:
 
 def trains(store: Path, since: float) -> bool:
     """Whether a run was claimed since then."""
-    for path in store.glob("claims/*.json"):
+    for path in store.glob("claims/*.lease"):
         with suppress(FileNotFoundError):
             if path.stat().st_mtime > since:
                 return True

@@ -40,7 +40,10 @@ print(json.dumps([*seconds, len(epochs)]))
 
 def configurations(count: int) -> list[Config]:
     """`count` runs of figures 2 and 5, of as many seeds as that takes."""
-    plans = [experiments.plan(name, "paper", seeds=1) for name in ("figure-2", "figure-5")]
+    plans = [
+        experiments.plan(name, experiments.Scale("paper", seeds=1))
+        for name in ("figure-2", "figure-5")
+    ]
     settings = sweep.unique(config for plan in plans for config in plan.config).values()
     seeds = range(-(-count // len(settings)))
     return [config.with_(seed=seed) for seed in seeds for config in settings][:count]

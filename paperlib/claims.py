@@ -18,18 +18,20 @@ The claims: `claims_2020`, `claims_2018`; how they get their verdicts: `verdicts
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from paperlib import experiments, landscape
+from paperlib import measures, plans
 from paperlib.claims_2018 import r1, r2, r3, r4
 from paperlib.claims_2020 import VGG, t1, t2, t3, t4, t5
 from paperlib.gates import evaluate
-from paperlib.packs import Entry
+from paperlib.plans import Scale
 from paperlib.runs import Store, StoreError, epochs_frame, runs_frame
 from paperlib.stats import Fitted
+from paperlib.store.records import Entry
 from paperlib.verdicts import DESCRIBED, Claim, Contrast
 
 FIGURES = (
@@ -46,42 +48,69 @@ NOT_FINITE = re.compile(r"loss of .* is (nan|inf|-inf) at epoch")
 CLAIMS = {"T1": t1, "T2": t2, "T3": t3, "T4": t4, "T5": t5, "R1": r1, "R2": r2, "R3": r3, "R4": r4}
 
 
+# The figures whose runs decide a claim, and those that show the same runs.
+CARRIED = {
+    "T1": ("figure-2", "figure-E6"),
+    "T2": (
+        *("figure-2", "figure-3", "figure-4", "figure-B2", "figure-C1", "figure-C2", "figure-C3"),
+        "table-C1",
+    ),
+    "T3": ("figure-5",),
+    "T4": ("figure-6", *(f"figure-E{number}" for number in range(1, 6))),
+    "T5": ("figure-D2",),
+    "R1": ("figure-R1", "figure-R3"),
+    "R2": ("figure-R1", "figure-R2", "figure-R4"),
+    "R3": ("figure-R1", "figure-R2", "figure-R4", "figure-R6"),
+    "R4": ("figure-R1",),
+}
+
+
+def carried(figure: str) -> list[str]:
+    """Return the names of the claims that a figure carries."""
+    return [name for name, figures in CARRIED.items() if figure in figures]
+
+
 def judge(
-    profile: str = "small",
-    data: str | None = None,
-    precision: str | None = None,
+    scale: Scale | str = "small",
     store: Store | None = None,
+    names: Iterable[str] | None = None,
 ) -> list[Claim]:
-    """Every claim, by the runs that a store has; nothing is trained.
+    """Judge claims by the runs that a store has; nothing is trained.
 
     Args:
-        profile, data, precision: as `experiments.plan` takes them.
+        scale: as for `experiments.plan`, but for the seeds: those that are registered count.
         store: the default one where None.
+        names: of the claims; all where None.
     """
-    runs, epochs = load(profile, data, precision, store)
+    names = list(CLAIMS if names is None else names)
+    if unknown := set(names) - set(CLAIMS):
+        raise ValueError(f"unknown claim {min(unknown)!r}: one of {', '.join(CLAIMS)}")
+    figures = [figure for figure in FIGURES if any(figure in CARRIED[name] for name in names)]
+    if not figures:
+        return []
+    runs, epochs = load(scale, store, figures)
     gates = evaluate(runs, epochs)
-    return [claim(runs, gates) for claim in CLAIMS.values()]
+    return [CLAIMS[name](runs, gates) for name in names]
 
 
 def load(
-    profile: str = "small",
-    data: str | None = None,
-    precision: str | None = None,
+    scale: Scale | str = "small",
     store: Store | None = None,
+    figures: Iterable[str] = FIGURES,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The registered runs of all claims, see the module's docstring, and the epochs of those done.
+    """Return the registered runs, as the module's docstring says, and the epochs of those done.
 
-    Arguments as `judge` takes them.
+    Arguments as for `judge`; figures: those of `FIGURES` that the claims need.
     """
-    store = store or Store()
-    plans = [
-        experiments.plan(figure, profile, data, precision=precision).assign(figure=figure)
-        for figure in FIGURES
-    ]
-    runs = pd.concat(plans, ignore_index=True)
+    store, scale = store or Store(), replace(Scale.of(scale), seeds=None)
+    found = [plans.plan(figure, scale).assign(figure=figure) for figure in figures]
+    runs = pd.concat(found, ignore_index=True)
     length = {run: config.epochs for run, config in zip(runs.run, runs.config, strict=True)}
-    found = store.find(length)
-    entries = [e for e in found.values() if isinstance(e, Entry) and e.count == length[e.run]]
+    entries = [
+        entry
+        for entry in store.find(runs.config).values()
+        if isinstance(entry, Entry) and entry.count == length[entry.run]
+    ]
     there = {entry.run for entry in entries}
     epochs = epochs_frame(entries).reindex(columns=EPOCHS)
     summary = runs_frame(entries, epochs).reindex(columns=["run", *SUMMARY])
@@ -94,7 +123,7 @@ def load(
 
 
 def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """T4's columns. Arrays are read only if all of its runs are there; one without is not done."""
+    """Add T4's columns. Arrays are read only if all of its runs are there."""
     names = ["curvature", "noise", "delta_w", "train_loss"]
     runs[names] = np.nan
     mine = (runs.figure == "figure-6") & (runs.network == VGG)
@@ -104,7 +133,7 @@ def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd
     for i in runs.index[mine & runs.finite]:
         run, flatness = runs.run[i], runs.config[i].flatness
         try:
-            found = landscape.measures(store.records([run])).iloc[0]
+            found = measures.flatness(store.records([run])).iloc[0]
         except (StoreError, KeyError):
             runs.loc[i, "done"] = False
             continue
@@ -116,7 +145,7 @@ def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd
 
 
 def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
-    """One row a contrast, and one for each claim that has none."""
+    """Return one row a contrast, and one for each claim that has none."""
     rows = []
     for claim in claims:
         about = {
@@ -130,25 +159,25 @@ def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def to_dict(claim: Claim) -> dict:
-    """Everything about a claim as plain JSON types; None for numbers that there are not."""
-    content = {field.name: getattr(claim, field.name) for field in fields(claim)}
+def to_dict(claim: Claim) -> dict[str, Any]:
+    """Return all about a claim in JSON's types; None for numbers that there are not."""
+    content: dict[str, Any] = {field.name: getattr(claim, field.name) for field in fields(claim)}
     content["contrasts"] = [_row(contrast) for contrast in claim.contrasts]
     content["gates"] = [
         {f.name: getattr(gate, f.name) for f in fields(gate)} for gate in claim.gates
     ]
-    return _plain(content)
+    return {name: _plain(value) for name, value in content.items()}
 
 
 def _row(contrast: Contrast) -> dict[str, object]:
-    low, high = contrast.fitted.interval()
+    low, high = (np.asarray(limit).item() for limit in contrast.fitted.interval())
     return {
         "kind": contrast.kind,
         "contrast": contrast.name,
         "outcome": contrast.outcome,
         "n": contrast.n,
         "dropped": contrast.dropped,
-        "estimate": float(contrast.fitted.value),
+        "estimate": np.asarray(contrast.fitted.value).item(),
         "low": float(low),
         "high": float(high),
         "null": contrast.null,
@@ -163,7 +192,7 @@ _EMPTY = Contrast("", DESCRIBED, "", Fitted(math.nan, math.nan, 0), 0, 0)
 
 
 def _plain(value: object) -> object:
-    """A value in JSON's types."""
+    """Return a value in JSON's types."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

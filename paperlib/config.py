@@ -6,11 +6,15 @@ that means "as before") changes no identity. All epochs are 0-based, all fractio
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from pathlib import PurePath
-from typing import Any
+from numbers import Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -34,7 +38,7 @@ def _check_one_of(what: str, value: Any, valid: Iterable[str]) -> None:
 
 
 def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
-    """The epochs of one layer's events: every `period`-th from `first` to `last`, both included."""
+    """Return every `period`-th epoch from `first` to `last`, inclusive: a layer's events."""
     _check(
         0 <= first <= last, f"a schedule needs 0 <= first <= last, got first {first}, last {last}"
     )
@@ -46,10 +50,14 @@ def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
 class FilterPruning:
     """Whole filters are pruned (arXiv 1906.03728).
 
-    fractions, epochs: one entry a layer; `epochs[i]` are the epochs at whose end layer i has an
-    event. scratch: one event before any training instead (then `epochs` is empty). norm: batch
-    norm's scale and shift of a pruned filter count as zero; False masks the weights only.
-    score may be "package.module:function", a function of the convolution.
+    Attributes:
+        fractions: How much of each layer is pruned in all.
+        epochs: For each layer, the epochs at whose end it has an event.
+        score: A name of `pruning.SCORES`, or "package.module:function" of the convolution.
+        target: "smallest", "largest" or "random".
+        layers: Names of convolutions in forward order; None for the last ones.
+        scratch: One event before any training instead; then `epochs` is empty.
+        norm: Batch norm's scale and shift of a pruned filter are zero, too.
     """
 
     fractions: tuple[float, ...]
@@ -87,7 +95,16 @@ class FilterPruning:
 
 @dataclass(frozen=True)
 class WeightPruning:
-    """Single weights of layers are pruned by magnitude (arXiv 1805.01930)."""
+    """Single weights of layers are pruned by magnitude (arXiv 1805.01930).
+
+    Attributes:
+        layers: Names of layers.
+        fractions: How much of each layer is pruned in all.
+        epochs: At whose end all layers have an event.
+        target: "smallest", "largest" or "random".
+        schedule: "linear" or "annealing", of the fraction over the events.
+        mu: Of the annealing.
+    """
 
     layers: tuple[str, ...]
     fractions: tuple[float, ...]
@@ -116,8 +133,10 @@ class WeightPruning:
 class Noise:
     """Noise on the chosen filters instead of their removal (arXiv 1906.03728, figures 5 and D2).
 
-    kind: "zeroing", "gaussian" or "restored". passes: N of `noise.FilterNoise`, in forward passes
-    from the event on, evaluation included. evaluation_batch: images in a pass of evaluation.
+    Attributes:
+        kind: "zeroing", "gaussian" or "restored".
+        passes: N of `noise.FilterNoise`, in forward passes after the event, evaluation included.
+        evaluation_batch: Images in a pass of evaluation.
     """
 
     kind: str
@@ -125,15 +144,23 @@ class Noise:
     evaluation_batch: int = 128
 
     def __post_init__(self) -> None:
+        _freeze(self)
         _check_one_of("noise", self.kind, ("zeroing", "gaussian", "restored"))
         _check(self.passes >= 0, f"noise passes must be at least 0, got {self.passes}")
 
 
 @dataclass(frozen=True)
 class Flatness:
-    """What is measured at the end of `epoch`, on the first `images` test images (figures 6, E).
+    """Flatness is measured at the end of one epoch (figures 6 and E1 to E5).
 
-    test_images: sharpness is measured on so many of the test images, None for all.
+    Attributes:
+        epoch: When.
+        images: How many test images curvature and noise are measured on.
+        eigenvalues: How many of the Hessian.
+        directions: How many eigenvectors sharpness is measured along.
+        reach: How far along them, both ways.
+        step: From one point to the next.
+        test_images: How many test images sharpness is measured on; None for all.
     """
 
     epoch: int
@@ -145,6 +172,7 @@ class Flatness:
     test_images: int | None = None
 
     def __post_init__(self) -> None:
+        _freeze(self)
         _check(self.images >= 1, f"flatness needs at least one image, got {self.images}")
         _check(
             0 < self.directions <= self.eigenvalues,
@@ -166,12 +194,28 @@ class Flatness:
 class Config:
     """Everything that decides a run's numbers.
 
-    data: what `data.load` takes. train_per_class, test_per_class: subsets, None for all. model:
-    a name of `models.MODELS`, or "package.module:function". learning_rate is multiplied by 0.1 at
-    each milestone: a milestone of 150 makes 150 the first epoch at the lower rate. histograms:
-    whether batch norm's outputs are measured before and after training or, where single weights
-    are pruned, those weights' magnitudes before, after and at the end. precision: "float32" (in
-    full, without TF32 on a GPU), or "bfloat16" for autocast.
+    Attributes:
+        data: A data set as `data.load` takes it.
+        train_per_class: Training images of a class; None for all.
+        test_per_class: Test images of a class; None for all.
+        model: A name of `models.MODELS`, or "package.module:function".
+        width: Factor on the number of filters.
+        dropout: As for `models.build`.
+        optimizer: "adam" or "sgd".
+        learning_rate: At the start.
+        momentum: Of SGD.
+        weight_decay: Of both optimizers.
+        milestones: The first epochs at a learning rate that is lower by a factor of 10.
+        epochs: In all.
+        batch: Images of a training batch.
+        augment: Whether training images are cropped and flipped at random.
+        pruning: Of filters, of single weights, or None.
+        noise: On the chosen filters, instead of their removal.
+        flatness: Whether and when it is measured.
+        histograms: Whether batch norm's outputs are measured before and after training or, if
+            single weights are pruned, those weights' magnitudes before, after and at the end.
+        precision: "float32", without TF32 on a GPU, or "bfloat16" for autocast.
+        seed: Of all streams of randomness.
     """
 
     data: str = "cifar10"
@@ -218,9 +262,9 @@ class Config:
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits; equal for configurations that give the same numbers.
+        """16 hexadecimal digits, equal for configurations that give the same numbers.
 
-        Of a path to images only the last part counts, so that records move between machines.
+        Only the last part of a path to images counts, so that records can move between machines.
         """
         text = json.dumps(to_dict(self.portable), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -229,7 +273,9 @@ class Config:
     def portable(self) -> "Config":
         """The same configuration, with only the last part of a path to images."""
         kind, _, path = self.data.partition(":")
-        return self.with_(data=f"{kind}:{PurePath(path).name}") if path else self
+        if not path:
+            return self
+        return self.with_(data=f"{kind}:{Path(os.path.expanduser(path)).absolute().name}")
 
     @property
     def title(self) -> str:
@@ -242,7 +288,7 @@ class Config:
         return f"{self.model}{what} seed {self.seed} ({self.identity})"
 
     def with_(self, **changes: Any) -> "Config":
-        """The same configuration but for `changes`."""
+        """Return the configuration with some changes."""
         return replace(self, **changes)
 
 
@@ -250,7 +296,7 @@ _TYPES = {kind.__name__: kind for kind in (FilterPruning, WeightPruning, Noise, 
 
 
 def to_dict(config: Any) -> dict:
-    """Plain JSON types; fields at their default are left out, nested types named."""
+    """Return plain JSON types; fields at their default are left out, nested types are named."""
     out = {}
     for field in fields(config):
         value = getattr(config, field.name)
@@ -263,7 +309,7 @@ def to_dict(config: Any) -> dict:
 
 
 def from_dict(content: Mapping) -> Config:
-    """The inverse of `to_dict`; raises ConfigError on a field or kind it does not know."""
+    """Return the configuration of a dict of `to_dict`; raise ConfigError on an unknown field."""
     try:
         return Config(**{name: _nested(value) for name, value in content.items()})
     except (TypeError, KeyError) as error:
@@ -293,15 +339,43 @@ def _check_event_epochs(layers: tuple[tuple[int, ...], ...]) -> None:
 
 
 def _freeze(config: Any) -> None:
-    """Lists become tuples and whole numbers in float fields floats, so that equals hash alike."""
+    """Convert every field to its declared type, so that equal configurations hash alike."""
     for field in fields(config):
-        value = _tupled(getattr(config, field.name))
-        if field.type is float:
-            value = float(value)
-        elif field.name in ("fractions", "dropout") and isinstance(value, tuple):
-            value = tuple(map(float, value))
+        name = f"{type(config).__name__}.{field.name}"
+        value = _converted(getattr(config, field.name), field.type, name)
         object.__setattr__(config, field.name, value)
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(_tupled(v) for v in value) if isinstance(value, list | tuple) else value
+def _converted(value: Any, kind: Any, name: str) -> Any:
+    """Convert what people pass to a declared type: numpy's numbers, arrays, ranges, lists.
+
+    Args:
+        value: The value.
+        kind: A type, a union of types, or a tuple of a type.
+        name: Of the field, for messages.
+
+    Raises:
+        ConfigError: The value is of another type. True and False are no numbers.
+    """
+    if hasattr(value, "tolist"):  # numpy, pandas and torch
+        value = value.tolist()
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    is_sequence = isinstance(value, list | tuple | range)
+    if (value is None and NoneType in kinds) or type(value) in kinds:
+        kind = type(value)
+    else:
+        kind = next((k for k in kinds if (get_origin(k) is tuple) == is_sequence), kinds[0])
+    items = get_args(kind)
+    if get_origin(kind) is tuple:
+        fits = is_sequence and (items[-1] is ... or len(items) == len(value))
+    elif kind in (int, float):
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        fits = fits and (kind is float or value == int(value))
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        wanted = " or ".join(str(k) if get_args(k) else k.__name__ for k in kinds)
+        raise ConfigError(f"{name} takes {wanted}, got {value!r} of type {type(value).__name__}")
+    if items:
+        return tuple(_converted(item, items[0], name) for item in value)
+    return kind(value) if kind in (int, float) else value

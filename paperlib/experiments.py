@@ -1,262 +1,208 @@
-"""The experiments of both papers: which runs a figure needs at a profile, and how they compare.
+"""The experiments of both papers: their figures, as a reader draws them.
 
-`plan` lists a figure's runs, `table` shows its settings beside the paper's, and `queue` puts all
-runs of a profile in the order in which they are worth having.
+`load` gives everything that a figure's notebook shows. The plans behind it are those of `plans`:
+`plan`, `table`, `queue` and `Scale` are found here, too. Imports no torch where nothing is trained.
 """
 
-import math
-from itertools import pairwise
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-import numpy as np
 import pandas as pd
 
-from paperlib.config import Config, FilterPruning, WeightPruning
-from paperlib.papers import regularization_2018, tradeoff_2020
-from paperlib.papers.noise_spans import images_of, training_batches
-from paperlib.papers.settings import Figure
-from paperlib.profiles import PROFILES, Profile, steps
-
-FIGURES = {figure.name: figure for figure in (*tradeoff_2020.FIGURES, *regularization_2018.FIGURES)}
-
-# The evidence in order of worth: (figure, network) pairs, None for all networks of a figure.
-TIERS = (
-    (("figure-6", "VGG11"), ("figure-1", None), ("figure-B1", None)),
-    (("figure-R1", None), ("figure-R2", None), ("figure-R4", None), ("figure-R5", None)),
-    (("figure-5", None), ("figure-D2", None)),
-    (("figure-B2", "VGG11"), ("figure-R6", None)),
-    (("figure-3", None), ("figure-R3", None)),
-    (
-        ("figure-2", "ResNet18"),
-        ("figure-B2", "ResNet18"),
-        ("table-C1", None),
-        ("figure-4", None),
-        ("figure-C3", None),
-    ),
-    (("table-F1", None),),
+from paperlib import claims, gates, measures, sweep
+from paperlib.plans import (
+    FIGURES,
+    LAST_FILTERS,
+    PROFILES,
+    TIERS,
+    Scale,
+    annotate,
+    figure,
+    label,
+    plan,
+    profile,
+    pruning_rate,
+    queue,
+    table,
 )
-# Filters of the last layer that is pruned, at full width.
-LAST_FILTERS = {"vgg11_bn": 512, "resnet18": 512, "resnet20": 64, "resnet56": 64}
+from paperlib.runs import RunRecord, Store
+
+__all__ = [
+    "FIGURES",
+    "LAST_FILTERS",
+    "PROFILES",
+    "TIERS",
+    "Loaded",
+    "Scale",
+    "annotate",
+    "figure",
+    "label",
+    "load",
+    "plan",
+    "profile",
+    "pruning_rate",
+    "queue",
+    "resolve",
+    "table",
+]
 
 
-def figure(name: str) -> Figure:
-    """The figure of that name; ValueError with the valid names where there is none."""
-    if name not in FIGURES:
-        raise ValueError(f"unknown figure {name!r}: one of {', '.join(FIGURES)}")
-    return FIGURES[name]
-
-
-def profile(name: str) -> Profile:
-    """The profile of that name; ValueError with the valid names where there is none."""
-    if name not in PROFILES:
-        raise ValueError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
-    return PROFILES[name]
-
-
-def plan(
+def resolve(
     name: str,
-    profile_name: str,
+    profile: str = "auto",
     data: str | None = None,
     seeds: int | None = None,
     precision: str | None = None,
-) -> pd.DataFrame:
-    """Return the runs of a figure, one row each; settings that a profile makes equal appear once.
+    store: Store | None = None,
+) -> Scale:
+    """Return the scale at which a figure is drawn.
 
     Args:
         name: of the figure.
-        profile_name: of the profile.
-        data: replaces the profile's data set.
-        seeds: how many, in place of the profile's number.
-        precision: replaces the paper's.
-
-    Returns:
-        Columns network, method, setting (its name, the same at every profile), label, rate
-        (percent an event, NaN if nothing is pruned in training), fraction (percent of the layer
-        that loses most, 0 if nothing is pruned), seed, choosing (True for a seed on which the best
-        of several settings is chosen), run (the identity) and config.
+        profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
+            if the store has all runs of the figure at that scale, else "demo".
+        data: as for `Scale`.
+        seeds: as for `Scale`.
+        precision: as for `Scale`.
+        store: the default store where None.
     """
-    shown, scale = figure(name), profile(profile_name)
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
-    rows = []
-    for setting in scale.shown(shown):
-        config = scale.scale(setting, data, precision)
-        fractions = config.pruning.fractions if config.pruning is not None else (0,)
-        about = {
-            "network": setting.network,
-            "method": setting.method,
-            "setting": setting.name,
-            "label": label(setting.method, config),
-            "rate": pruning_rate(config),
-            "fraction": 100 * max(fractions),
-        }
-        compared = [(seed, False) for seed in scale.seeds_of(shown, setting, seeds)]
-        for seed, choosing in compared + [(s, True) for s in scale.choosing_seeds(setting)]:
-            config = config.with_(seed=seed)
-            rows.append(
-                about
-                | {"seed": seed, "choosing": choosing, "run": config.identity, "config": config}
-            )
-    frame = pd.DataFrame(rows)
-    same = frame.config.map(lambda c: c.with_(flatness=None, histograms=False).identity)
-    return frame[~same.duplicated()].reset_index(drop=True)
+    if profile == "auto":
+        profile = os.environ.get("PAPERLIB_PROFILE") or "auto"
+    if profile != "auto":
+        return Scale(profile, data, seeds, precision)
+    small = Scale("small", data, seeds, precision)
+    if sweep.missing(plan(name, small).config, store or Store()):
+        return replace(small, profile="demo")
+    return small
 
 
-def queue(
-    profile_name: str,
+def load(
+    name: str,
+    profile: str = "auto",
     data: str | None = None,
     seeds: int | None = None,
     precision: str | None = None,
-) -> list[Config]:
-    """Return every run of a profile once, by tier of `TIERS`, then by seed, then by setting."""
-    ordered: dict[str, Config] = {}
-    for tier in TIERS:
-        plans = []
-        for name, network in tier:
-            frame = plan(name, profile_name, data, seeds, precision)
-            plans.append(frame if network is None else frame[frame.network == network])
-        runs = pd.concat(plans, ignore_index=True).sort_values("seed", kind="stable")
-        for config in runs.config:
-            ordered.setdefault(config.identity, config)
-    return list(ordered.values())
+    store: Store | None = None,
+    train: bool = True,
+) -> "Loaded":
+    """Load all that a figure shows.
 
+    Args:
+        name: of the figure.
+        profile: as for `resolve`.
+        data: as for `Scale`.
+        seeds: as for `Scale`.
+        precision: as for `Scale`.
+        store: the default store where None.
+        train: first train the runs that are missing, in worker processes.
 
-def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """A frame keyed by `run` (a store's epochs or runs) with what `runs`, a `plan`, says of each.
-
-    A run that serves several settings appears once for each.
+    Raises:
+        ValueError: the figure or profile is unknown.
+        sweep.SweepError: a run failed.
     """
-    about = runs.drop(columns="config")
-    new = [column for column in frame if column == "run" or column not in about]
-    return about.merge(frame[new], on="run")
+    figure(name)
+    store = store or Store()
+    scale = resolve(name, profile, data, seeds, precision, store)
+    runs = plan(name, scale)
+    if train:
+        sweep.execute(runs.config, store)
+    return Loaded(name, scale, runs, store)
 
 
-def pruning_rate(config: Config) -> float:
-    """Iterative pruning rate in percent, NaN where nothing is pruned in training."""
-    pruning = config.pruning
-    if pruning is None or (isinstance(pruning, FilterPruning) and pruning.scratch):
-        return math.nan
-    return pruning.rate
+@dataclass(frozen=True)
+class Loaded:
+    """A figure's runs at a scale.
 
-
-def label(method: str, config: Config) -> str:
-    """A setting's name in a legend.
-
-    "Prune_S 13%" an event where filters go, "Prune_L 90%" in all where weights do, "Zeroing 51"
-    training batches, "Dropout 0.25/0.5" after pools and after the dense layer.
+    Attributes:
+        name: of the figure.
+        scale: at which it is shown.
+        plan: its runs, as `experiments.plan` returns them.
+        store: where the records are.
     """
-    if config.dropout:
-        after_pool, after_dense = np.broadcast_to(config.dropout, 2)
-        return f"{method} {after_pool:g}/{after_dense:g}"
-    if isinstance(config.pruning, WeightPruning):
-        return f"{method} {100 * max(config.pruning.fractions):g}%"
-    if config.noise is not None:
-        images = images_of(config)
-        return f"{method} {training_batches(config.noise, config.batch, *images) or '1 pass'}"
-    rate = pruning_rate(config)
-    return method if math.isnan(rate) else f"{method} {rate:.2g}%"
 
+    name: str
+    scale: Scale
+    plan: pd.DataFrame
+    store: Store
 
-def table(
-    name: str, profile_name: str, data: str | None = None, precision: str | None = None
-) -> pd.DataFrame:
-    """Return every setting of a figure at the paper's scale and at the profile's, side by side.
+    @property
+    def title(self) -> str:
+        """One line on what the figure shows."""
+        return figure(self.name).title
 
-    One row a setting; the columns have two levels, "paper" and the profile's name. The rows on
-    steps and doses are the numbers that make a miniature faithful (docs/evidence.md).
-    """
-    shown, scale = figure(name), profile(profile_name)
-    sides = {"paper": profile("paper"), profile_name: scale}
-    settings = scale.shown(shown)
-    columns = {
-        side: [
-            _described(
-                at.scale(s, *((data, precision) if side == profile_name else ())),
-                len(at.seeds_of(shown, s)),
-            )
-            for s in settings
-        ]
-        for side, at in sides.items()
-    }
-    index = pd.MultiIndex.from_tuples(
-        [(s.network, label(s.method, s.config)) for s in settings], names=["network", "setting"]
-    )
-    frames = {side: pd.DataFrame(rows, index=index) for side, rows in columns.items()}
-    return (
-        pd.concat(frames, axis=1)
-        .swaplevel(axis=1)
-        .sort_index(axis=1, level=0, sort_remaining=False)
-    )
+    @cached_property
+    def _there(self) -> list[str]:
+        """Identities of the runs that have a whole record, in the plan's order."""
+        whole = self.store.whole(self.plan.config)
+        return [run for run in dict.fromkeys(self.plan.run) if run in whole]
 
+    @property
+    def complete(self) -> bool:
+        """Whether all runs are there."""
+        return len(self._there) == self.plan.run.nunique()
 
-def _described(config: Config, seeds: int) -> dict[str, object]:
-    """Describe a configuration in the words of the papers."""
-    train_images, test_images = images_of(config)
-    described = {
-        "data": config.data,
-        "training images": train_images if config.train_per_class else "all",
-        "test images": test_images if config.test_per_class else "all",
-        "augmentation": "crop, flip" if config.augment else "none",
-        "network": config.model,
-        "width": config.width,
-        "optimizer": config.optimizer,
-        "learning rate": config.learning_rate,
-        "momentum": config.momentum,
-        "weight decay": config.weight_decay,
-        "batch": config.batch,
-        "steps an epoch": steps(config, train_images),
-        "epochs": config.epochs,
-        "dropout": config.dropout,
-        "precision": config.precision,
-        "milestones": ", ".join(map(str, config.milestones)),
-        "seeds": seeds,
-    }
-    if config.flatness is not None:
-        f = config.flatness
-        described["flatness"] = (
-            f"epoch {f.epoch}, {f.images} images, {f.eigenvalues} eigenvalues; {f.directions} "
-            f"directions, eps up to {f.reach:g} by {f.step:g}, on {f.test_images or 'all'} images"
-        )
-    return described | _described_pruning(config, steps(config, train_images))
+    @cached_property
+    def settings(self) -> pd.DataFrame:
+        """The settings beside the paper's: a row for each quantity and side, a column a setting."""
+        return table(self.name, self.scale).T
 
+    @cached_property
+    def _frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return self.store.frames(self._there)
 
-def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
-    pruning = config.pruning
-    if pruning is None:
-        return {}
-    described: dict[str, object] = {
-        "target": pruning.target,
-        "fractions": ", ".join(f"{f:g}" for f in pruning.fractions),
-    }
-    filters = isinstance(pruning, FilterPruning)
-    if filters:
-        described["score"] = pruning.score
-        described["held at zero"] = "weights, batch norm" if pruning.norm else "weights"
-    else:
-        described["layers"] = ", ".join(pruning.layers)
-        described["schedule"] = pruning.schedule
-    described["rate (% an event)"] = round(pruning.rate, 2)
-    if filters and pruning.scratch:
-        return described | {"event epochs": "before training"}
-    events = pruning.epochs if filters else (pruning.epochs,)
-    most = max(range(len(events)), key=lambda i: pruning.fractions[i])
-    gaps = [b - a for a, b in pairwise(events[most])]
-    described["event epochs"] = _spans(events)
-    described["steps between events"] = an_epoch * min(gaps) if gaps else "one event"
-    if filters:
-        count = round(config.width * LAST_FILTERS[config.model])
-        kept = math.ceil(round((1 - pruning.fractions[-1]) * count, 6))
-        described["dose (filters an event, last layer)"] = round(
-            (count - kept) / len(events[-1]), 1
-        )
-    last = max(epochs[-1] for epochs in events)
-    described["steps after the last event"] = an_epoch * (config.epochs - 1 - last)
-    if config.noise is not None:
-        batches = training_batches(config.noise, config.batch, *images_of(config))
-        described["noise"] = config.noise.kind
-        described["noise lasts"] = f"{batches} training batches, N = {config.noise.passes} passes"
-    return described
+    @cached_property
+    def epochs(self) -> pd.DataFrame:
+        """One row an epoch of each run, with the plan's columns."""
+        return annotate(self._frames[0], self.plan)
 
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row a run, with the plan's columns.
 
-def _spans(layers: tuple[tuple[int, ...], ...]) -> str:
-    """Describe event epochs by layer: first to last (events)."""
-    return "; ".join(f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in layers)
+        If the figure measures flatness, with columns curvature, noise, tic and delta_w, too.
+        """
+        frame = annotate(self._frames[1], self.plan)
+        if any(config.flatness is None for config in self.plan.config):
+            return frame
+        measured = [record for record in self.records if "eigenvalues" in record.arrays]
+        columns = ["run", "curvature", "noise", "tic", "delta_w"]
+        flatness = measures.flatness(measured).reindex(columns=columns)
+        kept = [column for column in frame if column not in columns[1:]]
+        return frame[kept].merge(flatness, "left", "run")
+
+    @cached_property
+    def records(self) -> list[RunRecord]:
+        """The records with their arrays, in the plan's order."""
+        return self.store.records(self._there)
+
+    @cached_property
+    def _gates(self) -> list[gates.Gate]:
+        return gates.evaluate(self.plan.assign(figure=self.name), self._frames[0])
+
+    @cached_property
+    def gates(self) -> pd.DataFrame:
+        """The figure's gates, one row each, for people."""
+        return gates.table(self._gates)
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """The claims that the figure carries, one row a contrast, with the registered seeds."""
+        names = claims.carried(self.name)
+        return claims.to_frame(claims.judge(self.scale, store=self.store, names=names))
+
+    @property
+    def stamp(self) -> str:
+        """One line for the figure's face: profile, data, seeds, and each gate that fails."""
+        counts = self.plan[~self.plan.choosing].groupby(["network", "setting"]).size()
+        seeds = " to ".join(str(count) for count in sorted({counts.min(), counts.max()}))
+        data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))
+        parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
+        if not self.complete:
+            parts.append(f"{len(self._there)} of {self.plan.run.nunique()} runs")
+        failing: dict[str, list[str]] = {}
+        for gate in self._gates:
+            if gate.passed is False:
+                failing.setdefault(gate.gate, []).append(f"{gate.network} {gate.setting}".strip())
+        parts += [f"{gate} fails ({', '.join(where)})" for gate, where in failing.items()]
+        return "; ".join(parts)

@@ -1,14 +1,14 @@
 """Flatness: the Hessian's leading eigenpairs, the gradients' covariance, the loss around a minimum.
 
 Definitions of arXiv 1906.03728, section 3 and appendix E. Everything is of the mean cross-entropy
-in evaluation mode; a parameter that pruning holds at zero is no coordinate of it. Arguments that
+in evaluation mode; a parameter that pruning holds at zero is no coordinate of it. These arguments
 recur:
 
-model: a network of float images that returns logits (N, classes), alone or as `logits` of an object
-    or dict. Its mode, weights, gradients and buffers are left as they were.
-images, labels: (N, ...) floats, normalised, and (N,) integers; moved to the model's device.
-held: parameter name -> bool tensor of its shape, True where pruning holds it at zero.
-chunk: images that go through the network at once; by default 64 on the CPU, 512 elsewhere.
+- `model`: a network of float images that returns logits (N, classes), alone or as `logits` of an
+  object or dict. Its mode, weights, gradients and buffers are left as they were.
+- `images`, `labels`: (N, ...) floats, normalised, and (N,) integers; moved to the model's device.
+- `held`: parameter name -> bool tensor of its shape, True where pruning holds it at zero.
+- `chunk`: images that go through the network in one batch; by default 64 on the CPU, 512 elsewhere.
 
 P counts all parameters in the order of `model.named_parameters()`: those that are held, and those
 that do not require gradients, too. Weights in bfloat16 or float16 are measured as float32. Bad
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
-from paperlib import convolutions
 from paperlib.derivatives import check_derivatives, probe
+from paperlib.extras.fast import convolutions
 from paperlib.lanczos import ConvergenceError as ConvergenceError
 from paperlib.lanczos import leading_eigenpairs
 from paperlib.loss import Held, Loss, check_finite

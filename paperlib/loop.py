@@ -1,33 +1,51 @@
-"""The training loop itself: a step, an epoch of steps, an evaluation. The plain reference.
+"""The training loop: a step, an epoch of steps, an evaluation.
 
-`QuickLoop` does the same faster on a CPU, `graphs.CapturedLoop` on a GPU; both are checked against
-this.
+This is the plain reference. The faster loops of `extras.fast` are tested against it.
 """
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paperlib import convolutions
-from paperlib.data import Batches
+from paperlib.batches import Batches
 from paperlib.pruning import Pruner
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
 class Totals:
-    """Sums over a pass of images, on their device: to read them is to wait for it."""
+    """Sums over a pass of images, kept on their device; reading them waits for the device."""
 
     loss: Tensor
     correct: Tensor
     images: int
 
     def read(self) -> tuple[float, float]:
-        """Mean loss, and accuracy in percent."""
+        """Return the mean loss, and the accuracy in percent."""
         return float(self.loss) / self.images, 100 * float(self.correct) / self.images
+
+
+def logits(output: object) -> Tensor:
+    """Return the logits of a network's output: a tensor, or the `logits` of an object or dict.
+
+    Raises:
+        TypeError: There are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    is_dict = isinstance(output, Mapping)
+    found = output.get("logits") if is_dict else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "a network must return logits (N, classes), alone or as `logits` of an object or "
+            f"dict, and this one returns a {type(output).__name__}"
+        )
+    return found
 
 
 def step(
@@ -38,27 +56,36 @@ def step(
     x: Tensor,
     y: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One step on a batch; returns the sum of its losses, and how many it classified correctly.
+    """Take one training step on a batch.
 
-    hold: called after the optimizer, to keep zero what is pruned.
+    Args:
+        model: The network, in training mode.
+        optimizer: Of its parameters.
+        hold: Called after the optimizer's step; sets pruned weights to zero again.
+        autocast: The precision of the pass.
+        x: Images (B, C, H, W).
+        y: Labels (B,).
+
+    Returns:
+        The sum of the losses, and the number of images classified correctly.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast():
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
+        found = logits(model(x))
+        loss = F.cross_entropy(found, y)
     loss.backward()
     optimizer.step()
     hold()
-    return loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()
+    return loss.detach() * len(y), (found.detach().argmax(1) == y).sum()
 
 
 def score(
     model: nn.Module, autocast: Callable[[], AbstractContextManager], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `step`, of a batch that is only looked at."""
+    """Return the same numbers as `step`, without training."""
     with autocast():
-        logits = model(x).float()
-        return F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()
+        found = logits(model(x)).float()
+        return F.cross_entropy(found, y, reduction="sum"), (found.argmax(1) == y).sum()
 
 
 def train_epoch(
@@ -70,9 +97,16 @@ def train_epoch(
     order: torch.Generator,
     augment: torch.Generator,
 ) -> Totals:
-    """One pass over the training images, in training mode; nothing in it waits for the device.
+    """Train on all images once; nothing in it waits for the device.
 
-    order, augment: CPU generators, of the order of the images and of their augmentation.
+    Args:
+        model: The network.
+        batches: The training images.
+        optimizer: Of the network's parameters.
+        hold: As for `step`.
+        autocast: The precision of the passes.
+        order: A CPU generator, for the order of the images.
+        augment: A CPU generator, for their augmentation.
     """
     model.train()
     totals = Totals(0.0, 0, 0)
@@ -89,7 +123,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager],
 ) -> Totals:
-    """One pass over batches (x, y) in evaluation mode; the network is in training mode after it."""
+    """Test on batches (x, y) in evaluation mode, then return to training mode."""
     model.eval()
     totals = Totals(0.0, 0, 0)
     with torch.inference_mode():
@@ -107,13 +141,13 @@ def recalibrate(
     batches: Iterable[Tensor],
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
-    """Take the running statistics of all batch norms anew: their mean over batches of images.
+    """Set the running statistics of all batch norms to their mean over batches of images.
 
-    All else is in evaluation mode, so that nothing is random. This is PyTorch's cumulative average
-    (`momentum=None`), which would wait for the device at every layer.
+    Everything else is in evaluation mode, so nothing is random. The result is PyTorch's cumulative
+    average (`momentum=None`), which would wait for the device at every layer.
 
     Args:
-        model: Its batch norms keep another momentum; its training mode is that of evaluation.
+        model: The network. Afterwards it is in evaluation mode and its momenta have changed.
         batches: Images, each (B, C, H, W).
         autocast: The precision of the passes.
     """
@@ -131,16 +165,19 @@ def recalibrate(
     model.eval()
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """All batch norms of a network that keep running statistics."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return all batch norms of a network that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
 
 
 class PlainLoop:
-    """A run's way to train and evaluate: by the functions above."""
+    """How a run trains and tests: by the functions above.
 
-    draws = True  # random numbers of torch's own, perhaps: of a network nothing else is known
+    Attributes:
+        draws: The network may draw from torch's global generators.
+    """
+
+    draws = True
 
     def __init__(
         self,
@@ -152,33 +189,25 @@ class PlainLoop:
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.pruner = pruner or Pruner()
 
+    def kernels(self, model: nn.Module) -> AbstractContextManager:
+        """Return the context in which a network is trained and evaluated."""
+        return nullcontext()
+
     def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """One pass over the training images."""
-        return train_epoch(
-            self.model, batches, self.optimizer, self.pruner.hold, self.autocast, order, augment
-        )
+        """Train on all images once."""
+        with self.kernels(self.model):
+            return train_epoch(
+                self.model, batches, self.optimizer, self.pruner.hold, self.autocast, order, augment
+            )
 
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
-    ) -> Generator[None, None, Totals]:
-        """`train`, which yields where another run may launch its steps: never, where it `draws`."""
+    ) -> Generator[str | None, None, Totals]:
+        """Do the same as `train`, and yield where other runs may launch work: here, nowhere."""
         yield from ()
         return self.train(batches, order, augment)
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
-        """One pass over the test images, in batches of `size`."""
-        return evaluate(self.model, batches.evaluation(size), self.autocast)
-
-
-class QuickLoop(PlainLoop):
-    """As `PlainLoop`, on a CPU with convolutions of few pixels as products of matrices."""
-
-    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """One pass over the training images."""
-        with convolutions.quick(self.model):
-            return super().train(batches, order, augment)
-
-    def evaluate(self, batches: Batches, size: int) -> Totals:
-        """One pass over the test images, in batches of `size`."""
-        with convolutions.quick(self.model):
-            return super().evaluate(batches, size)
+        """Test on all images, in batches of `size`."""
+        with self.kernels(self.model):
+            return evaluate(self.model, batches.evaluation(size), self.autocast)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from paperlib import backends
+from paperlib import devices
 
 Held = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -154,9 +154,9 @@ class Loss:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(
-                backends.switched(torch.backends.cudnn, benchmark=False, deterministic=True)
+                devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True)
             )
-            stack.enter_context(backends.full_float32())
+            stack.enter_context(devices.full_float32())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             fast = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)

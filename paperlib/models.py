@@ -16,7 +16,7 @@ VGG19 = (64, 64, POOL, 128, 128, POOL, *[256] * 4, POOL, *[512] * 4, POOL, *[512
 
 
 def scaled(filters: int, width: float) -> int:
-    """`filters` times `width`, rounded, at least 1."""
+    """Return `filters` times `width`, rounded, at least 1."""
     return max(1, round(filters * width))
 
 
@@ -35,6 +35,7 @@ class ResidualSum(nn.Module):
         self.register_load_state_dict_pre_hook(_expect_keep)
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        """Return the sum (N, filters, H, W)."""
         if self.keep is None:
             return branch.add_(shortcut) if self.inplace else branch + shortcut
         keep = self.keep.to(branch)
@@ -61,11 +62,12 @@ class Subsample(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return every `stride`-th pixel of images (N, C, H, W)."""
         return F.avg_pool2d(x, 1, self.stride)
 
 
 class PadChannels(nn.Module):
-    """Zero channels on both sides."""
+    """Adds zero channels on both sides."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class PadChannels(nn.Module):
         self.padding = (0, 0, 0, 0, before, outputs - inputs - before)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return images with `outputs` channels."""
         return F.pad(x, self.padding)
 
 
@@ -100,6 +103,7 @@ class BasicBlock(nn.Module):
         self.sum = ResidualSum(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's activations."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         return F.relu(self.sum(out, self.shortcut(x)), inplace=True)
@@ -131,6 +135,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, num_classes)."""
         out = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return self.fc(self.dropout(out.mean(dim=(2, 3))))
 
@@ -159,6 +164,7 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, num_classes)."""
         return self.classifier(self.features(x))
 
 
@@ -195,14 +201,18 @@ class Conv4(nn.Module):
         self.fc = nn.Linear(dense, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, num_classes)."""
         return self.fc(self.dropout(F.relu(self.dense(self.features(x)))))
 
 
 def conv4(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    """Return four convolutions and two dense layers, without batch norm."""
     return Conv4(scaled(32, width), scaled(512, width), num_classes, in_channels, dropout)
 
 
 def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    """Return VGG11 with batch norm and one dense layer."""
+
     def head(inputs: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Dropout(dropout[1]), nn.Linear(inputs, num_classes))
 
@@ -210,7 +220,7 @@ def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -
 
 
 def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
-    """torchvision's layout, names and initialisation, so that its pretrained weights load."""
+    """Return VGG19 with torchvision's names and initialisation, so that its weights load."""
     model = VGG(_widened(VGG19, width), in_channels, lambda inputs: nn.Identity())
     dense = scaled(4096, width)
     model.features.append(nn.AdaptiveAvgPool2d(7)).append(nn.Flatten())
@@ -231,15 +241,18 @@ def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -
 
 
 def resnet18(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    """Return ResNet18 for CIFAR, with projections in its shortcuts."""
     filters = tuple(scaled(n, width) for n in (64, 128, 256, 512))
     return ResNet(2, filters, True, num_classes, in_channels, dropout[1])
 
 
 def resnet20(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    """Return ResNet20, with zero channels in its shortcuts."""
     return _thin_resnet(3, num_classes, in_channels, width, dropout)
 
 
 def resnet56(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+    """Return ResNet56, with zero channels in its shortcuts."""
     return _thin_resnet(9, num_classes, in_channels, width, dropout)
 
 

@@ -1,909 +1,400 @@
-"""One run, from a configuration to its record: the one training loop.
+"""One run, from its configuration to its record.
 
-Everything random comes from a named stream of the seed, one a purpose and epoch: settings that
-share a seed share their initial weights, order of images and augmentation, and can be compared in
-pairs. All streams are drawn on the CPU, so every device sees the same.
+`run` is the entry. `steps` looks the record up, claims the run and writes the record; `_train`
+does the epochs; `_epoch` is one of them: train, test, prune, test again, measure. They are
+generators because several runs may take turns on one GPU (`extras.fast.together`); alone, a run
+simply exhausts them.
 """
 
-import hashlib
-import importlib
 import math
-import os
-import sys
 import threading
 import time
-import traceback
-import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from paperlib import (
-    backends,
-    checkpoints,
-    convolutions,
-    data,
-    executors,
-    graphs,
-    locks,
-    memory,
-    models,
-    provenance,
+from paperlib import data, inputs, models
+from paperlib.batches import Batches
+from paperlib.config import Config
+from paperlib.devices import autocast, choose_device, full_float32, memory_format
+from paperlib.diagnostics import (
+    Arrays,
+    Callback,
+    Histograms,
+    Moment,
+    Replica,
+    distance,
+    measured_flatness,
 )
-from paperlib.checkpoints import Checkpoint
-from paperlib.config import Config, FilterPruning, Flatness, WeightPruning
-from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
-from paperlib.loop import PlainLoop, QuickLoop, Totals, batch_norms, evaluate, recalibrate
+from paperlib.extras import fast as faster
+from paperlib.loop import PlainLoop, Totals
+from paperlib.networks import (  # noqa: F401
+    AnyPruner,
+    build,
+    check_images,
+    events_of,
+    imagenet_outputs,
+    make_optimizer,
+    make_pruner,
+    pruned_network,
+)
 from paperlib.noise import FilterNoise
-from paperlib.pruning import FilterPruner, Pruner, WeightPruner
-from paperlib.runs import RunRecord, Store, StoreError
+from paperlib.runs import RunRecord, Store
+from paperlib.store import checkpoints, lease
+from paperlib.store.checkpoints import Checkpoint
+from paperlib.streams import generator, seeded, stream
 
-EVALUATION_BATCH = {"cpu": 128}  # measured: what is larger leaves the caches
+EVALUATION_BATCH = {"cpu": 128}  # measured: larger batches leave the caches
 LARGE_EVALUATION_BATCH = 1000  # on all other devices
+# No other number of the record depends on these columns. NaN except at events; `distance` is NaN
+# except in the last epoch.
+BESIDE = ("recalibrated", "pre_loss", "post_loss", "distance")
 # torch's global generators and torch.fx's tracing belong to the process: threads take turns.
 _one_at_a_time = threading.RLock()
-HISTOGRAM_IMAGES = 128
-LOSS_IMAGES = 1000  # training images whose loss is measured around an event
-RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 2000, 128
-# Columns that no other number depends on. NaN but at events (the last one: but in the last epoch).
-BESIDE = ("recalibrated", "pre_loss", "post_loss", "distance")
+
+Steps = Generator[str | None, None, RunRecord]
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message names it and the epoch."""
-
-
-class ChangedInputs(StoreError):
-    """A record made with other data or code than there is now; the message names both."""
-
-
-def stream(seed: int, name: str, epoch: int = 0) -> int:
-    """The seed of one named stream of randomness."""
-    digest = hashlib.sha256(f"{seed}/{name}/{epoch}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def generator(seed: int, name: str, epoch: int = 0) -> torch.Generator:
-    """A CPU generator at the start of one named stream."""
-    return torch.Generator().manual_seed(stream(seed, name, epoch))
-
-
-@contextmanager
-def seeded(seed: int, name: str, epoch: int = 0):
-    """torch's global generators at the start of a named stream, and afterwards as they were."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(stream(seed, name, epoch))
-        yield
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """ "auto" is the first there is of cuda, mps, cpu. Raises ValueError where it is not there."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device(there[0])
-    if name not in there:
-        raise ValueError(f"no device {name!r} here: one of auto, {', '.join(there)}")
-    return torch.device(name)
-
-
-def build(config: Config, classes: int = 10, channels: int = 3) -> nn.Module:
-    """The run's network, with the initial weights of its seed."""
-    with seeded(config.seed, "weights"):
-        if ":" in config.model:
-            return resolve(config.model)(num_classes=classes, in_channels=channels)
-        return models.build(config.model, classes, channels, config.width, config.dropout)
-
-
-def resolve(spec: str) -> Callable:
-    """The object that "package.module:name" names."""
-    module, _, name = spec.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot find {spec!r}: {error}") from error
-
-
-def _network(config: Config, classes: int, channels: int, device: torch.device | str) -> nn.Module:
-    """`build` on a device, in the memory format that trains fastest there."""
-    device = torch.device(device)
-    return build(config, classes, channels).to(device, memory_format=_layout(config, device))
-
-
-def _layout(config: Config, device: torch.device) -> torch.memory_format:
-    """The memory format of images and convolutions' weights that a device computes fastest in.
-
-    cuDNN has most float32 kernels for channels-first only, and would convert around each of them.
-    """
-    planar = device.type == "mps" or (device.type == "cuda" and config.precision == "float32")
-    return torch.contiguous_format if planar else torch.channels_last
-
-
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or SGD over all parameters, fused."""
-    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
-    return torch.optim.Adam(model.parameters(), **common)
-
-
-def make_pruner(
-    config: Config, model: nn.Module
-) -> FilterPruner | FilterNoise | WeightPruner | None:
-    """The run's pruner, or noise that stands in for it, or None where nothing is pruned."""
-    p = config.pruning
-    chance = torch.Generator()
-    if isinstance(p, FilterPruning):
-        score = resolve(p.score) if ":" in p.score else p.score
-        pruner = FilterPruner(model, p.fractions, score, p.target, p.layers, chance, p.norm)
-        if config.noise is None:
-            return pruner
-        return FilterNoise(model, pruner, config.noise.kind, config.noise.passes, torch.Generator())
-    if isinstance(p, WeightPruning):
-        return WeightPruner(model, p.layers, p.fractions, p.target, p.schedule, p.mu, chance)
-    return None
-
-
-def make_loop(
-    config: Config,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pruner: Pruner | None,
-    device: torch.device,
-    fast: bool = False,
-) -> PlainLoop:
-    """How a run trains and evaluates: on a CPU the quick way, on a GPU by the plain loop.
-
-    fast: on a GPU, with networks of ours, by CUDA graphs. The variable PAPERLIB_PLAIN=1 has the
-    plain loop everywhere.
-    """
-
-    def autocast() -> torch.autocast:
-        # No cache of weights: a graph must convert them itself, and each is used once a pass.
-        enabled, cached = config.precision == "bfloat16", device.type != "cuda"
-        return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=cached)
-
-    kind = PlainLoop
-    if os.environ.get("PAPERLIB_PLAIN", "0") != "1":
-        if device.type == "cuda" and fast and config.model in models.MODELS:
-            kind = graphs.CapturedLoop
-        elif device.type == "cpu":
-            kind = QuickLoop
-    return kind(model, optimizer, pruner, autocast)
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16, rather than emulate it at a fraction of the speed."""
-    if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@torch.no_grad()
-def normalised_outputs(
-    model: nn.Module, images: torch.Tensor, layers: int = 8, bins: int = 200, reach: float = 5.0
-) -> np.ndarray:
-    """Histograms of what the last batch norms make of images, before their scale and shift.
-
-    In training mode, by the statistics of this batch (arXiv 1906.03728, figure B1); the network,
-    its running statistics too, stays as it is. Returns (layers, bins) densities over all channels
-    and pixels in [-reach, reach], the deepest layer last.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-layers:]
-    densities = {}
-
-    def observe(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
-        outputs = F.batch_norm(inputs[0].float(), None, None, training=True, eps=norm.eps).cpu()
-        counts = torch.histc(outputs, bins, -reach, reach)
-        densities[norm] = (counts / counts.sum() * bins / (2 * reach)).numpy()
-
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    hooks = [norm.register_forward_pre_hook(observe) for norm in norms]
-    mode = model.training
-    try:
-        model.train()(images)
-    finally:
-        model.train(mode)
-        for hook in hooks:
-            hook.remove()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept[name])
-    return np.stack([densities[norm] for norm in norms])
-
-
-MAGNITUDES = np.logspace(-6, 1, 141)
-
-
-def magnitudes(weight: torch.Tensor) -> np.ndarray:
-    """How many weights that are not zero have a magnitude in each bin of `MAGNITUDES`, (140,).
-
-    The bins are a twentieth of a decade wide; what is smaller or larger counts in the outermost.
-    """
-    sizes = weight.detach().abs().flatten().double().cpu().numpy()
-    return np.histogram(np.clip(sizes[sizes > 0], MAGNITUDES[0], MAGNITUDES[-1]), MAGNITUDES)[0]
-
-
-def weight_histograms(pruner: WeightPruner, moment: str) -> dict[str, np.ndarray]:
-    """`magnitudes` of every layer that is pruned, as "MOMENT.LAYER"."""
-    return {f"{moment}.{name}": magnitudes(m.weight) for name, m in pruner.layers.items()}
-
-
-def initial_network(record: RunRecord) -> nn.Module:
-    """The network of a record at the initial weights of its seed."""
-    counted = record.provenance
-    return build(record.config, counted.get("classes", 10), counted.get("channels", 3))
-
-
-def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
-    """The network of a record whose single weights were pruned, at its seed's initial weights.
-
-    The record keeps where the zeros are (histograms=True), not the weights: what depends on the
-    zeros alone, sizes and times, is that of the trained network. Returns the network and its
-    pruner. Raises ValueError where the record has no such masks, or of another network.
-    """
-    run = f"the record of {record.config.title}"
-    if not isinstance(record.config.pruning, WeightPruning):
-        raise ValueError(f"{run} is not of single weights pruned")
-    model = initial_network(record)
-    pruner = make_pruner(record.config, model)
-    state = {}
-    for name, mask in pruner.masks.items():
-        packed = record.arrays.get(f"kept.{name}")
-        if packed is None:
-            raise ValueError(f"{run} has no mask of {name!r}: it was not made with histograms=True")
-        if len(packed) != math.ceil(mask.numel() / 8):
-            shape = tuple(mask.shape)
-            raise ValueError(f"{run} has a mask of {len(packed)} bytes of {name!r}, not of {shape}")
-        kept = torch.from_numpy(np.unpackbits(packed, count=mask.numel()).astype(bool))
-        state[f"mask.{name}"] = kept.view(mask.shape)
-    pruner.load_state_dict(state)
-    return model, pruner
-
-
-def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
-    """`normalised_outputs` of torchvision's VGG19 on the run's first training images.
-
-    Untrained, and trained on ImageNet: the pair figure B1 shows. Raises RuntimeError where its
-    weights cannot be downloaded.
-    """
-    trained = models.pretrained_vgg19_bn()
-    dataset = data.load(config.data)
-    images = data.Batches(
-        dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, torch.device("cpu")
-    )
-    first, _ = images.first(HISTOGRAM_IMAGES)
-    with seeded(config.seed, "weights"):
-        untrained = models.build("vgg19_bn", num_classes=1000)
-    networks = {"untrained": untrained, "trained": trained}
-    return {name: normalised_outputs(network, first) for name, network in networks.items()}
-
-
-def measured_flatness(
-    model: nn.Module, test: data.Batches, flatness: Flatness, held: dict[str, torch.Tensor]
-) -> dict[str, np.ndarray]:
-    """What figures 6 and E1 to E5 are drawn from; the network stays as it is.
-
-    eigenvalues (k,), by magnitude, and noise, Tr(C), on the first test images; epsilons (E,), and
-    losses and accuracies (D, E) on the whole test set along the eigenvectors of the D algebraically
-    largest of the eigenvalues (arXiv 1906.03728, section 3 and appendix E).
-    """
-    images, labels = test.first(flatness.images)
-    eigenvalues, vectors = hessian_spectrum(model, images, labels, flatness.eigenvalues, held)
-    directions = vectors[eigenvalues.argsort(descending=True)[: flatness.directions]]
-    del vectors
-    noise = gradient_covariance_trace(model, images, labels, held)
-    along = test.first(flatness.test_images or len(test.labels))
-    losses, accuracies = sharpness(model, *along, directions, flatness.epsilons, held)
-    return {
-        "eigenvalues": eigenvalues.cpu().numpy(),
-        "noise": np.array(noise),
-        "epsilons": np.array(flatness.epsilons),
-        "losses": losses.numpy(),
-        "accuracies": accuracies.numpy(),
-    }
-
-
-class Replica:
-    """A second network that takes over a run's state, to measure it without touching the run.
-
-    Network and pruner are built anew. A deep copy would share the run's hooks, and through them
-    its counters, scores and noise. As for a checkpoint, a network may keep state in parameters and
-    buffers only.
-
-    Args:
-        config: The run's configuration.
-        classes: Of the run's data, as `channels`.
-        loop: The run's; the replica computes on its device, in its precision.
-    """
-
-    def __init__(self, config: Config, classes: int, channels: int, loop: PlainLoop) -> None:
-        self.device = next(loop.model.parameters()).device
-        self.model = _network(config, classes, channels, self.device)
-        self.pruner = make_pruner(config, self.model)
-        self.autocast = loop.autocast
-        self.quick = isinstance(loop, QuickLoop)
-
-    @torch.no_grad()
-    def load(self, model: nn.Module, pruner: Pruner) -> None:
-        """Take over the state of the run's network and pruner."""
-        self.pruner.load_state_dict(pruner.state_dict())  # first: it may add buffers
-        state = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            tensor.copy_(state[name])
-
-    def loss(self, train: data.Batches) -> Totals:
-        """The loss on the first `LOSS_IMAGES` training images, without augmentation."""
-        images, labels = train.first(LOSS_IMAGES)
-        size = self._evaluation_batch
-        with self._measuring():
-            batches = zip(images.split(size), labels.split(size), strict=True)
-            return evaluate(self.model, batches, self.autocast)
-
-    def recalibrated(self, train: data.Batches, test: data.Batches) -> Totals:
-        """The test accuracy with batch norm's running statistics taken anew.
-
-        They are taken from the first `RECALIBRATION_IMAGES` training images, without augmentation.
-        A last batch of one image is left out, as some batch norms cannot train on it. The replica's
-        statistics change. NaN without batch norm.
-        """
-        if not batch_norms(self.model):
-            return Totals(math.nan, math.nan, 1)
-        images, _ = train.first(RECALIBRATION_IMAGES)
-        batches = list(images.split(RECALIBRATION_BATCH))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()
-        with self._measuring():
-            recalibrate(self.model, batches, self.autocast)
-            return evaluate(self.model, test.evaluation(self._evaluation_batch), self.autocast)
-
-    @property
-    def _evaluation_batch(self) -> int:
-        return EVALUATION_BATCH.get(self.device.type, LARGE_EVALUATION_BATCH)
-
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if isinstance(self.pruner, FilterNoise):
-                stack.enter_context(self.pruner.paused())
-            if self.quick:
-                stack.enter_context(convolutions.quick(self.model))
-            yield
-
-
-@torch.no_grad()
-def distance(model: nn.Module, initial: nn.Module) -> float:
-    """The L2 distance of all parameters from initial ones, relative to the norm of these."""
-    start = {name: parameter.cpu().double() for name, parameter in initial.named_parameters()}
-    moved = torch.zeros((), dtype=torch.float64)
-    for name, parameter in model.named_parameters():
-        moved += (parameter.cpu().double() - start[name]).square().sum()
-    norm = sum(parameter.square().sum() for parameter in start.values())
-    return float((moved / norm).sqrt())
-
-
-@dataclass
-class Moment:
-    """The end of an epoch, as `run` shows it to a callback: the row so far and the network."""
-
-    epoch: int
-    row: dict[str, float]
-    model: nn.Module
-    pruner: FilterPruner | FilterNoise | WeightPruner | None
-    test: data.Batches
-    config: Config
+    """A run that cannot continue; the message names it and the epoch."""
 
 
 def run(
     config: Config,
     store: Store | None = None,
     device: str = "auto",
-    callback: Callable[[Moment], dict[str, np.ndarray] | None] | None = None,
+    callback: Callback | None = None,
     wait: bool = True,
     fast: bool = False,
 ) -> RunRecord:
-    """Train, prune and measure one network as `config` says; or return the store's record of it.
-
-    store: where the record is looked up and written; None keeps nothing. A run that was stopped
-    goes on from its last checkpoint in the store. callback: called at the end of each epoch with a
-    `Moment`; arrays it returns are kept in the record. It must leave the network and torch's
-    generators as they are, and sees an epoch again whose checkpoint was not written. wait: where
-    another process has the run, wait for its record rather than raise `locks.Claimed`. fast: as
-    for `make_loop`.
-
-    Raises ConfigError, PruningError, DataError or ValueError on what cannot be run, before any
-    training; StoreError where the store cannot be written, or has a record that was made with other
-    data or code (`ChangedInputs`); TrainingError where the loss stops being finite, which the store
-    then notes, or where the process that was waited for failed; and `locks.Lost` where another
-    process took the run over from this one.
-    """
-    going = _Running(config, store, device, callback, wait, alone=True, fast=fast)
-    while going.result is None:
-        going.go_on()
-    return going.result
-
-
-def run_together(
-    configs: Iterable[Config],
-    store: Store | None = None,
-    device: str = "auto",
-    callbacks: Iterable[Callable[[Moment], dict[str, np.ndarray] | None] | None] | None = None,
-    *,
-    at_once: int | None = None,
-    fast: bool = False,
-    until: float = math.inf,
-) -> list[RunRecord | Exception]:
-    """`run` several on one device, `at_once` of them at any time, in the order they are given.
-
-    Returns the record of each, or why there is none. On a CPU it is no faster than one after the
-    other. A run that another process has is not waited for: its `locks.Claimed` is returned.
-
-    callbacks: one a run. at_once: all, where None is given. fast and until: as for `by_turns`.
-    """
-    configs = list(configs)
-    at_once = at_once or len(configs)
-    callbacks = [None] * len(configs) if callbacks is None else callbacks
-    waiting = deque(enumerate(zip(configs, callbacks, strict=True)))
-    results: dict[int, RunRecord | Exception] = {}
-    with closing(executors.Turns()) as turns:
-        while waiting or turns:
-            while waiting and len(turns) < at_once:
-                i, (config, callback) = waiting.popleft()
-                alone = min(at_once, len(configs)) == 1
-                steps = by_turns(
-                    config, store, device, callback, alone=alone, fast=fast, until=until
-                )
-                turns.add(i, steps)
-            for i, worked, result in turns.turn():
-                if not worked:
-                    raise result
-                results[i] = result
-    return [results[i] for i in range(len(configs))]
-
-
-def by_turns(
-    config: Config,
-    store: Store | None = None,
-    device: str = "auto",
-    callback: Callable[[Moment], dict[str, np.ndarray] | None] | None = None,
-    *,
-    alone: bool = False,
-    fast: bool = False,
-    until: float = math.inf,
-) -> Generator[str | None, None, RunRecord | Exception]:
-    """`run` as one of several that take turns (`executors.Turns`) in launching their steps.
-
-    Each has a CUDA stream of its own. A step of a small network leaves most of a GPU idle; steps
-    of several share it. What is random in one does not depend on the others. One that finds no
-    memory beside the others is begun again, from its checkpoint, when they are done.
+    """Train, prune and measure one network, or return the store's record of it.
 
     Args:
-        config: of the run; store, device, callback and fast as for `run`.
-        alone: no other run is at work on the device, so that a lack of memory is a failure.
-        until: when the run has to stop, by `time.time`: at the end of an epoch, with a checkpoint.
+        config: The run.
+        store: Where the record is looked up and written. A run that was stopped resumes from its
+            last checkpoint there. None keeps nothing.
+        device: "auto", "cuda", "cuda:1", "mps" or "cpu".
+        callback: Called at the end of each epoch; arrays that it returns go into the record. It
+            must leave the network and torch's generators as they are. After a stop it sees those
+            epochs again that no checkpoint holds.
+        wait: Wait for the record of a run that another process has claimed, instead of raising
+            `lease.Claimed`.
+        fast: Use CUDA graphs on a GPU.
+
+    Raises:
+        ValueError: The run is impossible, for example because of its layers, data or image size
+            (ConfigError, PruningError, DataError). Raised before training.
+        StoreError: The store cannot be written, or its record was made with other data or code
+            (`runs.Mismatch`).
+        TrainingError: The loss is not finite, or the process that had claimed the run failed.
+        lease.Lost: Another process took the run over.
+    """
+    if record := inputs.finished(config, store):
+        return record
+    where = choose_device(device)
+    with computing(config, faster.new_stream(where)):
+        going = steps(config, store, where, callback, wait=wait, captured=fast)
+        while True:
+            try:
+                next(going)
+            except StopIteration as end:
+                return end.value
+
+
+@contextmanager
+def computing(config: Config, on: "torch.cuda.Stream | None") -> Iterator[None]:
+    """Compute in a run's precision, on a CUDA stream if there is one."""
+    with faster.on_stream(on), full_float32() if config.precision == "float32" else nullcontext():
+        yield
+
+
+def steps(
+    config: Config,
+    store: Store | None,
+    device: torch.device,
+    callback: Callback | None = None,
+    *,
+    wait: bool = True,
+    alone: bool = True,
+    captured: bool = False,
+    until: float = math.inf,
+) -> Steps:
+    """Do a run that has no record yet, step by step; see `run`.
+
+    Args:
+        config: The run.
+        store: See `run`.
+        device: Where the run trains.
+        callback: See `run`.
+        wait: See `run`.
+        alone: No other run uses the device: a lack of memory is this run's failure.
+        captured: As `fast` for `run`.
+        until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
+
+    Yields:
+        None where the run would wait for the device, another value where others may launch work.
 
     Returns:
-        The record, or why there is none.
+        The record.
     """
-    handled = sys.exception()
-    going = _Running(config, store, device, callback, False, alone, fast, until)
+    with _one_at_a_time:
+        make_pruner(config, build(config))  # refuses unknown names before data are read
+    faster.warn_if_emulated(config.precision, device)
+    if store is None:
+        images = inputs.images_of(config)
+        return (yield from _train(config, images, device, callback, None, captured))
+    store.check_writable()
+    earlier = store.failure(config.identity)
+    with lease.claim(store.path, config.identity, wait) as claim:
+        if (failure := store.failure(config.identity)) not in (earlier, None):
+            raise TrainingError(f"{config.title} failed in another process: {failure}")
+        if config in store:
+            return store.read(config)
+        dataset = inputs.images_of(config, store.path / "data")
+        made_of = inputs.checksums(config, dataset.checksum)
+        checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
+        try:
+            record = yield from _resumed(config, dataset, device, callback, checkpoint, captured)
+        except TrainingError as error:
+            store.fail(config, error)
+            checkpoints.discard(store.path, config.identity)
+            raise
+        except torch.OutOfMemoryError as error:
+            if alone:
+                store.fail(config, error)
+            raise
+        claim.check()
+        if config not in store:  # a record that was copied there meanwhile stays
+            store.write(record)
+        checkpoints.discard(store.path, config.identity)
+        return store.read(config.identity)
+
+
+def _resumed(
+    config: Config,
+    dataset: data.Dataset,
+    device: torch.device,
+    callback: Callback | None,
+    checkpoint: Checkpoint,
+    captured: bool,
+) -> Steps:
+    """Train from the checkpoint, or from the start if it is unusable."""
+    how = config, dataset, device, callback, checkpoint, captured
     try:
-        while going.result is None:
-            wish = None
-            try:
-                going.go_on()
-            except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError) and not going.alone:
-                    going.put_off()
-                    wish = executors.ALONE
-                else:
-                    going.result = error
-                _let_go(error, handled)
-            if going.result is None:
-                yield wish
-    finally:
-        going.close()
-    return going.result
+        return (yield from _train(*how))
+    except checkpoints.UnusableCheckpoint as error:
+        checkpoint.set_aside(error)
+    return (yield from _train(*how))
 
 
-def _let_go(error: BaseException | None, handled: BaseException | None) -> None:
-    """Free what the frames of an error's traceback hold: a network, its graphs, their memory.
-
-    handled: what the caller is handling, and wants to look into yet.
-    """
-    while error is not None and error is not handled:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-
-
-def spoils(error: object) -> bool:
-    """Whether, after this, all else that its process does on a GPU may fail as well."""
-    return isinstance(error, graphs.CaptureError | torch.AcceleratorError)
-
-
-class _Running:
-    """A run that goes on from one wait for the device to the next, on a stream of its own.
-
-    alone: no other has memory of the device meanwhile.
-    """
+class Run:
+    """A run in training: its network, pruner, optimizer, loop and batches."""
 
     def __init__(
         self,
         config: Config,
-        store: Store | None,
-        device: str,
-        callback,
-        wait: bool,
-        alone: bool,
-        fast: bool = False,
-        until: float = math.inf,
-    ):
-        self.config, self.store, self.device = config, store, device
-        self.callback, self.wait, self.alone = callback, wait, alone
-        self.fast, self.until = fast, until
-        self.steps: Generator[str | None, None, RunRecord] | None = None
-        self.stream: torch.cuda.Stream | None = None
-        self.waits = False  # for what its stream still has to do
-        self.result: RunRecord | Exception | None = None
+        dataset: data.Dataset,
+        device: torch.device,
+        callback: Callback | None,
+        captured: bool,
+    ) -> None:
+        self.config, self.device, self.callback = config, device, callback
+        self.classes, self.channels = len(dataset.classes), dataset.train_images.shape[1]
+        self.layout = memory_format(device, config.precision)
+        shape = tuple(dataset.train_images.shape[1:])
+        check_images(config, shape, self.classes, device)
+        self.model = self.new_network()
+        constants = dataset.mean, dataset.std, device
+        train = dataset.train_images, dataset.train_labels
+        test = dataset.test_images, dataset.test_labels
+        self.train = Batches(*train, *constants, config.batch, config.augment, self.layout)
+        self.test = Batches(*test, *constants, layout=self.layout)
+        self.histograms = Histograms(config)
+        # Before there is a pruner, which may observe forward passes.
+        self.arrays = self.histograms.of_norms("untrained", self.model, self.train)
+        self.pruner = make_pruner(config, self.model)
+        self.noise = self.pruner if isinstance(self.pruner, FilterNoise) else None
+        self.optimizer = make_optimizer(config, self.model)
+        self.loop = make_loop(config, self.model, self.optimizer, self.pruner, device, captured)
+        self.events = events_of(config.pruning)
+        self.evaluation_batch = EVALUATION_BATCH.get(device.type, LARGE_EVALUATION_BATCH)
+        self.replica: Replica | None = None
 
-    def go_on(self) -> None:
-        """To the next wait, or the end; at first, where the store has the record, to that.
+    def new_network(self) -> nn.Module:
+        """Return the network at its initial weights, on the device."""
+        network = build(self.config, self.classes, self.channels)
+        return network.to(self.device, memory_format=self.layout)
 
-        Beside others it does not wait for the device here: it stays where it is.
-        """
-        if self.steps is None:
-            self._begin()
-            if self.result is not None:
-                return
-        if self.waits and not self.alone and not self.stream.query():
-            return
-        with ExitStack() as stack:
-            if self.stream is not None:
-                # Of the device first: a stream's end would begin something on the one before.
-                stack.enter_context(torch.cuda.device(self.stream.device))
-                stack.enter_context(torch.cuda.stream(self.stream))
-                # The quickest kernels, found by trial at their first use.
-                stack.enter_context(backends.switched(torch.backends.cudnn, benchmark=True))
-            if self.config.precision == "float32":
-                stack.enter_context(backends.full_float32())
-            try:
-                self.waits = next(self.steps) != graphs.GO_ON and self.stream is not None
-            except StopIteration as end:
-                self.result = end.value
+    def replicate(self) -> Replica:
+        """Return a replica of the network and pruner as they are now."""
+        if self.replica is None:
+            model = self.new_network()
+            pruner = make_pruner(self.config, model)
+            self.replica = Replica(model, pruner, self.loop, self.evaluation_batch)
+        self.replica.load(self.model, self.pruner)
+        return self.replica
 
-    def _begin(self) -> None:
-        config, store = self.config, self.store
-        if store is not None and config.identity in store:
-            checkpoints.discard(store.path, config.identity)  # its writer may have died before
-            self.result = stored(config, store)
-            return
-        where = choose_device(self.device)
-        if where.type == "cuda":
-            torch.cuda.empty_cache()  # of runs that are done; other processes may need it
-            self.stream = torch.cuda.Stream(where)
-        self.steps = _claimed(
-            config, store, where, self.callback, self.wait, self.alone, self.fast, self.until
-        )
-
-    def put_off(self) -> None:
-        """Begin again, alone."""
-        self.steps, self.alone, self.waits = None, True, False
-
-    def close(self) -> None:
-        """Give up what a run that is not done has claimed."""
-        if self.steps is not None:
-            self.steps.close()
+    def evaluate(self) -> Totals:
+        """Test the network."""
+        size = self.evaluation_batch
+        if self.noise is not None:
+            size = self.config.noise.evaluation_batch
+        return self.loop.evaluate(self.test, size)
 
 
-def _claimed(
-    config: Config,
-    store: Store | None,
-    device: torch.device,
-    callback,
-    wait: bool,
-    alone: bool,
-    fast: bool,
-    until: float,
-) -> Generator[str | None, None, RunRecord]:
-    """Check the run, claim it, do it, and read its record."""
-    if store is not None:
-        store.check_writable()
-    with _one_at_a_time:
-        make_pruner(config, build(config))  # raises on names it does not know, before data are read
-    if config.precision == "bfloat16" and not native_bfloat16(device):
-        warnings.warn(
-            f"this {device.type} only emulates bfloat16, some hundred times slower than float32",
-            stacklevel=2,
-        )
-    if store is None:
-        with memory.kept():
-            return (yield from _run(config, _dataset(config), device, callback, fast=fast))
-    earlier = store.failure(config.identity)
-    with locks.claim(store.path, config.identity, wait) as claim:
-        failure = store.failure(config.identity)
-        if failure != earlier and failure is not None:
-            raise TrainingError(f"{config.title} failed in another process: {failure}")
-        if config.identity not in store:
-            with memory.kept():
-                yield from _run_once(config, store, device, callback, claim, alone, fast, until)
-            return store.read(config.identity)
-        return stored(config, store)
-
-
-def _dataset(config: Config, root: Path | None = None) -> data.Dataset:
-    """The run's images: one subset for all seeds, which differ in the network, not the task."""
-    checksum = provenance.known_checksum(config.data, root)
-    return _subset(config.data, root, checksum, config.train_per_class, config.test_per_class)
-
-
-@lru_cache(maxsize=1)
-def _subset(
-    spec: str, root: Path | None, checksum: str | None, training: int | None, test: int | None
-) -> data.Dataset:
-    """Kept for the next run: a process that does many loads their images once."""
-    return data.load(spec, root).subset(training, test)
-
-
-def source_checksum(config: Config) -> str | None:
-    """The checksum of the code of the score and network that a run names; None without any.
-
-    Of both, it is that of the two checksums.
-    """
-    specs = [config.model]
-    if isinstance(config.pruning, FilterPruning):
-        specs.append(config.pruning.score)
-    found = [checksum for checksum in map(provenance.source_checksum, specs) if checksum]
-    if len(found) < 2:
-        return found[0] if found else None
-    return hashlib.sha256("/".join(found).encode()).hexdigest()
-
-
-def _checksums(config: Config, images: str | None) -> dict[str, str | None]:
-    return {"data": images or None, "source": source_checksum(config)}
-
-
-def stored(config: Config, store: Store) -> RunRecord:
-    """The store's record of a run.
-
-    Raises:
-        ChangedInputs: its data, or the code of a score or network that it names, have changed
-            since. They are compared where the checksums of then and now are known.
-        KeyError, DamagedRecord: as `Store.read`.
-    """
-    record = store.read(config.identity)
-    try:
-        images = provenance.known_checksum(config.data, store.path / "data")
-    except data.DataError:  # there is something else in the place of the data
-        images = None
-    for name, now in _checksums(config, images).items():
-        then = record.provenance.get(name)
-        if then and now and then != now:
-            inputs = f"data {config.data!r}" if name == "data" else "code of its score or network"
-            raise ChangedInputs(
-                f"the record of {config.title} in {store.path} was made with other {inputs}, of "
-                f"checksum {then}; the present one has {now}. Choose another run folder with "
-                "--runs, or remove the record"
-            )
-    return record
-
-
-def _run_once(
-    config: Config,
-    store: Store,
-    device: torch.device,
-    callback,
-    claim: locks.Claim,
-    alone: bool,
-    fast: bool,
-    until: float,
-) -> Generator[str | None, None, None]:
-    """Run what this process has claimed, and write its record or why it failed."""
-    dataset = _dataset(config, store.path / "data")
-    checksums = _checksums(config, dataset.checksum)
-    checkpoint = Checkpoint(store.path, config, claim, **checksums, until=until)
-    try:
-        with _one_at_a_time:
-            try:
-                record = yield from _run(config, dataset, device, callback, checkpoint, fast)
-            except checkpoints.UnusableCheckpoint as error:
-                checkpoint.set_aside(error)
-                record = yield from _run(config, dataset, device, callback, checkpoint, fast)
-    except TrainingError as error:
-        store.fail(config, error)
-        checkpoints.discard(store.path, config.identity)
-        raise
-    except torch.OutOfMemoryError as error:
-        if alone:
-            store.fail(config, error)
-        raise
-    claim.check()
-    if config.identity not in store:  # one that was copied there meanwhile stays
-        store.write(record)
-    checkpoints.discard(store.path, config.identity)
-
-
-def _run(
+def _train(
     config: Config,
     dataset: data.Dataset,
     device: torch.device,
-    callback,
-    checkpoint: Checkpoint | None = None,
-    fast: bool = False,
-) -> Generator[str | None, None, RunRecord]:
-    """The run itself; it yields wherever it would wait for the device, or for its launches."""
-    checksums = _checksums(config, dataset.checksum)
-    classes, channels = len(dataset.classes), dataset.train_images.shape[1]
-    model = _network(config, classes, channels, device)
-    layout = _layout(config, device)
-    train = data.Batches(
-        dataset.train_images,
-        dataset.train_labels,
-        dataset.mean,
-        dataset.std,
-        device,
-        config.batch,
-        config.augment,
-        layout,
-    )
-    test = data.Batches(
-        dataset.test_images,
-        dataset.test_labels,
-        dataset.mean,
-        dataset.std,
-        device,
-        layout=layout,
-    )
-    rows, arrays = [], {}
-    of_weights = config.histograms and isinstance(config.pruning, WeightPruning)
-    of_norms = config.histograms and not of_weights
-    if of_norms:  # before there is a pruner, which may count or watch forward passes
-        arrays["untrained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
-    pruner = make_pruner(config, model)
-    optimizer = make_optimizer(config, model)
-    if checkpoint is not None:
-        rows, arrays = checkpoint.restore(model, optimizer, pruner) or (rows, arrays)
-    noise = pruner if isinstance(pruner, FilterNoise) else None
-    chooser = pruner if noise is None else noise.pruner
-    evaluation_batch = EVALUATION_BATCH.get(device.type, LARGE_EVALUATION_BATCH)
-    if noise is not None:
-        evaluation_batch = config.noise.evaluation_batch
-    loop = make_loop(config, model, optimizer, pruner, device, fast)
-    events = Events(config.pruning)
-    replica = None
-    trained = sum(row["trained"] for row in rows)
-    for epoch in range(len(rows), config.epochs):
-        start = time.perf_counter()
-        learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        if noise is not None:
-            noise.generator.manual_seed(stream(config.seed, "noise", epoch))
-        takes_event_only = epoch == 0 and events.scratch
-        train_loss = train_accuracy = math.nan
-        if not takes_event_only:
-            order = generator(config.seed, "order", epoch)
-            augment = generator(config.seed, "augmentation", epoch)
-            with seeded(config.seed, "dropout", epoch) if loop.draws else nullcontext():
-                totals = yield from loop.launch(train, order, augment)
-            trained += 1
-        tested = loop.evaluate(test, evaluation_batch)
+    callback: Callback | None,
+    checkpoint: Checkpoint | None,
+    captured: bool,
+) -> Steps:
+    """Train a network epoch by epoch, and return its record."""
+    with _one_at_a_time:
+        run, rows = Run(config, dataset, device, callback, captured), []
+        parts = run.model, run.optimizer, run.pruner
+        if checkpoint is not None:
+            rows, run.arrays = checkpoint.restore(*parts) or (rows, run.arrays)
+        for epoch in range(len(rows), config.epochs):
+            start = time.perf_counter()
+            row = yield from _epoch(run, epoch, trained=sum(row["trained"] for row in rows))
+            evaluated = time.perf_counter()
+            run.arrays |= _measured(run, row)
+            rows.append(row | {"seconds": time.perf_counter() - start})
+            if checkpoint is not None and len(rows) < config.epochs:
+                measured = time.perf_counter() - evaluated
+                checkpoint.save_when_due(*parts, rows, run.arrays, measured)
+        run.arrays |= run.histograms.of_norms("trained", run.model, run.train)
+        run.arrays |= run.histograms.at_end(run.pruner)
+        about = inputs.described(run.device, run.model, run.pruner)
+        about |= {"classes": run.classes, "channels": run.channels}
+        about |= inputs.checksums(config, dataset.checksum)
+        if checkpoint is not None and checkpoint.earlier:
+            about["resumed"] = checkpoint.earlier
+        return RunRecord(config, pd.DataFrame(rows), run.arrays, about)
+
+
+def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, dict[str, float]]:
+    """Train, test, prune and test again.
+
+    Args:
+        run: The run.
+        epoch: Which epoch, from 0.
+        trained: How many epochs have trained before.
+
+    Yields:
+        As `steps`.
+
+    Returns:
+        The epoch's row of the record, without its seconds.
+    """
+    config, loop, last = run.config, run.loop, epoch == run.config.epochs - 1
+    learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    if run.noise is not None:
+        run.noise.generator.manual_seed(stream(config.seed, "noise", epoch))
+    totals = None
+    if epoch > 0 or not getattr(config.pruning, "scratch", False):
+        order = generator(config.seed, "order", epoch)
+        augment = generator(config.seed, "augmentation", epoch)
+        with seeded(config.seed, "dropout", epoch) if loop.draws else nullcontext():
+            totals = yield from loop.launch(run.train, order, augment)
+    tested = run.evaluate()
+    yield
+    train_loss, train_accuracy = totals.read() if totals else (math.nan, math.nan)
+    if totals and not math.isfinite(train_loss):
+        raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
+    test_loss, pre = tested.read()
+    post = pre
+    removed, around = _event(run, epoch)
+    if removed or run.noise is not None:
+        # With noise every epoch has both evaluations: each of their batches is a pass.
+        tested = run.evaluate()
         yield
-        if not takes_event_only:
-            train_loss, train_accuracy = totals.read()
-            if not math.isfinite(train_loss):
-                raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
-        test_loss, pre = tested.read()
-        removed, post = 0, pre
-        around: list[Totals] = []
-        if events.at(epoch):
-            replica = replica or Replica(config, classes, channels, loop)
-            replica.load(model, pruner)
-            chooser.generator.manual_seed(stream(config.seed, "filters", epoch))
-            if of_weights and epoch == events.first:
-                arrays |= weight_histograms(pruner, "before") | {"edges": MAGNITUDES}
-            removed = pruner.prune(*events.at(epoch))
-            if of_weights and epoch == events.last:
-                arrays |= weight_histograms(pruner, "after")
-            if removed:
-                around.append(replica.loss(train))
-        if noise is not None and epoch == config.epochs - 1:
-            noise.remove()
+        test_loss, post = tested.read()
+    if not math.isfinite(test_loss):
+        raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
+    row = {
+        "epoch": epoch,
+        "trained": totals is not None,
+        "learning_rate": learning_rate,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "test_loss": test_loss,
+        "pre": pre,
+        "post": post,
+        "removed": removed,
+    } | dict.fromkeys(BESIDE, math.nan)
+    if around:
+        (row["pre_loss"], _), (row["post_loss"], _), (_, row["recalibrated"]) = (
+            totals.read() for totals in around
+        )
+    if last:
+        row["distance"] = distance(run.model, build(config, run.classes, run.channels))
+    return row
+
+
+def _event(run: Run, epoch: int) -> tuple[int, list[Totals]]:
+    """Prune, if the epoch has an event.
+
+    Returns:
+        How many filters or weights were removed. If there are some, also the loss on training
+        images before and after, and the test accuracy with recalibrated batch norms.
+    """
+    removed, around, pruner = 0, [], run.pruner
+    if event := run.events.get(epoch):
+        replica = run.replicate()
+        chooser = pruner if run.noise is None else run.noise.pruner
+        chooser.generator.manual_seed(stream(run.config.seed, "filters", epoch))
+        run.arrays |= run.histograms.before_event(epoch, pruner)
+        removed = pruner.prune(*event)
+        run.arrays |= run.histograms.after_event(epoch, pruner)
         if removed:
-            replica.load(model, pruner)
-            around += [replica.loss(train), replica.recalibrated(train, test)]
-        if removed or noise is not None:
-            # With noise every epoch has both evaluations: each of their batches is a pass.
-            tested = loop.evaluate(test, evaluation_batch)
-            yield
-            test_loss, post = tested.read()
-        if not math.isfinite(test_loss):
-            raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
-        row = {
-            "epoch": epoch,
-            "trained": not takes_event_only,
-            "learning_rate": learning_rate,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "pre": pre,
-            "post": post,
-            "removed": removed,
-        }
-        row |= dict.fromkeys(BESIDE, math.nan)
-        if around:
-            (row["pre_loss"], _), (row["post_loss"], _), (_, row["recalibrated"]) = (
-                totals.read() for totals in around
-            )
-        if epoch == config.epochs - 1:
-            row["distance"] = distance(model, build(config, classes, channels))
-        evaluated = time.perf_counter()
-        with noise.paused() if noise is not None else nullcontext():
-            if config.flatness is not None and epoch == config.flatness.epoch:
-                held = pruner.held() if pruner is not None else {}
-                arrays |= measured_flatness(model, test, config.flatness, held)
-            if callback is not None:
-                arrays |= callback(Moment(epoch, row, model, pruner, test, config)) or {}
-        rows.append(row | {"seconds": time.perf_counter() - start})
-        if checkpoint is not None and len(rows) < config.epochs:
-            measured = time.perf_counter() - evaluated
-            checkpoint.save_when_due(model, optimizer, pruner, rows, arrays, measured)
-    if of_norms:
-        arrays["trained"] = normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])
-    if of_weights:
-        arrays |= weight_histograms(pruner, "end")
-        arrays |= {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
-    about = _provenance(device, model, pruner) | {"classes": classes, "channels": channels}
-    about |= checksums
-    if checkpoint is not None and checkpoint.earlier:
-        about["resumed"] = checkpoint.earlier
-    return RunRecord(config, pd.DataFrame(rows), arrays, about)
+            around.append(replica.loss(run.train))
+    if run.noise is not None and epoch == run.config.epochs - 1:
+        run.noise.remove()
+    if removed:
+        replica = run.replicate()
+        around += [replica.loss(run.train), replica.recalibrated(run.train, run.test)]
+    return removed, around
 
 
-class Events:
-    """A run's events by epoch, in the form the pruners take."""
-
-    def __init__(self, pruning: FilterPruning | WeightPruning | None) -> None:
-        self.scratch = isinstance(pruning, FilterPruning) and pruning.scratch
-        self._at: dict[int, tuple] = {}
-        if self.scratch:
-            self._at[0] = (1, 1)
-        elif isinstance(pruning, FilterPruning):
-            counts = [len(epochs) for epochs in pruning.epochs]
-            for epoch in sorted({e for epochs in pruning.epochs for e in epochs}):
-                event = [es.index(epoch) + 1 if epoch in es else None for es in pruning.epochs]
-                self._at[epoch] = (event, counts)
-        elif pruning is not None:
-            for i, epoch in enumerate(pruning.epochs):
-                self._at[epoch] = (i + 1, len(pruning.epochs))
-
-    @property
-    def first(self) -> int:
-        return min(self._at)
-
-    @property
-    def last(self) -> int:
-        return max(self._at)
-
-    def at(self, epoch: int) -> tuple | None:
-        """(event, events) at the end of this epoch, or None."""
-        return self._at.get(epoch)
+def _measured(run: Run, row: dict[str, float]) -> Arrays:
+    """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
+    config, arrays = run.config, {}
+    with run.noise.paused() if run.noise is not None else nullcontext():
+        if config.flatness is not None and row["epoch"] == config.flatness.epoch:
+            held = run.pruner.held()
+            arrays |= measured_flatness(run.model, run.test, config.flatness, held)
+        if run.callback is not None:
+            moment = Moment(row["epoch"], row, run.model, run.pruner, run.test, config)
+            arrays |= run.callback(moment) or {}
+    return arrays
 
 
-def _provenance(device: torch.device, model: nn.Module, pruner) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    held = pruner.held() if pruner is not None else {}
-    return provenance.describe(device.type, name, torch.get_num_threads()) | {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "held": int(sum(mask.sum() for mask in held.values())),
-    }
+def make_loop(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruner: AnyPruner | None,
+    device: torch.device,
+    fast: bool = False,
+) -> PlainLoop:
+    """Return the loop that trains and evaluates a run; see `extras.fast.loop_class`."""
+    kind = faster.loop_class(device, config.model in models.MODELS, fast)
+    return kind(model, optimizer, pruner, partial(autocast, config.precision, device))
+
+
+def __getattr__(name: str) -> object:
+    """Offer the names of `extras.fast.together` here, which itself needs this module."""
+    if name in ("by_turns", "run_together", "is_fatal", "spoils"):
+        from paperlib.extras.fast import together
+
+        return getattr(together, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,11 +4,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from paperlib import config as module
+from paperlib import experiments
 from paperlib.config import (
     Config,
     ConfigError,
@@ -104,6 +110,65 @@ def test_equal_settings_have_one_identity(a, b):
 
 
 @pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"seed": np.arange(3)[1], "epochs": np.int64(5)}, {"seed": 1, "epochs": 5}),
+        ({"seed": 1.0, "epochs": torch.tensor(5)}, {"seed": 1, "epochs": 5}),
+        ({"train_per_class": np.float64(20)}, {"train_per_class": 20}),
+        ({"milestones": range(3, 5)}, {"milestones": (3, 4)}),
+        ({"milestones": pd.Series([3, 4])}, {"milestones": (3, 4)}),
+        (
+            {"augment": np.bool_(True), "learning_rate": np.float64(0.1)},
+            {"augment": True, "learning_rate": 0.1},
+        ),
+        ({"flatness": Flatness(np.int32(2))}, {"flatness": Flatness(2)}),
+        (
+            {"pruning": FilterPruning(np.array([0.25, 0.5]), (np.arange(1, 4), range(2)))},
+            {"pruning": FilterPruning((0.25, 0.5), ((1, 2, 3), (0, 1)))},
+        ),
+    ],
+)
+def test_numbers_of_other_packages(given, plain):
+    given, plain = Config(**given), Config(**plain)
+    assert given == plain
+    assert given.identity == plain.identity
+    assert json.dumps(to_dict(given)) == json.dumps(to_dict(plain))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("seed", True), ("seed", "1"), ("seed", 1.5), ("seed", None), ("seed", [1])),
+        *(("width", math.inf), ("augment", 1), ("model", None), ("milestones", 3)),
+        *(
+            ("milestones", {3}),
+            ("milestones", "34"),
+            ("dropout", (0.1,)),
+            ("pruning", Noise("zeroing", 1)),
+        ),
+    ],
+)
+def test_values_of_another_type(field, value):
+    with pytest.raises(ConfigError, match=rf"{field}\b.*{re.escape(repr(value))}"):
+        Config(**{field: value})
+
+
+KNOWN = {
+    "smoke": "ff8a43db7dc50c69c49196d6cff51d86da867ce757996ea3b50f9f6f14359db2",
+    "small": "4f636727947e3bae665a9849f47db1bf27bc0e29df57cc704e423ef7703cc2d4",
+    "paper": "2b9e66d77b4eec1bef547c0011861986f39bf611836120a0c3755a84a0ad3a91",
+}
+
+
+@pytest.mark.parametrize("profile", KNOWN)
+def test_identities_of_all_runs_stay(profile):
+    """Records that were written before are found again."""
+    found = {run for name in experiments.FIGURES for run in experiments.plan(name, profile).run}
+    known = hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+    assert known == KNOWN[profile]
+
+
+@pytest.mark.parametrize(
     ("config", "text"),
     [
         (Config(), "{}"),
@@ -143,6 +208,8 @@ def test_only_the_last_part_of_a_path_counts():
     assert here.identity == there.identity
     assert from_dict(to_dict(here)).data == "images:/a/b/cifar"
     assert Config(data="images:/a/b/cifar/").identity == here.identity
+    assert Config(data="images:~/cifar").identity == here.identity
+    assert Config(data="images:~").identity == Config(data=f"images:{Path.home()}").identity
     assert Config(data="images:/a/b/cifar.zip").identity != here.identity
     assert Config(data="images:/a/cifar/b").identity != here.identity
     assert Config(data="cifar").identity != here.identity
@@ -221,7 +288,7 @@ def test_titles_name_the_run(config):
         (lambda: Config(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: Config(batch=0), "batch must be at least 1, got 0"),
         (lambda: Config(learning_rate=0), "learning_rate must be positive"),
-        (lambda: Config(learning_rate=math.nan), "learning_rate must be positive, got nan"),
+        (lambda: Config(learning_rate=math.nan), "learning_rate.* nan"),
         (lambda: Config(width=-1), "width must be positive, got -1"),
         (lambda: Config(epochs=12, pruning=FILTERS), "event at epoch 12 of a run of 12 epochs"),
         (lambda: Config(epochs=2, pruning=WEIGHTS), "event at epoch 2 of a run of 2 epochs"),

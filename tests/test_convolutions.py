@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperlib import convolutions, flatness, models
+from paperlib import flatness, models
 from paperlib.config import Config, FilterPruning
-from paperlib.convolutions import convolve, quick
+from paperlib.extras.fast import convolutions
+from paperlib.extras.fast.convolutions import convolve, quick
 from paperlib.training import run
 
 torch.set_num_threads(1)

@@ -18,21 +18,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
-from paperlib import data, provenance
-from paperlib.data import Batches, DataError, Dataset
+from paperlib import data, images
+from paperlib.data import DataError, Dataset
+from paperlib.store import provenance
 
 ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 HALVES = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_images(count: int, size: int = 32) -> torch.Tensor:
-    return torch.randint(256, (count, 3, size, size), generator=generator(0)).byte()
 
 
 def same(a: Dataset, b: Dataset) -> bool:
@@ -262,8 +254,8 @@ def test_classes_of_cifar10_get_its_constants(tmp_path):
 
 
 def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
-    decode, calls = data.decode_image, []
-    monkeypatch.setattr(data, "decode_image", lambda *a: calls.append(a[1]) or decode(*a))
+    decode, calls = images.decode_image, []
+    monkeypatch.setattr(images, "decode_image", lambda *a: calls.append(a[1]) or decode(*a))
     files = few_files()
     for path in (tmp_path / "a.zip", tmp_path / "folder"):
         root = tmp_path / f"root-{path.stem}"  # one of their own: they share their content
@@ -286,7 +278,7 @@ def test_cache_never_half_written(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "save_file", disk_full)
+        patch.setattr(images, "save_file", disk_full)
         with pytest.raises(OSError, match="no space left"):
             load(path, root)
     assert {file.suffix for file in root.iterdir()} <= {".lock", ".txt"}
@@ -352,7 +344,7 @@ def test_bad_contents(change, message, name, tmp_path):
     "outside", ["../evil.png", "train/../../evil.txt", "/tmp/evil.png", "C:\\evil", "a\\..\\b"]
 )
 def test_member_outside_is_refused_before_decoding(name, outside, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "decode_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
     path = write(tmp_path / name, few_files() | {outside: png()})
     with pytest.raises(DataError, match="lies outside") as error:
         load(path, tmp_path / "root")
@@ -416,7 +408,7 @@ def test_16_bits_become_8(suffix, factor):
     deep = gray.astype(np.uint16) * factor
     file = io.BytesIO()
     Image.fromarray(deep).save(file, {"tif": "tiff", "pgm": "ppm"}.get(suffix, suffix))
-    found = data.decode_image(file.getvalue(), "a")
+    found = images.decode_image(file.getvalue(), "a")
     assert found.dtype == np.uint8
     assert np.array_equal(found, np.stack(3 * [gray]))
 
@@ -444,7 +436,7 @@ def test_big_endian_and_12_bits_of_a_tiff():
         )
         head = {"big": b"MM", "little": b"II"}[order] + (42).to_bytes(2, order)
         head += (8).to_bytes(4, order) + len(tags).to_bytes(2, order)
-        found = data.decode_image(head + entries + bytes(4) + strip, "a")
+        found = images.decode_image(head + entries + bytes(4) + strip, "a")
         assert found[0, 0].tolist() == values.tolist(), (order, bits)
 
 
@@ -552,7 +544,7 @@ def test_known_checksum_needs_no_torch(tmp_path):
     assert data.known_checksum("nothing") is None
     code = f"""
 import sys
-from paperlib.provenance import known_checksum
+from paperlib.store.provenance import known_checksum
 print(known_checksum("cifar10"), known_checksum("images:{path}", {str(root)!r}))
 assert "torch" not in sys.modules
 """
@@ -563,9 +555,9 @@ assert "torch" not in sys.modules
 
 def test_source_checksum(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").write_text("")
-    for name, spec in (("mine.py", "mine:score"), ("pack/deep.py", "pack.deep:Net")):
+    (tmp_path / "pack_of_two").mkdir()
+    (tmp_path / "pack_of_two" / "__init__.py").write_text("")
+    for name, spec in (("mine.py", "mine:score"), ("pack_of_two/deep.py", "pack_of_two.deep:Net")):
         (tmp_path / name).write_text("raise RuntimeError\n")
         expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
         assert provenance.source_checksum(spec) == expected
@@ -658,156 +650,3 @@ def test_cifar10_as_jpeg(tmp_path, monkeypatch):
     # The paper's std is the mean of the images' own, below that of all pixels.
     assert std == pytest.approx((0.247, 0.243, 0.262), abs=3e-3)
     shutil.rmtree(tmp_path)  # 180 MB
-
-
-# Batches
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_normalisation_is_torchvisions(augment):
-    images, labels = random_images(10), torch.arange(10)
-    batches = Batches(images, labels, MEAN, STD, "cpu", size=4, augment=augment)
-    x, y = (torch.cat(parts) for parts in zip(*batches.evaluation(3), strict=True))
-    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.allclose(x, usual(images), atol=1e-5)
-    assert torch.equal(y, labels)
-
-
-def test_test_images_can_be_learned_from_after_an_evaluation():
-    dataset = data.load("digits").subset(2, 2)
-    images, labels = dataset.test_images, dataset.test_labels
-    batches = Batches(images, labels, dataset.mean, dataset.std, "cpu")
-    with torch.inference_mode():
-        list(batches.evaluation())
-    ((x, _),) = batches.evaluation()
-    weight = torch.ones((), requires_grad=True)
-    (x * weight).sum().backward()
-    assert torch.isclose(weight.grad, x.sum())
-
-
-def test_epoch_is_every_image_once_in_the_order_drawn():
-    images, labels = random_images(10), torch.arange(10)
-    batches = Batches(images, labels, MEAN, STD, "cpu", size=4)
-    (expected,) = batches.evaluation(10)
-    found = list(batches.epoch(generator(5)))
-    assert len(found) == len(batches) == 3
-    assert [len(y) for _, y in found] == [4, 4, 2]
-    assert (
-        torch.cat([y for _, y in found]).tolist()
-        == torch.randperm(10, generator=generator(5)).tolist()
-    )
-    for x, y in found:
-        assert torch.equal(x, expected[0][y])
-
-
-@pytest.mark.parametrize("size", [32, 12])
-def test_augmentation_is_crop_then_flip_of_each_image(size):
-    images, labels = random_images(50, size), torch.arange(50)
-    batches = Batches(images, labels, MEAN, STD, "cpu", size=16, augment=True)
-    found = list(batches.epoch(generator(1), generator(2)))
-    drawn = generator(2)
-    corners = torch.randint(9, (50, 2), generator=drawn).tolist()
-    flips = torch.randint(2, (50,), generator=drawn).tolist()
-    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    order = torch.cat([y for _, y in found]).tolist()
-    for x, index, (top, left), flip in zip(
-        torch.cat([x for x, _ in found]), order, corners, flips, strict=True
-    ):
-        image = torch.zeros(3, size + 8, size + 8, dtype=torch.uint8)
-        image[:, 4:-4, 4:-4] = images[index]
-        image = image[:, top : top + size, left : left + size]
-        image = image.flip(2) if flip else image
-        assert torch.allclose(x, usual(image), atol=1e-5)
-    assert {0, 8} <= {corner for pair in corners for corner in pair}
-    assert 10 < sum(flips) < 40
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_batches_are_channels_last_and_typed(augment):
-    batches = Batches(random_images(8), torch.arange(8).int(), MEAN, STD, "cpu", 3, augment)
-    for x, y in [*batches.epoch(generator(0), generator(1)), *batches.evaluation(3)]:
-        assert x.dtype == torch.float32
-        assert x.shape[1:] == (3, 32, 32)
-        assert x.is_contiguous(memory_format=torch.channels_last)
-        assert y.dtype == torch.int64
-
-
-def test_same_generators_same_batches_whatever_else_is_drawn():
-    batches = Batches(random_images(20), torch.arange(20), MEAN, STD, "cpu", 8, augment=True)
-    order, augmentation = generator(1), generator(2)
-    first = batches.epoch(order, augmentation)
-    second = batches.epoch(order, augmentation)  # drawn now, though the first is yet to be used
-    torch.manual_seed(99)
-    order, augmentation = generator(1), generator(2)
-    epochs = [list(batches.epoch(order, augmentation)) for _ in range(2)]
-    for epoch, again in zip((first, second), epochs, strict=True):
-        for (x, y), (x2, y2) in zip(epoch, again, strict=True):
-            assert torch.equal(x, x2)
-            assert torch.equal(y, y2)
-    assert not torch.equal(epochs[0][0][1], epochs[1][0][1])
-    # The order does not depend on whether there is augmentation: settings compare in pairs.
-    plain = Batches(random_images(20), torch.arange(20), MEAN, STD, "cpu", 8)
-    assert torch.equal(next(plain.epoch(generator(1)))[1], epochs[0][0][1])
-
-
-def test_evaluation_is_repeatable_and_the_same_unkept(monkeypatch):
-    batches = Batches(random_images(9), torch.arange(9), MEAN, STD, "cpu", augment=True)
-    kept = [list(batches.evaluation(4)) for _ in range(2)]
-    batches._normalised = None
-    monkeypatch.setattr(data, "KEPT_BYTES", 0)
-    for first, second, third in zip(*kept, batches.evaluation(4), strict=True):
-        assert torch.equal(first[0], second[0])
-        assert torch.equal(first[0], third[0])
-    assert batches._normalised is None
-
-
-@pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("count", [1, 4, 7, 12, 99])
-def test_first_images(count, augment):
-    images, labels = random_images(12, size=8), torch.tensor([2, 0, 1] * 4)
-    batches = Batches(images, labels, MEAN, STD, "cpu", augment=augment)
-    x, y = batches.first(count)
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.allclose(x, normalise(images[:count]), atol=1e-5)
-    assert torch.equal(y, labels[:count])
-
-
-@pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize(
-    ("count", "chosen"),
-    [(1, [0]), (3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (11, [*range(11)]), (12, [*range(12)])],
-)
-def test_first_images_of_a_set_sorted_by_class(count, chosen, augment):
-    """At even distances: of the first images all would be of one class."""
-    images, labels = random_images(12, size=8), torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
-    batches = Batches(images, labels, MEAN, STD, "cpu", augment=augment)
-    x, y = batches.first(count)
-    assert torch.equal(y, labels[chosen])
-    in_order = torch.cat([x for x, _ in batches.evaluation()])
-    assert torch.equal(x, in_order[chosen])
-
-
-def test_batches_refuse_what_they_cannot_do():
-    images, labels = random_images(4), torch.arange(4)
-    with pytest.raises(ValueError, match="0 images"):
-        Batches(images, labels, MEAN, STD, "cpu", size=0)
-    with pytest.raises(ValueError, match="generator"):
-        Batches(images, labels, MEAN, STD, "cpu", augment=True).epoch(generator(0))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_on_a_gpu_are_the_cpus_without_synchronising():
-    images, labels = random_images(50), torch.arange(50)
-    cpu, gpu = (Batches(images, labels, MEAN, STD, d, 16, augment=True) for d in ("cpu", "cuda"))
-    expected = list(cpu.epoch(generator(1), generator(2)))
-    epoch = gpu.epoch(generator(1), generator(2))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = list(epoch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for (x, y), (x2, y2) in zip(expected, found, strict=True):
-        assert torch.allclose(x, x2.cpu(), atol=1e-5)
-        assert torch.equal(y, y2.cpu())

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import pilots
 from paperlib import experiments
 from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning, to_dict
-from paperlib.experiments import FIGURES, PROFILES, TIERS
+from paperlib.experiments import FIGURES, PROFILES, TIERS, Scale
 from paperlib.models import build, scaled
 from paperlib.papers.noise_spans import images_of, training_batches
 from paperlib.papers.settings import Figure, Setting
@@ -387,7 +387,7 @@ def test_seeds(name):
 @pytest.mark.parametrize("seeds", [1, 4, 12])
 def test_another_number_of_seeds(seeds, profile):
     usual = experiments.plan("figure-3", profile)
-    plan = experiments.plan("figure-3", profile, seeds=seeds)
+    plan = experiments.plan("figure-3", Scale(profile, seeds=seeds))
     assert set(plan.seed) == set(range(seeds))
     assert set(usual[usual.seed < seeds].run) <= set(plan.run)
 
@@ -489,11 +489,11 @@ def test_what_is_only_measured_makes_no_other_run(monkeypatch):
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"data": "images:/a/cifar.zip"}])
 @pytest.mark.parametrize("name", ["figure-2", "figure-D2", "table-F1"])
 def test_another_precision_or_data_set(name, change, profile):
-    plan, other = experiments.plan(name, profile), experiments.plan(name, profile, **change)
+    plan, other = experiments.plan(name, profile), experiments.plan(name, Scale(profile, **change))
     assert other.config.tolist() == [config.with_(**change) for config in plan.config]
     assert not set(plan.run) & set(other.run)
     ((field, value),) = change.items()
-    table = experiments.table(name, profile, **change)[field]
+    table = experiments.table(name, Scale(profile, **change))[field]
     assert set(table[profile]) == {value}
     assert value not in set(table["paper"])
 
@@ -506,15 +506,15 @@ def test_wrong_requests_name_the_value_and_the_valid_ones(call):
         ("figure-2", "demo", {"precision": "half"}, ["'half'", "float32", "bfloat16"]),
     ):
         with pytest.raises(ValueError) as error:
-            call(name, profile, **change)
+            call(name, Scale(profile, **change))
         assert all(word in str(error.value) for word in words)
     with pytest.raises(ValueError, match="-1"):
-        experiments.plan("figure-2", "demo", seeds=-1)
+        Scale("demo", seeds=-1)
 
 
 def test_annotate():
     """A run that serves several settings appears once for each."""
-    plan = experiments.plan("figure-2", "demo", seeds=1)
+    plan = experiments.plan("figure-2", Scale("demo", seeds=1))
     both = pd.concat([plan, plan[plan.setting == "largest 40"].assign(setting="another")])
     frame = pd.DataFrame({"run": [*plan.run, "0" * 16], "seed": 99, "post": range(len(plan) + 1)})
     out = experiments.annotate(frame, both)

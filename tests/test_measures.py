@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, hessian
 
-from paperlib import data, experiments, instability, landscape, measures, training
+from paperlib import data, experiments, instability, measures, training
 from paperlib.config import Config, ConfigError, FilterPruning, Flatness, Noise
 from paperlib.runs import RunRecord, Store
 
@@ -174,7 +174,7 @@ def test_the_arrays_survive_the_store(tmp_path):
 @pytest.mark.parametrize("profile", experiments.PROFILES)
 def test_measured_near_the_end_after_all_events(profile):
     measured = [c for c in experiments.plan("figure-6", profile).config if c.seed == 0]
-    assert len(measured) == 6
+    assert len(measured) == (5 if profile == "smoke" else 6)  # there, 1% and 13% are the same
     for config in measured:
         events = config.pruning.epochs if config.pruning else ()
         last = max((max(epochs) for epochs in events), default=0)
@@ -197,10 +197,8 @@ def test_what_cannot_be_measured(changes, value):
         Flatness(epoch=1, **changes)
 
 
-def test_the_older_names():
-    code = "import sys, paperlib.measures, paperlib.landscape; print('torch' in sys.modules)"
+def test_measures_import_no_torch():
+    code = "import sys, paperlib.measures; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
-    assert landscape.measures is measures.flatness
-    assert landscape.rises is measures.rises
     assert measures.stability is instability.stability

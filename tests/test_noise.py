@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paperlib.experiments import noise_for, training_batches
 from paperlib.noise import KINDS, FilterNoise
+from paperlib.papers.noise_spans import noise_for, training_batches
 from paperlib.pruning import FilterPruner, PruningError
 
 torch.set_num_threads(1)

@@ -1,8 +1,10 @@
 """The plot forms: their pictures on fixed frames, what they say, and their colours."""
 
-import re
+import subprocess
+import sys
 from functools import wraps
-from itertools import combinations, pairwise
+from itertools import combinations
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -16,8 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from paperlib import experiments, plots, provenance, stats
-from paperlib.config import Config
+from paperlib import experiments, plots, stats
 
 IMAGE = {"baseline_dir": "baseline", "style": "default", "tolerance": 1.5}
 
@@ -172,7 +173,6 @@ COST_COLORS = {"dense": "black", "masked": "tan", "compact": plots.PALETTE["Prun
 RUNS = run_frame()
 PICTURE_EPOCHS = epoch_frame(RUNS)
 BY_RATE = rate_frame()
-BY_METHOD = plots.looks(BY_RATE.assign(label=BY_RATE.method))
 BY_FRACTION = fraction_frame()
 GAINS = {
     "Prune_L - Dropout": stats.Estimate(0.5, 0.2, 0.8, 0.01, 3),
@@ -185,56 +185,13 @@ GAINS = {
 
 
 @picture
-def test_scatter():
-    figure, [[ax]] = plots.panels(1, 1)
-    mine = RUNS[(RUNS.network == "VGG11") & (RUNS.method != "No Pruning")]
-    style = plots.looks(RUNS)
-    plots.scatter(ax, mine, "mean_stability", "best_accuracy", style, plots.STABILITY, plots.BEST)
-    return figure
-
-
-@picture
-def test_dynamics():
-    figure, [[ax]] = plots.panels(1, 1)
-    mine = PICTURE_EPOCHS[PICTURE_EPOCHS.network == "VGG11"]
-    plots.dynamics(ax, mine, plots.looks(mine))
-    plots.focus(ax, mine[mine.epoch > 4].post)
-    ax.legend()
-    return figure
-
-
-@picture
 def test_tradeoff():
     return plots.tradeoff(PICTURE_EPOCHS, RUNS)[0]
 
 
 @picture
-def test_stability_against():
-    pruned = RUNS[RUNS.method != "No Pruning"]
-    columns = {"best_accuracy": plots.BEST, "gap": plots.GAP}
-    return plots.stability_against(pruned, columns)[0]
-
-
-@picture
-def test_by_rate():
-    figure, [[accuracy, stability]] = plots.panels(1, 2)
-    plots.by_rate(accuracy, BY_RATE, "best_accuracy", BY_METHOD, plots.BEST)
-    plots.by_rate(stability, BY_RATE, "mean_stability", BY_METHOD, plots.STABILITY)
-    plots.inset_by_rate(stability, BY_RATE, "mean_stability", BY_METHOD, rates=4)
-    accuracy.legend()
-    return figure
-
-
-@picture
-def test_correlation_by_rate():
-    figure, [[ax]] = plots.panels(1, 1)
-    values = [-0.1, 0.3, -0.4, -0.6, -0.8, -0.7]
-    estimates = {
-        rate: stats.Estimate(r, r - 0.15, r + 0.1 * i, 0.05, 15)
-        for i, (rate, r) in enumerate(zip(RATES, values, strict=True))
-    }
-    plots.correlation_by_rate(ax, estimates, "Pearson's r")
-    return figure
+def test_rates():
+    return plots.rates(BY_RATE)
 
 
 @picture
@@ -264,7 +221,9 @@ def test_densities():
 @picture
 def test_by_fraction():
     figure, [[ax]] = plots.panels(1, 1)
-    plots.by_fraction(ax, BY_FRACTION, "best_accuracy", plots.looks(BY_FRACTION), plots.BEST)
+    plots.by_fraction(
+        ax, BY_FRACTION, "best_accuracy", plots.looks(BY_FRACTION, "method"), plots.BEST
+    )
     return figure
 
 
@@ -303,7 +262,7 @@ def test_shares():
 
 
 def spectrum_frame() -> pd.DataFrame:
-    """One row an eigenvalue, as `landscape.spectra` and a plan give it."""
+    """One row an eigenvalue, as `measures.spectra` and a plan give it."""
     runs = run_frame(("VGG11",))
     ranks = pd.DataFrame({"rank": range(1, 9)})
     frame = runs[["network", "method", "label", "seed"]].merge(ranks, how="cross")
@@ -348,20 +307,6 @@ def test_pairs_leave_out_runs_that_lack_a_value():
     assert r.n == (runs.seed > 0).sum()
     assert r.value == pytest.approx(1)
     assert f"n = {r.n}" in figure.axes[0].get_title()
-
-
-def test_the_scatter_says_its_correlations():
-    _, [[ax]] = plots.panels(1, 1)
-    mine = RUNS[RUNS.network == "VGG11"]
-    shown = (plots.STABILITY, plots.BEST)
-    r = plots.scatter(ax, mine, "mean_stability", "best_accuracy", plots.looks(mine), *shown)
-    assert r == stats.pearson(mine.mean_stability, mine.best_accuracy)
-    tau = stats.kendall(mine.mean_stability, mine.best_accuracy)
-    title = ax.get_title()
-    for part in (f"r = {r.value:.2f}", f"= {tau.value:.2f}", f"n = {len(mine)}"):
-        assert part in title
-    assert (ax.get_xlabel(), ax.get_ylabel()) == shown
-    assert len(ax.collections[0].get_offsets()) == SEEDS
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -413,7 +358,9 @@ def test_the_event_marked_is_the_least_stable():
 
 def test_runs_at_0_belong_to_every_line():
     _, [[ax]] = plots.panels(1, 1)
-    plots.by_fraction(ax, BY_FRACTION, "best_accuracy", plots.looks(BY_FRACTION), plots.BEST)
+    plots.by_fraction(
+        ax, BY_FRACTION, "best_accuracy", plots.looks(BY_FRACTION, "method"), plots.BEST
+    )
     whole = BY_FRACTION[BY_FRACTION.fraction == 0].best_accuracy.mean()
     assert [line.get_label() for line in ax.lines] == ["Prune_S", "Prune_R", "Prune_L"]
     for line in ax.lines:
@@ -427,49 +374,6 @@ def test_runs_at_0_belong_to_every_line():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "50", "70", "90", "98"]
     left, right = ax.get_xlim()
     assert left > 100 > 2 > right  # more removed is further right
-
-
-def test_a_setting_shows_every_run_and_its_mean():
-    _, [[ax]] = plots.panels(1, 1)
-    mine = RUNS[RUNS.network == "VGG11"].sample(frac=1, random_state=1)
-    order = list(mine.label.unique())
-    plots.by_setting(
-        ax, mine, "best_accuracy", plots.looks(mine), plots.BEST, {order[1]: "another"}
-    )
-    names = [order[0], "another", *order[2:]]
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == names
-    dots = [dots for dots in ax.collections if len(dots.get_offsets()) == SEEDS]
-    for i, (label, shown) in enumerate(zip(order, dots, strict=True)):
-        values = mine[mine.label == label].set_index("seed").best_accuracy.sort_index()
-        x, y = np.array(shown.get_offsets()).T
-        assert y.tolist() == values.tolist()
-        assert len(set(x)) == SEEDS
-        assert np.all(np.abs(x - i) < 0.5)
-        estimate = stats.mean(values)
-        (bar,) = ax.containers[i].lines[2]
-        assert bar.get_segments()[0][:, 1] == pytest.approx([estimate.low, estimate.high])
-    joined = ax.lines[:SEEDS]
-    for seed, line in enumerate(joined):
-        by_label = mine[mine.seed == seed].set_index("label").best_accuracy
-        assert line.get_ydata().tolist() == by_label[order].tolist()
-
-
-def test_a_setting_of_one_run_has_no_interval():
-    _, [[ax]] = plots.panels(1, 1)
-    one = RUNS[(RUNS.network == "VGG11") & (RUNS.seed == 0)]
-    plots.by_setting(ax, one, "best_accuracy", plots.looks(one), plots.BEST)
-    assert not any(container.has_yerr for container in ax.containers)
-
-
-def test_differences_say_their_numbers():
-    _, [[ax]] = plots.panels(1, 1)
-    plots.differences(ax, GAINS, "points")
-    ticks = dict(zip(ax.get_yticks(), [t.get_text() for t in ax.get_yticklabels()], strict=True))
-    assert [ticks[y] for y in sorted(ticks, reverse=True)] == list(GAINS)  # the first on top
-    shown = [text.get_text() for text in ax.texts]
-    assert shown == ["+0.50 [+0.20, +0.80]", "-0.30 [-1.10, +0.50]", "+0.10"]
-    dots = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
-    assert dots == [0.5, -0.3, 0.1]
 
 
 def test_magnitudes_are_percent_of_what_was_there():
@@ -486,43 +390,6 @@ def test_magnitudes_are_percent_of_what_was_there():
         assert values == pytest.approx(100 * counts[moment] / counts["before"].sum())
         assert np.array_equal(edges, EDGES)
     assert ax.get_xscale() == "log"
-
-
-def test_a_common_range_holds_the_counts():
-    edges = np.arange(11.0)
-    one, other = np.zeros(10), np.zeros(10)
-    one[[2, 5]], other[7] = [4, 500], 500
-    assert plots.common_range(edges, [one, other], left_out=0.001) == (2, 8)
-    assert plots.common_range(edges, [one, other], left_out=0.01) == (5, 8)
-
-
-def test_shares_say_percent_and_values():
-    _, [[ax]] = plots.panels(1, 1)
-    plots.shares(ax, COSTS, {"bytes": "size", "ms": "time"}, "dense", COST_COLORS)
-    bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in ax.containers[:2]}
-    assert bars == {"masked": [pytest.approx(100)], "compact": [pytest.approx(100 * 800 / 4321)]}
-    widths = [bar.get_width() for bars in ax.containers for bar in bars]
-    assert widths == pytest.approx([100, 100 * 800 / 4321, 120, 90])
-    assert [text.get_text() for text in ax.texts] == ["4,321", "800", "0.6", "0.45"]
-    ticks = [tick.get_text() for tick in ax.get_yticklabels()]
-    assert ticks == ["size\ndense: 4,321", "time\ndense: 0.5"]
-    low, high = ax.get_ylim()
-    assert low > high  # the first column on top
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0123456, "0.0123"), (0.5, "0.5"), (27.14, "27.1"), (189_175, "189,175"), (100.4, "100")],
-)
-def test_readable_numbers(value, text):
-    assert plots.readable(value) == text
-
-
-@pytest.mark.parametrize(
-    ("p", "text"), [(0.25, "0.25"), (0.032, "0.03"), (0.0002, "0.0002"), (2e-8, "2e-08")]
-)
-def test_p_values(p, text):
-    assert plots.p_value(p) == text
 
 
 # Colours
@@ -570,16 +437,10 @@ def test_colours_can_be_told_apart(people):
         assert np.linalg.norm(seen[a] - seen[b]) > 15, (a, b)
 
 
-def test_one_colour_a_method():
-    assert len(set(plots.PALETTE.values())) == len(plots.PALETTE)
-    methods = {s.method for figure in experiments.FIGURES.values() for s in figure.settings}
-    assert methods <= set(plots.PALETTE)
-
-
 @pytest.mark.parametrize("name", experiments.FIGURES)
 def test_a_method_looks_alike_everywhere(name):
     """One colour by method; settings of one method differ in line or marker."""
-    plan = experiments.plan(name, "paper", seeds=1)
+    plan = experiments.plan(name, experiments.Scale("paper", seeds=1))
     for _, mine in plan.groupby("network"):
         looks = plots.looks(mine)
         for method, label in mine[["method", "label"]].itertuples(index=False):
@@ -588,124 +449,116 @@ def test_a_method_looks_alike_everywhere(name):
             assert len({tuple(look.values()) for look in looks.values()}) == len(looks)
 
 
-def test_the_first_of_a_method_is_solid():
-    looks = plots.looks(RUNS)
-    assert [look["linestyle"] for look in looks.values()] == ["-", "-", "--", "-"]
-    assert list(looks) == list(METHODS)
+# Tables
+
+
+def contrast(
+    claim, estimate, low, high, kind="co-primary", outcome="accuracy", verdict="supported"
+):
+    values = {"estimate": estimate, "low": low, "high": high, "p": 0.03, "holm": np.nan, "n": 10}
+    names = {"contrast": f"a - b ({outcome})", "kind": kind, "outcome": outcome, "note": ""}
+    return {"claim": claim, "verdict": verdict, "runs": "10 of 10", **values, **names}
+
+
+CLAIMS = pd.DataFrame(
+    [
+        contrast("T1", 0.7, 0.2, 1.2),
+        contrast("T1", 0.4, 0.1, 0.7),
+        contrast("T1", 9.0, 8.0, 10.0, kind="secondary"),
+        contrast("T2", -3, np.nan, np.nan, verdict="undecided"),
+        {"claim": "T3", "verdict": "incomplete", "runs": "3 of 12"},
+        contrast("T4", -0.2, -0.4, 0.1, outcome="log_curvature", verdict="undecided"),
+        contrast("T4", -0.1, -0.3, 0.2, "adjusted", "log_curvature", "undecided"),
+        contrast("R1", -1.4, -1.9, -1.1, verdict="contradicted"),
+    ]
+)
+
+
+@picture
+def test_forest():
+    return plots.forest(CLAIMS)
+
+
+def test_the_forest_shows_deciding_contrasts_and_every_verdict():
+    points, logs = plots.forest(CLAIMS).axes
+    rows = [tick.get_text() for tick in points.get_yticklabels()]
+    assert [row.split(":")[0] for row in rows if ":" in row] == ["T1", "T2", "T3", "R1"]
+    assert sum("a - b" in row for row in rows) == 4
+    for verdict in ("supported", "undecided", "incomplete", "contradicted"):
+        assert any(verdict in row for row in rows)
+    spans = [line.get_xdata() for line in points.lines if line.get_marker() == "None"][1:]
+    assert [list(span) for span in spans] == [[0.2, 1.2], [0.1, 0.7], [-1.9, -1.1]]
+    bands = sorted({band.get_paths()[0].vertices[:, 0].max() for band in points.collections})
+    assert bands == [0.5, 1.0]  # the paper's networks, and conv4
+    assert len(logs.get_yticklabels()) == 3
+    assert not logs.collections
+
+
+def test_verdicts_in_a_table():
+    table = plots.verdict(CLAIMS)
+    assert table.loc["R1", "estimate [95%]"] == "-1.40 [-1.90, -1.10]"
+    assert table.loc["T2", "estimate [95%]"] == "-3.00"
+    assert table.loc["T3", ["verdict", "estimate [95%]", "p"]].tolist() == ["incomplete", "", ""]
+
+
+def test_gates_are_counted():
+    columns = ["gate", "network", "setting", "passed", "text"]
+    rows = [
+        ("G3", "VGG11", "smallest 4", "passed", "good"),
+        ("G3", "VGG11", "largest 40", "failed", "too low"),
+        ("G1", "VGG11", "none", "not applicable", "augmented"),
+    ]
+    table = plots.gates(pd.DataFrame(rows, columns=columns))
+    assert table.loc[("G3", "VGG11")].tolist() == [1, 1, 0, "largest 40: too low"]
+    assert table.loc[("G1", "VGG11")].tolist() == [0, 0, 1, ""]
+
+
+def test_numbers_are_those_of_pandas():
+    table = plots.numbers(RUNS, {"gap": "gap (%)"})
+    mine = RUNS[(RUNS.network == "ResNet18") & (RUNS.label == "Prune_L 13%")].gap
+    row = table.loc[("ResNet18", "Prune_L 13%")].tolist()
+    assert row == [round(mine.mean(), 2), round(mine.std(), 2), SEEDS]
 
 
 # Files
 
 
-def plan(data: str = "digits", seeds: int = 3, **options) -> pd.DataFrame:
-    configs = [Config(data=data, seed=seed, **options) for seed in range(seeds)]
-    return pd.DataFrame({"seed": range(seeds), "config": configs})
-
-
-@pytest.mark.parametrize(
-    ("shown", "words"),
-    [
-        (plan(), "profile smoke, 3 seeds, data digits, noise spans scaled"),
-        (
-            plan("images:/a/b/my_images.zip", 1),
-            "profile smoke, 1 seed, data my_images.zip, noise spans scaled",
-        ),
-        (
-            plan(precision="bfloat16"),
-            "profile smoke, 3 seeds, data digits, bfloat16, noise spans scaled",
-        ),
-    ],
+LOADED = SimpleNamespace(
+    name="figure-5", scale=SimpleNamespace(profile="smoke"), stamp="profile smoke, G3 fails: a - b"
 )
-def test_a_figure_says_what_it_shows(tmp_path, shown, words):
-    figure, _ = plots.panels(1, 1)
-    files = plots.save(figure, "figure-5", "smoke", shown, "noise spans scaled", tmp_path)
-    assert files == [tmp_path / "smoke" / f"figure-5.{kind}" for kind in ("pdf", "png")]
-    assert figure.get_suptitle() == words
-    pdf = files[0].read_bytes()
-    assert pdf.startswith(b"%PDF")
-    (subject,) = re.findall(rb"/Subject \((.*?)\)", pdf)
-    with Image.open(files[1]) as image:
-        described = image.text["Description"]
-        assert image.text["Title"] == "figure-5"
-    for text in (subject.decode(), described):
-        assert text.startswith(words)
-        assert f"matplotlib {matplotlib.__version__}" in text
-        assert f"pandas {pd.__version__}" in text
-        assert "python 3." in text
-        assert provenance.commit() is None or f"commit {provenance.commit()}" in text
 
 
-def test_files_go_where_figures_go(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPERLIB_FIGURES", str(tmp_path / "elsewhere"))
-    figure, _ = plots.panels(1, 1)
-    for path in plots.save(figure, "figure-1", "demo", plan()):
-        assert path.parent == tmp_path / "elsewhere" / "demo"
-        assert path.stat().st_size > 1000
+def test_files_say_what_they_show_and_hold_no_date(tmp_path):
+    def save(folder):
+        figure, [[ax]] = plots.panels(1, 1)
+        ax.plot([1, 2], label="a run")
+        ax.set(xlabel="epoch", ylabel="accuracy")
+        plots.save(figure, LOADED, note="spans scaled", folder=folder)
+        return figure
+
+    figure = save(tmp_path / "one")
+    save(tmp_path / "other")
+    assert figure.get_suptitle() == "profile smoke, G3 fails: a - b, spans scaled"
+    for kind in ("pdf", "png"):
+        one, other = (tmp_path / name / "smoke" / f"figure-5.{kind}" for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
+    with Image.open(tmp_path / "one/smoke/figure-5.png") as image:
+        assert LOADED.stamp in image.text["Description"]
+        assert matplotlib.__version__ in image.text["Description"]
+        assert "accuracy against epoch" in image.text["Comment"]
 
 
-TABLE = stats.summary(RUNS, {"best_accuracy": "best test accuracy (%)", "gap": "gap (%)"})
+def test_tables_and_figures_go_where_figures_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERLIB_FIGURES", str(tmp_path))
+    table = plots.numbers(RUNS, {"gap": "gap (%)"})
+    path = plots.save_table(table, LOADED, "table-C1")
+    assert path == tmp_path / "smoke/table-C1.csv"
+    read = pd.read_csv(path, header=[0, 1], index_col=[0, 1])
+    assert read.to_numpy() == pytest.approx(table.to_numpy(dtype=float), abs=1e-4)
+    plots.save(plots.panels(1, 1)[0], LOADED)
+    assert (tmp_path / "smoke/figure-5.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_table_in_files(tmp_path):
-    shown = plan("images:my_images.zip")
-    files = plots.save_table(TABLE, "table-C1", "small", shown, "100% made up", tmp_path)
-    assert files == [tmp_path / "small" / f"table-C1.{kind}" for kind in ("csv", "tex")]
-    read = pd.read_csv(files[0], header=[0, 1], index_col=0)
-    assert read.index.tolist() == list(METHODS)
-    assert read.to_numpy() == pytest.approx(TABLE.to_numpy(dtype=float), abs=1e-4)
-    tex = files[1].read_text()
-    for word in ("profile small", "3 seeds", r"\toprule", r"\bottomrule", "No Pruning"):
-        assert word in tex
-    rows = [line for line in tex.splitlines() if line.endswith(r"\\")]
-    assert len(rows) == len(TABLE) + 3
-
-
-def test_a_table_is_valid_latex(tmp_path):
-    """An unescaped % hides the rest of its line, an unescaped _ is an error."""
-    shown = plan("images:my_images.zip")
-    tex = plots.save_table(TABLE, "table-C1", "small", shown, "100% made up", tmp_path)[1]
-    for line in tex.read_text().splitlines():
-        assert not re.search(r"(?<!\\)[%_#]", line), line
-
-
-# Axes
-
-
-def test_rates_are_on_a_log_axis():
-    _, [[ax]] = plots.panels(1, 1)
-    plots.by_rate(ax, BY_RATE, "mean_stability", BY_METHOD, plots.STABILITY)
-    assert ax.get_xscale() == "log"
-    assert [line.get_label() for line in ax.lines] == ["Prune_S", "Prune_R", "Prune_L"]
-    assert [line.get_color() for line in ax.lines] == [
-        plots.PALETTE[method] for method in ("Prune_S", "Prune_R", "Prune_L")
-    ]
-    for line in ax.lines:
-        assert list(line.get_xdata()) == list(RATES)
-    plots.inset_by_rate(ax, BY_RATE, "mean_stability", BY_METHOD, rates=4)
-    (inside,) = ax.child_axes
-    assert list(inside.lines[0].get_xdata()) == list(RATES[:4])
-
-
-def test_correlations_show_their_intervals():
-    _, [[ax]] = plots.panels(1, 1)
-    estimates = {
-        1.0: stats.Estimate(-0.5, -0.9, 0.2, 0.1, 9),
-        10.0: stats.Estimate(0.1, -0.3, 0.4, 0.7, 9),
-    }
-    plots.correlation_by_rate(ax, estimates, "r")
-    bars = [segment.tolist() for segment in ax.collections[0].get_segments()]
-    expected = [[[1, -0.9], [1, 0.2]], [[10, -0.3], [10, 0.4]]]
-    assert np.array(bars) == pytest.approx(np.array(expected))
-    assert ax.get_ylim() == (-1.05, 1.05)
-
-
-def test_densities_put_the_deepest_layer_on_top():
-    rows = np.stack([np.full(10, height) for height in (0.1, 0.2, 0.3)])
-    _, axes = plots.panels(3, 1, panel=(3.4, 0.8))
-    plots.densities(axes, {"trained": rows}, reach=5)
-    heights = [ax.collections[0].get_paths()[0].vertices[:, 1].max() for [ax] in axes]
-    assert heights == pytest.approx([0.3, 0.2, 0.1])
-    assert all(a > b for a, b in pairwise(heights))
-    assert [ax.get_ylabel() for [ax] in axes] == ["3", "2", "1"]
-    normal = axes[0][0].lines[0]
-    assert max(normal.get_ydata()) == pytest.approx(0.3521, abs=1e-4)
+def test_drawing_imports_no_torch():
+    code = "import sys, paperlib.plots, paperlib.overview; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

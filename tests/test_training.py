@@ -1,6 +1,5 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
-import copy
 import hashlib
 import math
 
@@ -10,42 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small import CONV, GONE, NUMBERS, PRUNED, SCRATCH, VGG, WEIGHTS, numbers, same
 from torch import nn
 
-from paperlib import backends, checkpoints, data, models, training
-from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning, to_dict
-from paperlib.loop import Totals
+from paperlib import data, inputs, models, training
+from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
 from paperlib.pruning import PruningError
-from paperlib.runs import RunRecord, Store, StoreError
-from paperlib.training import ChangedInputs, TrainingError, run
-
-torch.set_num_threads(1)
-
-VGG = Config(
-    data="digits",
-    train_per_class=5,
-    test_per_class=6,
-    width=1 / 16,
-    epochs=3,
-    batch=16,
-    learning_rate=0.01,
-)
-CONV = VGG.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
-PRUNED = VGG.with_(
-    pruning=FilterPruning((0.3, 0.3, 0.3, 0.9), ((1,), (1, 2), (2,), (1, 2)), target="largest")
-)
-SCRATCH = VGG.with_(pruning=FilterPruning((0.3, 0.9), scratch=True))
-WEIGHTS = CONV.with_(pruning=WeightPruning(("dense",), (0.5,), (0, 2)))
-NUMBERS = ["train_loss", "train_accuracy", "test_loss", "pre", "post"]
-GONE = 9 + 9 + 9 + 28
-
-
-def numbers(config: Config, **options) -> pd.DataFrame:
-    return run(config, device="cpu", **options).epochs.drop(columns="seconds")
-
-
-def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    return a.equals(b)
+from paperlib.runs import Mismatch, RunRecord, Store, StoreError
+from paperlib.store import checkpoints
+from paperlib.training import TrainingError, run
 
 
 @pytest.fixture(scope="module")
@@ -299,34 +271,6 @@ def test_scratch_pruning(plain):
     assert not rows.train_loss.isin(plain.train_loss).any()
 
 
-@pytest.mark.parametrize(
-    ("pruning", "first", "last", "at"),
-    [
-        (SCRATCH.pruning, 0, 0, {0: (1, 1)}),
-        (
-            PRUNED.pruning,
-            1,
-            2,
-            {1: ([1, 1, None, 1], [1, 2, 1, 2]), 2: ([None, 2, 1, 2], [1, 2, 1, 2])},
-        ),
-        (FilterPruning((0.5, 0.5), ((4, 6), (2, 9))), 2, 9, {2: ([None, 1], [2, 2])}),
-        (WEIGHTS.pruning, 0, 2, {0: (1, 2), 2: (2, 2)}),
-        (WeightPruning(("dense",), (0.5,), (3, 5, 8)), 3, 8, {5: (2, 3)}),
-    ],
-)
-def test_events_by_epoch(pruning, first, last, at):
-    events = training.Events(pruning)
-    assert (events.first, events.last) == (first, last)
-    assert {epoch: events.at(epoch) for epoch in at} == at
-    assert None not in (events.at(first), events.at(last))
-    assert events.at(last + 1) is None
-    assert first == 0 or events.at(first - 1) is None
-
-
-def test_a_run_without_events():
-    assert all(training.Events(None).at(epoch) is None for epoch in range(9))
-
-
 # Learning rates
 
 
@@ -365,42 +309,9 @@ def test_reduced_precision(plain):
 # Networks of one's own
 
 
-class Tiny(nn.Module):
-    """Its loss is NaN from the `last`-th training pass on."""
-
-    def __init__(self, num_classes: int, in_channels: int, last: float = math.inf) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, 8, 3, stride=4)
-        self.fc = nn.Linear(8, num_classes)
-        self.passes, self.last = 0, last
-
-    def forward(self, x):
-        self.passes += self.training
-        out = self.fc(F.relu(self.conv(x)).mean((2, 3)))
-        return out * (math.nan if self.passes >= self.last else 1)
-
-
-def nan_at_pass_six(num_classes: int, in_channels: int) -> nn.Module:
-    return Tiny(num_classes, in_channels, 6)
-
-
-def largest_weight(conv: nn.Conv2d) -> torch.Tensor:
-    return conv.weight.flatten(1).amax(1)
-
-
-class Chain(nn.Sequential):
-    def __init__(self, num_classes: int, in_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, 8, 3, stride=4),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(512, num_classes),
-        )
-
-
 def test_a_network_and_a_score_of_ones_own(tmp_path):
-    pruning = FilterPruning((0.5,), ((1,),), f"{__name__}:largest_weight", layers=("0",))
-    config = VGG.with_(model=f"{__name__}:Chain", pruning=pruning)
+    pruning = FilterPruning((0.5,), ((1,),), "small:largest_weight", layers=("0",))
+    config = VGG.with_(model="small:Chain", pruning=pruning)
     seen = []
     record = run(config, Store(tmp_path), "cpu", lambda moment: seen.append(moment.pruner.masks))
     assert record.epochs.removed.tolist() == [0, 4, 0]
@@ -409,7 +320,7 @@ def test_a_network_and_a_score_of_ones_own(tmp_path):
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
-    config = VGG.with_(model=f"{__name__}:nan_at_pass_six")
+    config = VGG.with_(model="small:nan_at_pass_six")
     store = Store(tmp_path)
     with pytest.raises(TrainingError, match=f"{config.identity}.* nan at epoch 1"):
         run(config, store, "cpu")
@@ -430,7 +341,7 @@ def test_a_learning_rate_far_too_large(tmp_path, epochs):
 
 
 def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path):
-    store, config = Store(tmp_path), VGG.with_(model=f"{__name__}:Tiny")
+    store, config = Store(tmp_path), VGG.with_(model="small:Tiny")
     store.fail(config, "killed")
     run(config, store, "cpu")
     assert store.failure(config.identity) is None
@@ -468,102 +379,6 @@ def test_arrays_of_a_callback(tmp_path, pruned):
     assert not np.array_equal(kept["weights 0"], kept["weights 2"])
 
 
-def test_histograms_change_no_number():
-    config = VGG.with_(pruning=FilterPruning((0.5,), ((1,),), "activation"), batch=7)
-    assert same(numbers(config), numbers(config.with_(histograms=True)))
-
-
-def test_histograms_of_batch_norms(plain):
-    record = run(VGG.with_(histograms=True), device="cpu")
-    assert same(record.epochs.drop(columns="seconds"), plain)
-    model = training.build(VGG)
-    dataset = data.load("digits").subset(VGG.train_per_class)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (dataset.mean, dataset.std))
-    out, expected = (dataset.train_images[:128] / 255 - mean) / std, []
-    for layer in model.features:
-        if isinstance(layer, nn.BatchNorm2d):
-            centered = out - out.mean((0, 2, 3), keepdim=True)
-            z = centered / (centered.square().mean((0, 2, 3), keepdim=True) + layer.eps).sqrt()
-            expected.append(np.histogram(z.detach().numpy(), 200, (-5, 5), density=True)[0])
-        out = layer(out)
-    assert record.arrays["untrained"].shape == (8, 200)
-    assert np.allclose(record.arrays["untrained"], expected, atol=0.02)
-    assert np.allclose(record.arrays["trained"].sum(1) * 10 / 200, 1)
-    assert not np.allclose(record.arrays["untrained"], record.arrays["trained"], atol=0.02)
-
-
-@pytest.mark.parametrize(
-    ("values", "bins"),
-    [
-        ([0.0, 0.0], {}),
-        ([0.0, -1.02, 1.05, 1.01], {120: 3}),
-        ([0.5, -0.5, 0.105, 1.05e-3], {113: 2, 100: 1, 60: 1}),
-        ([1e-9, -1e-30, 2e-6], {0: 2, 6: 1}),
-        ([10.0, 1e9, -9.9], {139: 3}),
-    ],
-)
-def test_magnitudes_by_hand(values, bins):
-    """Bins of a twentieth of a decade from 1e-6 on: the i-th from 10 ** (i / 20 - 6)."""
-    counts = training.magnitudes(torch.tensor(values, dtype=torch.float64).view(1, -1))
-    assert counts.shape == (140,)
-    assert {int(i): int(counts[i]) for i in counts.nonzero()[0]} == bins
-
-
-def test_magnitudes_of_a_layer():
-    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.03
-    weight[:7] = 0
-    found = weight.abs()[weight != 0].double().numpy()
-    expected, _ = np.histogram(np.log10(found), 140, (-6, 1))
-    assert np.array_equal(training.magnitudes(nn.Parameter(weight)), expected)
-    assert training.MAGNITUDES[[0, 20, 140]] == pytest.approx([1e-6, 1e-5, 10])
-
-
-TWO_LAYERS = WeightPruning(("features.2", "dense"), (0.4, 0.5), (0, 2), "smallest")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [WEIGHTS, WEIGHTS.with_(epochs=4, optimizer="adam", pruning=TWO_LAYERS, momentum=0)],
-)
-def test_what_is_recorded_of_pruned_weights(config):
-    seen = []
-
-    def look(moment):
-        layers = {name: layer.weight for name, layer in moment.pruner.layers.items()}
-        seen.append({name: weight.detach().clone() for name, weight in layers.items()})
-
-    record = run(config.with_(histograms=True), None, "cpu", look)
-    last = config.pruning.epochs[-1]
-    names = config.pruning.layers
-    moments = ("before", "after", "end", "kept")
-    assert set(record.arrays) == {"edges"} | {f"{m}.{name}" for m in moments for name in names}
-    assert np.array_equal(record.arrays["edges"], training.MAGNITUDES)
-    for name in names:
-        for moment, epoch in (("after", last), ("end", -1)):
-            expected = training.magnitudes(seen[epoch][name])
-            assert np.array_equal(record.arrays[f"{moment}.{name}"], expected)
-        # Before the first event nothing is zero.
-        weights = seen[0][name].numel()
-        assert record.arrays[f"before.{name}"].sum() == weights
-        assert record.arrays[f"after.{name}"].sum() < weights
-        assert np.array_equal(
-            record.arrays[f"kept.{name}"], np.packbits(seen[-1][name].numpy() != 0)
-        )
-    assert same(record.epochs.drop(columns="seconds"), numbers(config))
-
-
-def test_before_is_just_before_the_first_event():
-    """What the largest target takes of the weights is the upper end of their magnitudes."""
-    pruning = WeightPruning(("dense",), (0.3,), (0,), "largest")
-    config = WEIGHTS.with_(epochs=1, histograms=True, pruning=pruning)
-    arrays = run(config, device="cpu").arrays
-    before, after = arrays["before.dense"], arrays["after.dense"]
-    left = math.ceil(0.7 * before.sum())
-    assert after.sum() == left
-    assert np.array_equal(after, np.diff(np.minimum(np.cumsum(before), left), prepend=0))
-    assert np.array_equal(after, arrays["end.dense"])
-
-
 def test_measuring_flatness_changes_no_other_number(plain):
     config = VGG.with_(
         flatness=Flatness(1, images=5, eigenvalues=2, directions=1, reach=0.1, step=0.1)
@@ -588,253 +403,6 @@ def test_parameters_that_are_left(config):
     assert (record.provenance["held"] > 0) == (config.pruning is not None)
     assert record.parameters == left[-1]
     assert (record.provenance["classes"], record.provenance["channels"]) == (10, 3)
-
-
-# Measured beside
-
-CHOSEN = FilterPruning((0.3, 0.5), ((0, 2), (1, 2)), "activation", "largest", norm=False)
-MEASURED = {
-    "filters": PRUNED.with_(augment=True),
-    "scratch": SCRATCH,
-    "activation": VGG.with_(
-        model="resnet18", pruning=FilterPruning((0.3, 0.5), ((0, 1), (1, 2)), "activation")
-    ),
-    "random": VGG.with_(pruning=FilterPruning((0.5,), ((0, 2),), target="random")),
-    "weights": WEIGHTS.with_(dropout=(0.25, 0.5)),
-    "plus": VGG.with_(
-        model=f"{__name__}:Plus",
-        learning_rate=0.05,
-        pruning=FilterPruning((0.5, 0.7), ((0, 1), (1,))),
-    ),
-} | {
-    kind: VGG.with_(pruning=CHOSEN, noise=Noise(kind, 5, evaluation_batch=16))
-    for kind in ("zeroing", "gaussian", "restored")
-}
-
-
-class Unmeasured:
-    """Stands in for the replica, and measures nothing."""
-
-    def __init__(self, *arguments) -> None:
-        pass
-
-    def load(self, *arguments) -> None:
-        pass
-
-    def nothing(self, *arguments) -> Totals:
-        return Totals(math.nan, math.nan, 1)
-
-    loss = recalibrated = nothing
-
-
-class Plus(nn.Module):
-    """A residual block with a plain sum, and dropout before it."""
-
-    def __init__(self, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(in_channels, 8, 3, stride=4, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.block = PlusBlock()
-        self.drop = nn.Dropout(0.5)
-        self.fc = nn.Linear(8, num_classes)
-
-    def forward(self, x):
-        out = self.block(self.drop(self.norm(self.stem(x)).relu()))
-        return self.fc(out.mean((2, 3)))
-
-
-class PlusBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        out = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(out)) + x).relu()
-
-
-def all_tensors(moment) -> dict[str, np.ndarray]:
-    """A callback: everything that the network and the pruner hold, at every epoch."""
-    state = dict(moment.model.named_parameters()) | dict(moment.model.named_buffers())
-    if moment.pruner is not None:
-        state |= {f"pruner {name}": t for name, t in moment.pruner.state_dict().items()}
-    return {f"{moment.epoch} {k}": t.detach().clone().numpy() for k, t in state.items()}
-
-
-def switch_measuring_off(monkeypatch) -> None:
-    monkeypatch.setattr(training, "Replica", Unmeasured)
-    monkeypatch.setattr(training, "distance", lambda *networks: math.nan)
-
-
-def same_but_for_what_is_measured(a: RunRecord, b: RunRecord) -> None:
-    columns = ["seconds", *training.BESIDE]
-    assert a.epochs.drop(columns=columns).equals(b.epochs.drop(columns=columns))
-    assert list(a.epochs) == list(b.epochs)
-    assert list(a.arrays) == list(b.arrays)
-    for name, array in a.arrays.items():
-        assert array.tobytes() == b.arrays[name].tobytes(), name
-
-
-@pytest.mark.parametrize("name", MEASURED)
-def test_measuring_changes_no_number(name, monkeypatch):
-    record = run(MEASURED[name], None, "cpu", all_tensors)
-    with monkeypatch.context() as patch:
-        switch_measuring_off(patch)
-        plain = run(MEASURED[name], None, "cpu", all_tensors)
-    assert plain.epochs[list(training.BESIDE)].isna().all(axis=None)
-    same_but_for_what_is_measured(record, plain)
-    event = record.epochs.removed > 0
-    assert event.any()
-    assert record.epochs.pre_loss.notna().equals(event)
-    assert record.epochs.post_loss.notna().equals(event)
-    with_norm = event & (name != "weights")
-    assert record.epochs.recalibrated.notna().equals(with_norm)
-    assert record.epochs.distance.notna().tolist() == [False, False, True]
-
-
-@pytest.mark.parametrize("name", ["activation", "plus", "gaussian"])
-def test_measuring_changes_no_number_of_a_resumed_run(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
-    config, store = MEASURED[name], Store(tmp_path)
-
-    def stop(moment):
-        if moment.epoch == 2:
-            raise KeyboardInterrupt
-        return all_tensors(moment)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, store, "cpu", stop)
-    resumed, unbroken = run(config, store, "cpu", all_tensors), run(config, None, "cpu")
-    assert [part["epochs"] for part in resumed.provenance["resumed"]] == [2]
-    assert same(resumed.epochs.drop(columns="seconds"), unbroken.epochs.drop(columns="seconds"))
-    switch_measuring_off(monkeypatch)
-    same_but_for_what_is_measured(resumed, run(config, None, "cpu", all_tensors))
-
-
-def test_an_event_that_removes_nothing_is_not_measured():
-    rows = numbers(VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1)))))
-    assert rows.pre_loss.notna().tolist() == [False, True, False]
-    assert rows.recalibrated.notna().tolist() == [False, True, False]
-    assert numbers(VGG)[["recalibrated", "pre_loss", "post_loss"]].isna().all(axis=None)
-
-
-def images_of(config: Config) -> data.Batches:
-    dataset = data.load(config.data).subset(config.train_per_class, config.test_per_class)
-    return data.Batches(
-        dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, "cpu"
-    )
-
-
-@pytest.mark.parametrize("name", ["filters", "scratch", "activation", "weights", "plus"])
-def test_what_is_measured_by_hand(name, monkeypatch):
-    """Of copies of the pruned network, hooks included, whose observers are not due."""
-    monkeypatch.setattr(training, "LOSS_IMAGES", 30)
-    monkeypatch.setattr(training, "RECALIBRATION_IMAGES", 41)
-    monkeypatch.setattr(training, "RECALIBRATION_BATCH", 10)
-    config = MEASURED[name]
-    train, seen, last = images_of(config), [], []
-
-    @torch.no_grad()
-    def look(moment):
-        network = copy.deepcopy(moment.model).eval()
-        images, labels = train.first(30)
-        loss = F.cross_entropy(network(images), labels).item()
-        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        for batch in train.first(41)[0][:40].split(10):  # without a last batch of one image
-            network(batch)
-        x, y = next(moment.test.evaluation(1000))
-        correct = (network.eval()(x).argmax(1) == y).double().mean().item()
-        seen.append((loss, 100 * correct if norms else math.nan))
-        last[:] = [p.detach().clone().flatten() for p in moment.model.parameters()]
-
-    rows = numbers(config, callback=look)
-    event = rows.removed > 0
-    losses, accuracies = np.array(seen)[event].T
-    assert np.allclose(rows.post_loss[event], losses, rtol=1e-5)
-    assert np.allclose(rows.recalibrated[event], accuracies, equal_nan=True)
-    assert name == "weights" or not (rows.recalibrated == rows.post)[event].all()
-    initial = torch.cat([p.detach().flatten() for p in training.build(config).parameters()])
-    moved = torch.linalg.vector_norm(torch.cat(last) - initial) / torch.linalg.vector_norm(initial)
-    assert rows.distance.iloc[-1] == pytest.approx(moved.item(), rel=1e-5)
-
-
-def test_the_loss_before_an_event_is_that_of_a_run_without_it():
-    train, losses = images_of(VGG), []
-
-    @torch.no_grad()
-    def look(moment):
-        images, labels = train.first(1000)
-        losses.append(F.cross_entropy(moment.model.eval()(images), labels).item())
-        moment.model.train()
-
-    numbers(VGG, callback=look)
-    rows = numbers(PRUNED)
-    assert rows.pre_loss[1] == pytest.approx(losses[1], rel=1e-5)
-    assert rows.pre_loss[1] != pytest.approx(rows.post_loss[1], rel=1e-2)
-
-
-def test_a_choice_of_filters_for_noise_changes_no_loss():
-    """Noise acts at the passes after it, of which the measurements are none."""
-    rows = numbers(MEASURED["zeroing"])
-    event = (rows.removed > 0) & (rows.epoch < 2)
-    assert rows.pre_loss[event].equals(rows.post_loss[event])
-    assert rows.pre_loss[2] != rows.post_loss[2]  # at the end they are removed
-
-
-def test_distance_of_no_step_is_zero():
-    network = training.build(VGG)
-    assert training.distance(network, training.build(VGG)) == 0
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(-2)
-    assert training.distance(network, training.build(VGG)) == pytest.approx(3)
-
-
-# Precision
-
-
-@pytest.fixture
-def tf32():
-    """A GPU's convolutions would take TF32, as is PyTorch's default."""
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
-def rounds(*_) -> bool:
-    """Whether any product or convolution of float32 may round more than float32 does."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
-    places = [torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    return any(place.fp32_precision not in ("ieee", "none") for place in places)
-
-
-@pytest.mark.parametrize(("precision", "full"), [("float32", True), ("bfloat16", False)])
-def test_float32_is_full_float32(precision, full, tf32):
-    config = VGG.with_(precision=precision, model=f"{__name__}:Chain", batch=50)
-    seen = []
-    assert rounds()
-    run(config, None, "cpu", lambda moment: seen.append(rounds()))
-    assert seen == [not full] * 3
-    training.run_together([config, config.with_(seed=1)], None, "cpu")
-    assert rounds()
-
-
-def test_full_float32_overlaps(tf32):
-    """As in two threads: the first context ends while the second is open."""
-    first, second = backends.full_float32(), backends.full_float32()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not rounds()
-    second.__exit__(None, None, None)
-    assert rounds()
 
 
 # Data and code of a record
@@ -863,10 +431,10 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
     assert record.provenance["source"] is None
     assert run(config, store, "cpu").provenance == record.provenance
     write_images(tmp_path / "images", 8)
-    with pytest.raises(ChangedInputs, match=f"{config.identity}(.|\n)*{then}"):
+    with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{then}"):
         untouched(config, store)
     (result,) = training.run_together([config], store, "cpu")
-    assert isinstance(result, ChangedInputs)
+    assert isinstance(result, Mismatch)
     assert run(config, Store(tmp_path / "other"), "cpu").provenance["data"] != then
     write_images(tmp_path / "images", 7)
     assert untouched(config, store).provenance == record.provenance
@@ -883,7 +451,7 @@ def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
     configs = {
         "score": VGG.with_(pruning=pruning, epochs=1),
         "both": VGG.with_(
-            model=f"{__name__}:Chain",
+            model="small:Chain",
             pruning=FilterPruning((0.5,), ((0,),), "of_a_score:score", layers=("0",)),
             epochs=1,
         ),
@@ -896,20 +464,20 @@ def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
         untouched(config, store)
     score.write_text(SCORE.format("amin"))
     for name, config in configs.items():
-        with pytest.raises(ChangedInputs, match=f"{config.identity}(.|\n)*{sources[name]}"):
+        with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{sources[name]}"):
             untouched(config, store)
 
 
 def test_a_record_without_checksums_is_taken(tmp_path, monkeypatch):
     store, frame = Store(tmp_path), pd.DataFrame({"epoch": [0], "post": [10.0]})
-    monkeypatch.setattr(training.provenance, "known_checksum", lambda *_: "ab" * 16)
+    monkeypatch.setattr(inputs.provenance, "known_checksum", lambda *_: "ab" * 16)
     for config, about in ((VGG, {}), (PRUNED, {"data": None, "source": None})):
         store.write(RunRecord(config, frame, provenance=about))
         assert untouched(config, store).provenance == about
     store.write(RunRecord(SCRATCH, frame, provenance={"data": "cd" * 16}))
-    with pytest.raises(ChangedInputs, match="cd" * 16):
+    with pytest.raises(Mismatch, match="cd" * 16):
         untouched(SCRATCH, store)
-    monkeypatch.setattr(training.provenance, "known_checksum", lambda *_: None)
+    monkeypatch.setattr(inputs.provenance, "known_checksum", lambda *_: None)
     untouched(SCRATCH, store)
 
 
@@ -933,72 +501,11 @@ def test_a_checkpoint_of_other_code_is_not_resumed(tmp_path, monkeypatch):
     assert "resumed" not in record.provenance
 
 
-# A network from its record
-
-
-@pytest.mark.parametrize("config", [WEIGHTS, WEIGHTS.with_(pruning=TWO_LAYERS)])
-def test_a_network_from_its_record(tmp_path, config):
-    config, store = config.with_(histograms=True), Store(tmp_path)
-    kept = []
-    run(
-        config,
-        store,
-        "cpu",
-        lambda m: kept.append({k: v.clone() for k, v in m.pruner.masks.items()}),
-    )
-    model, pruner = training.pruned_network(store.read(config.identity))
-    assert list(pruner.masks) == list(config.pruning.layers)
-    for name, mask in pruner.masks.items():
-        assert torch.equal(mask, kept[-1][name])
-    initial = dict(training.build(config).named_parameters())
-    held = pruner.held()
-    for name, parameter in model.named_parameters():
-        gone = held.get(name, torch.zeros_like(parameter, dtype=torch.bool))
-        assert torch.equal(parameter, initial[name].masked_fill(gone, 0))
-
-
-def test_a_network_for_other_images_from_its_record():
-    kept = np.packbits(np.arange(32 * 144) % 3 == 0)
-    about = {"classes": 3, "channels": 1}
-    record = RunRecord(WEIGHTS, pd.DataFrame(), {"kept.dense": kept}, about)
-    model, pruner = training.pruned_network(record)
-    assert (model.fc.out_features, model.features[0].in_channels) == (3, 1)
-    assert torch.equal(pruner.masks["dense"].flatten(), torch.arange(32 * 144) % 3 == 0)
-    assert training.initial_network(record).dense.weight.all()
-
-
-@pytest.mark.parametrize(
-    ("config", "arrays", "message"),
-    [
-        (VGG, {}, "is not of single weights pruned"),
-        (PRUNED, {}, "is not of single weights pruned"),
-        (WEIGHTS, {}, "no mask of 'dense': it was not made with histograms=True"),
-        (WEIGHTS, {"kept.dense": np.zeros(3, np.uint8)}, r"3 bytes of 'dense', not of \(32, 144\)"),
-    ],
-)
-def test_a_record_without_masks(config, arrays, message):
-    with pytest.raises(ValueError, match=message):
-        training.pruned_network(RunRecord(config, pd.DataFrame(), arrays))
-
-
 # What cannot be run
 
 
 def untouched(config: Config, store: Store | None = None, device: str = "cpu"):
     return run(config, store, device, lambda moment: pytest.fail("trained"))
-
-
-@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "gpu"])
-def test_unknown_devices(name):
-    with pytest.raises(ValueError, match=rf"no device '{name}' here: one of auto, .*cpu"):
-        untouched(VGG, device=name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu():
-    with pytest.raises(ValueError, match="no device 'cuda' here"):
-        untouched(VGG, device="cuda")
-    assert training.choose_device().type in ("cpu", "mps")
 
 
 def test_a_store_that_cannot_be_written(tmp_path):
@@ -1011,6 +518,8 @@ def test_a_store_that_cannot_be_written(tmp_path):
     ("changes", "error", "message"),
     [
         ({"model": "vgg7"}, ValueError, "unknown model 'vgg7'"),
+        ({"model": "small:Features"}, ValueError, r"small:Features.*\(2, 8\)"),
+        ({"model": "small:Pair"}, ValueError, "small:Pair.*tuple"),
         ({"model": "paperlib.models:vgg7"}, ValueError, "cannot find 'paperlib.models:vgg7'"),
         ({"model": "nowhere.at_all:f"}, ValueError, "cannot find 'nowhere.at_all:f'"),
         ({"data": "mnist"}, ValueError, "mnist"),
@@ -1039,3 +548,35 @@ def test_what_cannot_be_run(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         untouched(config, store)
     assert store.identities() == []
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "fits"),
+    [
+        ("vgg11_bn", 28, "32x32"),
+        ("vgg11_bn", 64, "48x48"),
+        ("conv4", 28, "32x32"),
+        ("resnet20", 28, None),
+    ],
+)
+def test_images_of_another_size(model, size, fits, tmp_path, monkeypatch):
+    digits = data.load("digits").subset(1, 1)
+    halves = {f"{half}_images": getattr(digits, f"{half}_images") for half in ("train", "test")}
+    resized = {
+        name: F.interpolate(images.float(), (size, size)).byte() for name, images in halves.items()
+    }
+    monkeypatch.setattr(inputs, "images_of", lambda *_: data.replace(digits, **resized))
+    config, store = VGG.with_(model=model, epochs=1), Store(tmp_path)
+    if fits is None:
+        assert len(run(config, store, "cpu").epochs) == 1
+        return
+    with pytest.raises(ValueError, match=f"{model} .*{size}x{size}.*{fits}") as caught:
+        untouched(config, store)
+    assert f"{size}x{size}" not in str(caught.value).partition("takes")[2]
+    assert not store.failures()
+
+
+@pytest.mark.parametrize("kind", ["WithLogits", "InDict"])
+def test_logits_within_an_object(kind):
+    plain = numbers(VGG.with_(model="small:Tiny"))
+    assert same(numbers(VGG.with_(model=f"small:{kind}")), plain)

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from paperlib import backends
+from paperlib import devices
 from paperlib.extras.compact.channels import CompactError, Following
 from paperlib.extras.compact.cut import cut
 from paperlib.pruning import FilterPruner, WeightPruner
@@ -95,7 +95,7 @@ def _check_held(model: nn.Module, pruners: Sequence[FilterPruner | WeightPruner]
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: Tensor, what: str) -> object:
     try:
-        with backends.full_float32():
+        with devices.full_float32():
             return model(inputs)
     except Exception as error:
         raise CompactError(

@@ -1,0 +1,165 @@
+"""Batches of images made on the device, and augmentation (arXiv 1906.03728)."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING = 4  # pixels of black on each side, before the random crop
+KEPT_BYTES = 256e6  # of normalised images, at most, between passes of an evaluation
+
+
+class Batches:
+    """Batches of one set of images, made on a device that holds all of them.
+
+    A batch is x, float32 (B, C, H, W), normalised, and y, int64 (B,).
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: (N,).
+        mean: Per channel, of pixels scaled to 0..1.
+        std: The same.
+        device: Where the batches are made.
+        size: Images of a training batch.
+        augment: Whether training images are padded with black, cropped and flipped at random.
+        layout: The memory format of x.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        size: int = 128,
+        augment: bool = False,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"a batch of {size} images; it needs at least 1")
+        self.size, self.augment, self.layout = size, augment, layout
+        self.height, self.width = images.shape[2:]
+        self.padding = PADDING if augment else 0
+        # Images lie NHWC, so that a selection of them is channels-last without a copy.
+        pixels = F.pad(images.to(device), 4 * (self.padding,)).permute(0, 2, 3, 1).contiguous()
+        self.pixels, self.labels = pixels, labels.to(device, torch.int64)
+        # Repeated along the width: broadcasting over three channels is 20 times slower on a CPU.
+        mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self.scale = (1 / (255 * std)).float().repeat(self.width, 1).to(device)
+        self.shift = (-mean / std).float().repeat(self.width, 1).to(device)
+        self._normalised: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch; the last one may be smaller."""
+        return math.ceil(len(self.labels) / self.size)
+
+    def epoch(
+        self, order: torch.Generator, augmentation: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over all images once, in a random order that is drawn at the call."""
+        drawn = self.draw(order, augmentation)
+        return (self.pick(*part) for part in zip(*(t.split(self.size) for t in drawn), strict=True))
+
+    def draw(
+        self, order: torch.Generator, augmentation: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """Draw everything random of one epoch, on the CPU: every device sees the same batches.
+
+        Args:
+            order: A CPU generator.
+            augmentation: A CPU generator; needed if the batches augment.
+
+        Returns:
+            A permutation (N,). If the batches augment, also each image's corner of the crop, row
+            and column in 0..8 (N, 2), and its flip (N,), in the order of the permutation.
+        """
+        count, device = len(self.labels), self.labels.device
+        drawn = [torch.randperm(count, generator=order)]
+        if self.augment:
+            if augmentation is None:
+                raise ValueError("batches that augment need a generator for the augmentation")
+            drawn.append(torch.randint(2 * self.padding + 1, (count, 2), generator=augmentation))
+            drawn.append(torch.randint(2, (count,), generator=augmentation).bool())
+        return [tensor.to(device) for tensor in drawn]
+
+    def pick(self, indices: Tensor, *augmentation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batch of these images (B,), with their corners and flips if there are any."""
+        if augmentation:
+            images = crop_and_flip(self.pixels, indices, *augmentation, self.height, self.width)
+        else:
+            images = self.pixels.index_select(0, indices)
+        return self._normalise(images), self.labels[indices]
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return `count` images, or all if there are fewer, without augmentation, for measurements.
+
+        They are the first ones. Of a set sorted by class, such as a folder, they are images at even
+        distances instead.
+        """
+        number = len(self.labels)
+        indices = torch.arange(min(count, number))
+        if count < number and bool((self.labels.diff() >= 0).all()):
+            indices = indices * number // count
+        return self.unaugmented(indices.to(self.labels.device))
+
+    def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batch of these images (B,), without augmentation."""
+        images = self.pixels.index_select(0, indices)[:, *self._inner]
+        return self._normalise(images), self.labels[indices]
+
+    @property
+    def _inner(self) -> tuple[slice, slice]:
+        return (
+            slice(self.padding, self.padding + self.height),
+            slice(self.padding, self.padding + self.width),
+        )
+
+    def evaluation(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over all images once, in their own order, without augmentation.
+
+        Normalised images below 256 MB are kept for the next pass: do not write to them.
+        """
+        images = self.pixels[:, *self._inner]
+        if 4 * images.numel() < KEPT_BYTES and self._normalised is None:
+            with torch.inference_mode(False):  # a later pass may differentiate it
+                self._normalised = self._normalise(images)
+        for start in range(0, len(images), size):
+            batch = slice(start, start + size)
+            if self._normalised is not None:
+                yield self._normalised[batch], self.labels[batch]
+            else:
+                yield self._normalise(images[batch]), self.labels[batch]
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """Turn uint8 (B, H, W, C) into float32 (B, C, H, W), `(x / 255 - mean) / std`."""
+        images = pixels.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
+        return images.contiguous(memory_format=self.layout)
+
+
+def crop_and_flip(
+    padded: Tensor, indices: Tensor, corners: Tensor, flips: Tensor, height: int, width: int
+) -> Tensor:
+    """Crop images, and flip some of them left to right.
+
+    Args:
+        padded: All images (N, H, W, C).
+        indices: (B,), which of them.
+        corners: (B, 2), row and column of each crop's upper left corner.
+        flips: bool (B,).
+        height: Of a crop.
+        width: Of a crop.
+
+    Returns:
+        (B, height, width, C), gathered pixel by pixel in one pass.
+    """
+    _, padded_height, padded_width, channels = padded.shape
+    across = torch.arange(width, device=padded.device)
+    rows = corners[:, :1] + torch.arange(height, device=padded.device)
+    columns = corners[:, 1:] + torch.where(flips[:, None], width - 1 - across, across)
+    rows = rows + padded_height * indices[:, None]
+    pixels = padded_width * rows[:, :, None] + columns[:, None, :]
+    picked = padded.view(-1, channels).index_select(0, pixels.flatten())
+    return picked.view(len(indices), height, width, channels)

@@ -1,0 +1,99 @@
+"""Devices, and torch's global switches for a while."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+_depth = 0  # open contexts of `full_float32`; those of several threads overlap
+_switches = ExitStack()  # resets what the first of them has set
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return a device by name.
+
+    Args:
+        name: "auto" for the first available of cuda, mps, cpu; or "cuda", "cuda:1", "mps", "cpu".
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ValueError(f"no device {name!r} here: one of auto, {', '.join(available)}")
+    return torch.device(name)
+
+
+def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """Return the memory format of images and weights that trains fastest on a device.
+
+    cuDNN has most float32 kernels for channels-first, and would convert around each of them.
+    """
+    planar = device.type == "mps" or (device.type == "cuda" and precision == "float32")
+    return torch.contiguous_format if planar else torch.channels_last
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass in a precision, "float32" or "bfloat16".
+
+    On a GPU converted weights are not kept: a CUDA graph must convert them itself.
+    """
+    enabled, kept = precision == "bfloat16", device.type != "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=kept)
+
+
+@contextmanager
+def switched(where: Any, **switches: Any) -> Iterator[None]:
+    """Give attributes of `where`, for example torch.backends.cudnn, other values for a while."""
+    before = {name: getattr(where, name) for name in switches}
+    try:
+        for name, value in switches.items():
+            setattr(where, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(where, name, value)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 products and convolutions in full, without rounding to TF32 or bfloat16.
+
+    Contexts may be nested, and may overlap in threads: the last one to end resets the switches.
+    Both of torch's interfaces are understood, because from torch 2.9 on the older one raises an
+    error if the newer one was used.
+    """
+    global _depth
+    with _lock:
+        if _depth == 0:
+            _set_full_float32()
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _switches.close()
+
+
+def _set_full_float32() -> None:
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    if hasattr(cuda.matmul, "fp32_precision"):
+        for where in (cudnn.conv, cuda.matmul, mkldnn.conv, mkldnn.matmul):
+            if where.fp32_precision not in ("ieee", "none"):
+                _switches.enter_context(switched(where, fp32_precision="ieee"))
+    else:
+        precision = torch.get_float32_matmul_precision()
+        _switches.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")
+        _switches.enter_context(switched(cudnn, allow_tf32=False))

@@ -1,0 +1,53 @@
+"""Where a run comes from: its images, the code that it names, their checksums, the machine."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from paperlib import data
+from paperlib.config import Config
+from paperlib.pruning import Pruner
+from paperlib.runs import RunRecord, Store
+from paperlib.store import checkpoints, provenance
+
+
+def images_of(config: Config, root: Path | None = None) -> data.Dataset:
+    """Return a run's images: one subset for all seeds, which differ in the network only."""
+    checksum = provenance.known_checksum(config.data, root)
+    return _subset(config.data, root, checksum, config.train_per_class, config.test_per_class)
+
+
+@lru_cache(maxsize=1)
+def _subset(
+    spec: str, root: Path | None, checksum: str | None, training: int | None, test: int | None
+) -> data.Dataset:
+    """Load images once for all runs of a process."""
+    return data.load(spec, root).subset(training, test)
+
+
+def checksums(config: Config, images: str | None) -> dict[str, str | None]:
+    """Return the checksums of a run's data, given that of its images, and of its code."""
+    return {"data": images or None, "source": provenance.code_checksum(config)}
+
+
+def described(device: torch.device, model: nn.Module, pruner: Pruner) -> dict[str, object]:
+    """Return the machine, the versions, and the size of the network, for a record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return provenance.describe(device.type, name, torch.get_num_threads()) | {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "held": int(sum(mask.sum() for mask in pruner.held().values())),
+    }
+
+
+def finished(config: Config, store: Store | None) -> RunRecord | None:
+    """Return the store's record of a run if there is one, and remove a checkpoint left beside it.
+
+    Raises:
+        Mismatch: It was made with other data or code.
+    """
+    if store is None or config not in store:
+        return None
+    checkpoints.discard(store.path, config.identity)  # its writer may have died before that
+    return store.read(config)

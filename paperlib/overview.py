@@ -1,0 +1,137 @@
+"""All claims at a glance: their verdicts, their gates and the figures that carry them. No torch."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from paperlib import claims, experiments, gates
+from paperlib.runs import Store
+from paperlib.verdicts import Claim
+
+PAPERS = {"T": "https://arxiv.org/abs/1906.03728", "R": "https://arxiv.org/abs/1805.01930"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The claims of both papers, judged by the runs that are there.
+
+    Attributes:
+        scale: Of the runs.
+        claims: With verdict, contrasts and gates.
+        name: Of the files that `plots.save` writes.
+    """
+
+    scale: experiments.Scale
+    claims: tuple[Claim, ...]
+    name: str = "claims"
+
+    @property
+    def stamp(self) -> str:
+        """One line for a figure's face."""
+        done, registered = (max(getattr(c, n) for c in self.claims) for n in ("done", "registered"))
+        runs = f"claims with up to {registered} runs, {done} there"
+        return f"profile {self.scale.profile}, {runs}"
+
+    @property
+    def contrasts(self) -> pd.DataFrame:
+        """One row a contrast, and one for each claim that has none."""
+        return claims.to_frame(self.claims)
+
+    @property
+    def gates(self) -> pd.DataFrame:
+        """One row a gate of a claim, for people."""
+        frames = [gates.table(c.gates).assign(claim=c.name) for c in self.claims]
+        return pd.concat(frames, ignore_index=True)
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row a claim: its statement, its runs, its verdict, its power and its notes."""
+        rows = [
+            {
+                "claim": c.name,
+                "statement": c.statement,
+                "runs": c.n,
+                "verdict": c.verdict,
+                "power": round(c.power, 2),
+                "for a true effect of": c.effect,
+                "notes": "; ".join(c.notes),
+            }
+            for c in self.claims
+        ]
+        return pd.DataFrame(rows).set_index("claim")
+
+    def index(self, folder: str = "") -> str:
+        """Return the way in, as Markdown: each claim with links to its figures, and its verdict.
+
+        Args:
+            folder: The notebooks' folder as seen from the page, with a slash at its end.
+        """
+        lines = ["| | claim | figures | verdict |", "| --- | --- | --- | --- |"]
+        for claim in self.claims:
+            notebooks = dict.fromkeys(experiments.FIGURES[f].notebook for f in claim.figures)
+            links = ", ".join(f"[{n.partition('/')[2]}]({folder}{n}.ipynb)" for n in notebooks)
+            name = f"[{claim.name}]({PAPERS[claim.name[0]]})"
+            verdict = f"**{claim.verdict}** ({claim.n} runs)"
+            lines.append(f"| {name} | {claim.statement} | {links} | {verdict} |")
+        return "\n".join(lines)
+
+
+def judged(
+    profile: str = "auto",
+    data: str | None = None,
+    precision: str | None = None,
+    store: Store | None = None,
+) -> Judged:
+    """Judge every claim by the runs that are there. Nothing is trained.
+
+    Args:
+        profile: "auto" is PAPERLIB_PROFILE, or else "small", the scale that claims are tested at.
+        data: Replaces the profile's data set.
+        precision: Replaces the profile's.
+        store: The default one where None.
+    """
+    if profile == "auto":
+        profile = os.environ.get("PAPERLIB_PROFILE", "auto")
+    if profile == "auto":
+        profile = "small"
+    scale = experiments.Scale(profile, data, precision=precision)
+    return Judged(scale, tuple(claims.judge(scale, store)))
+
+
+PAGES = {"README.md": "notebooks/", "docs/evidence.md": "../notebooks/"}
+BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+
+
+def page(path: Path, table: str) -> str:
+    """Return a page's text with the claims' table between its two marks.
+
+    Raises:
+        ValueError: The page lacks a mark.
+    """
+    text = path.read_text()
+    for mark in (BEGIN, END):
+        if mark not in text:
+            raise ValueError(f"{path} has no mark {mark!r}")
+    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n\n{table}\n\n" + text[text.index(END) :]
+
+
+def write(scale: experiments.Scale, judged: Iterable[Claim]) -> None:
+    """Write the claims' table into every page of `PAGES` in this checkout."""
+    root = Path(__file__).parents[1]
+    for name, folder in PAGES.items():
+        path = root / name
+        path.write_text(page(path, Judged(scale, tuple(judged)).index(folder)))
+
+
+def figures() -> str:
+    """Return all figures as a Markdown list of links, in the papers' order."""
+    titles: dict[str, list[str]] = {}
+    for figure in experiments.FIGURES.values():
+        titles.setdefault(figure.notebook, []).append(figure.title)
+    return "\n".join(
+        f"- [{notebook.partition('/')[2]}]({notebook}.ipynb): {'; '.join(names)}"
+        for notebook, names in titles.items()
+    )

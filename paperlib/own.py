@@ -1,0 +1,87 @@
+"""A pruning method, a network or images of one's own, put to the test of claim T1.
+
+`settings` takes Figure 2's settings of VGG11, on any network and with one more score; `judge` gives
+the verdict by the rules that the papers' figures are judged by.
+"""
+
+from dataclasses import replace
+
+import pandas as pd
+
+from paperlib import experiments, gates, verdicts
+from paperlib.gates import UNPRUNED
+
+FIGURE, LIKE, YOURS = "figure-2", "largest 40", "yours"
+SHOWN = (UNPRUNED, "smallest 4", "smallest 40", LIKE)
+STATEMENT = "Of these settings, the least stable generalizes best."
+
+
+def settings(
+    profile: str = "demo",
+    score: str | None = None,
+    target: str = "smallest",
+    model: str | None = None,
+    data: str | None = None,
+    seeds: int | None = None,
+) -> pd.DataFrame:
+    """Return Figure 2's settings of VGG11 and one with another score, a row a run.
+
+    Args:
+        profile: The scale.
+        score: "module:function", a function of a convolution that gives a value a filter. It
+            prunes as often as Prune_L does. None: no such setting.
+        target: Which of its values go: "smallest" or "largest".
+        model: "module:function" of a network, in place of VGG11. Its last four convolutions that
+            can be pruned are.
+        data: In place of the profile's images.
+        seeds: In place of the profile's number.
+
+    Returns:
+        Columns as `experiments.plan` returns them.
+    """
+    plan = experiments.plan(FIGURE, experiments.Scale(profile, data, seeds))
+    plan = plan[(plan.network == "VGG11") & plan.setting.isin(SHOWN)]
+    if score is not None:
+        mine = plan[plan.setting == LIKE].copy()
+        rate = mine.label.str.rpartition(" ")[2]
+        mine["config"] = [
+            c.with_(pruning=replace(c.pruning, score=score, target=target)) for c in mine.config
+        ]
+        mine = mine.assign(method="Yours", setting=YOURS, label="Yours " + rate)
+        plan = pd.concat([plan, mine])
+    if model is not None:
+        plan = plan.assign(network=model.rpartition(":")[2])
+        plan["config"] = [
+            c.with_(model=model, flatness=None, histograms=False) for c in plan.config
+        ]
+    plan["run"] = [config.identity for config in plan.config]
+    return plan.reset_index(drop=True)
+
+
+def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> verdicts.Claim:
+    """Judge whether the least stable setting beats the most stable one, and no pruning.
+
+    Args:
+        plan: As `settings` returns it, of one network.
+        epochs: Its epochs, keyed by run.
+        runs: Its runs, keyed by run.
+
+    Returns:
+        The claim, with gates, contrasts and a verdict. Two seeds are enough for none but a clear
+        one.
+    """
+    columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
+    frame = plan.merge(runs[columns].drop_duplicates("run"), "left", on="run")
+    frame = frame.assign(figure=FIGURE, done=frame.accuracy.notna(), finite=True)
+    found = gates.evaluate(frame, epochs)
+    part = verdicts.Part(frame, (FIGURE,), plan.network.iloc[0])
+    claim = verdicts.start("yours", STATEMENT, [part], found, ("G1", "G2", "G3", "G4"))
+    if claim.verdict:
+        return claim
+    order = part.by_stability([name for name in part.labels if name != UNPRUNED])
+    least, most = order[0], order[-1]
+    claim = verdicts.gated(claim, part.separation(least, most))
+    if claim.verdict:
+        return claim
+    contrasts = [part.contrast(least, most), part.contrast(least, UNPRUNED)]
+    return verdicts.finish(claim, contrasts, part.delta)

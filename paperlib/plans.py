@@ -1,0 +1,295 @@
+"""Plans: which runs a figure needs at a scale, and how its settings compare with the paper's.
+
+`plan` lists a figure's runs, `table` shows its settings beside the paper's, and `queue` puts all
+runs of a scale in the order in which they are worth having. Users find them in `experiments`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.papers import regularization_2018, tradeoff_2020
+from paperlib.papers.noise_spans import images_of, training_batches
+from paperlib.papers.settings import Figure
+from paperlib.profiles import PROFILES, Profile, steps
+
+FIGURES = {figure.name: figure for figure in (*tradeoff_2020.FIGURES, *regularization_2018.FIGURES)}
+
+# The evidence in order of worth: (figure, network) pairs, None for all networks of a figure.
+TIERS = (
+    (("figure-6", "VGG11"), ("figure-1", None), ("figure-B1", None)),
+    (("figure-R1", None), ("figure-R2", None), ("figure-R4", None), ("figure-R5", None)),
+    (("figure-5", None), ("figure-D2", None)),
+    (("figure-B2", "VGG11"), ("figure-R6", None)),
+    (("figure-3", None), ("figure-R3", None)),
+    (
+        ("figure-2", "ResNet18"),
+        ("figure-B2", "ResNet18"),
+        ("table-C1", None),
+        ("figure-4", None),
+        ("figure-C3", None),
+    ),
+    (("table-F1", None),),
+)
+# Filters of the last layer that is pruned, at full width.
+LAST_FILTERS = {"vgg11_bn": 512, "resnet18": 512, "resnet20": 64, "resnet56": 64}
+
+
+def figure(name: str) -> Figure:
+    """Return the figure of that name; raise ValueError with the valid names otherwise."""
+    if name not in FIGURES:
+        raise ValueError(f"unknown figure {name!r}: one of {', '.join(FIGURES)}")
+    return FIGURES[name]
+
+
+def profile(name: str) -> Profile:
+    """Return the profile of that name; raise ValueError with the valid names otherwise."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A profile, and what replaces parts of it.
+
+    Attributes:
+        profile: "smoke", "demo", "small" or "paper".
+        data: a data set in place of the profile's, such as "cifar10" or "images:PATH".
+        seeds: how many, in place of the profile's number.
+        precision: "float32" or "bfloat16", in place of the papers' float32.
+
+    Raises:
+        ValueError: the profile is unknown, or there are no seeds.
+    """
+
+    profile: str = "small"
+    data: str | None = None
+    seeds: int | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        profile(self.profile)
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    @classmethod
+    def of(cls, scale: "Scale | str") -> "Scale":
+        """Return the scale itself, or that of a profile that is named."""
+        return scale if isinstance(scale, Scale) else cls(scale)
+
+
+def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
+    """Return the runs of a figure, one row each; settings that a profile makes equal appear once.
+
+    Args:
+        name: of the figure.
+        scale: a `Scale`, or the name of a profile.
+
+    Returns:
+        Columns network, method, setting (its name, the same at every profile), label, rate
+        (percent an event, NaN if nothing is pruned in training), fraction (percent of the layer
+        that loses most, 0 if nothing is pruned), seed, choosing (True for a seed on which the best
+        of several settings is chosen), run (the identity) and config.
+    """
+    shown, scale = figure(name), Scale.of(scale)
+    at = profile(scale.profile)
+    rows = []
+    for setting in at.shown(shown):
+        config = at.scale(setting, scale.data, scale.precision)
+        fractions = config.pruning.fractions if config.pruning is not None else (0,)
+        about = {
+            "network": setting.network,
+            "method": setting.method,
+            "setting": setting.name,
+            "label": label(setting.method, config),
+            "rate": pruning_rate(config),
+            "fraction": 100 * max(fractions),
+        }
+        compared = [(seed, False) for seed in at.seeds_of(shown, setting, scale.seeds)]
+        for seed, choosing in compared + [(s, True) for s in at.choosing_seeds(setting)]:
+            config = config.with_(seed=seed)
+            rows.append(
+                about
+                | {"seed": seed, "choosing": choosing, "run": config.identity, "config": config}
+            )
+    frame = pd.DataFrame(rows)
+    same = frame.config.map(lambda c: c.with_(flatness=None, histograms=False).identity)
+    return frame[~same.duplicated()].reset_index(drop=True)
+
+
+def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Config]:
+    """Return every run of a scale once, by tier of `TIERS`, then by seed, then by setting.
+
+    names: only the runs of these figures, in the order of the names instead of the tiers.
+    """
+    tiers = tuple(((name, None),) for name in names) or TIERS
+    ordered: dict[str, Config] = {}
+    for tier in tiers:
+        plans = []
+        for name, network in tier:
+            frame = plan(name, scale)
+            plans.append(frame if network is None else frame[frame.network == network])
+        runs = pd.concat(plans, ignore_index=True).sort_values("seed", kind="stable")
+        for config in runs.config:
+            ordered.setdefault(config.identity, config)
+    return list(ordered.values())
+
+
+def is_setting(config: Config) -> bool:
+    """Return whether a figure has this setting, in any profile and with any seed."""
+    return config.with_(seed=0).identity in _settings(config.data, config.precision)
+
+
+@cache
+def _settings(data: str, precision: str) -> set[str]:
+    scales = [Scale(profile, data, 1, precision) for profile in PROFILES]
+    return {run for name in FIGURES for scale in scales for run in plan(name, scale).run}
+
+
+def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Join a frame keyed by `run` (a store's epochs or runs) with a plan's columns on each run.
+
+    A run that serves several settings appears once for each.
+
+    Args:
+        frame: with a column `run`.
+        runs: a `plan`.
+    """
+    about = runs.drop(columns="config")
+    new = [column for column in frame if column == "run" or column not in about]
+    return about.merge(frame[new], on="run")
+
+
+def pruning_rate(config: Config) -> float:
+    """Return the iterative pruning rate in percent; NaN if nothing is pruned in training."""
+    pruning = config.pruning
+    if pruning is None or (isinstance(pruning, FilterPruning) and pruning.scratch):
+        return math.nan
+    return pruning.rate
+
+
+def label(method: str, config: Config) -> str:
+    """Return a setting's name in a legend.
+
+    Examples are "Prune_S 13%" (of filters, an event), "Prune_L 90%" (of weights, in all),
+    "Zeroing 51" (training batches) and "Dropout 0.25/0.5" (after pools, after the dense layer).
+    """
+    if config.dropout:
+        after_pool, after_dense = np.broadcast_to(config.dropout, 2)
+        return f"{method} {after_pool:g}/{after_dense:g}"
+    if isinstance(config.pruning, WeightPruning):
+        return f"{method} {100 * max(config.pruning.fractions):g}%"
+    if config.noise is not None:
+        images = images_of(config)
+        return f"{method} {training_batches(config.noise, config.batch, *images) or '1 pass'}"
+    rate = pruning_rate(config)
+    return method if math.isnan(rate) else f"{method} {rate:.2g}%"
+
+
+def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
+    """Return every setting of a figure at the paper's scale and at another one, side by side.
+
+    One row a setting; the columns have two levels, "paper" and the profile's name. The rows on
+    steps and doses are the numbers that make a miniature faithful (docs/evidence.md).
+    """
+    shown, scale = figure(name), Scale.of(scale)
+    settings = profile(scale.profile).shown(shown)
+    columns = {}
+    for side in (Scale("paper"), scale):
+        at = profile(side.profile)
+        columns[side.profile] = [
+            _described(
+                at.scale(s, side.data, side.precision), len(at.seeds_of(shown, s, side.seeds))
+            )
+            for s in settings
+        ]
+    index = pd.MultiIndex.from_tuples(
+        [(s.network, label(s.method, s.config)) for s in settings], names=["network", "setting"]
+    )
+    frames = {side: pd.DataFrame(rows, index=index) for side, rows in columns.items()}
+    return (
+        pd.concat(frames, axis=1)
+        .swaplevel(axis=1)
+        .sort_index(axis=1, level=0, sort_remaining=False)
+    )
+
+
+def _described(config: Config, seeds: int) -> dict[str, object]:
+    """Describe a configuration in the words of the papers."""
+    train_images, test_images = images_of(config)
+    described = {
+        "data": config.data,
+        "training images": train_images if config.train_per_class else "all",
+        "test images": test_images if config.test_per_class else "all",
+        "augmentation": "crop, flip" if config.augment else "none",
+        "network": config.model,
+        "width": config.width,
+        "optimizer": config.optimizer,
+        "learning rate": config.learning_rate,
+        "momentum": config.momentum,
+        "weight decay": config.weight_decay,
+        "batch": config.batch,
+        "steps an epoch": steps(config, train_images),
+        "epochs": config.epochs,
+        "dropout": config.dropout,
+        "precision": config.precision,
+        "milestones": ", ".join(map(str, config.milestones)),
+        "seeds": seeds,
+    }
+    if config.flatness is not None:
+        f = config.flatness
+        described["flatness"] = (
+            f"epoch {f.epoch}, {f.images} images, {f.eigenvalues} eigenvalues; {f.directions} "
+            f"directions, eps up to {f.reach:g} by {f.step:g}, on {f.test_images or 'all'} images"
+        )
+    return described | _described_pruning(config, steps(config, train_images))
+
+
+def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
+    pruning = config.pruning
+    if pruning is None:
+        return {}
+    described: dict[str, object] = {
+        "target": pruning.target,
+        "fractions": ", ".join(f"{f:g}" for f in pruning.fractions),
+    }
+    events: tuple[tuple[int, ...], ...]
+    if isinstance(pruning, FilterPruning):
+        described["score"] = pruning.score
+        described["held at zero"] = "weights, batch norm" if pruning.norm else "weights"
+        events = pruning.epochs
+    else:
+        described["layers"] = ", ".join(pruning.layers)
+        described["schedule"] = pruning.schedule
+        events = (pruning.epochs,)
+    described["rate (% an event)"] = round(pruning.rate, 2)
+    if isinstance(pruning, FilterPruning) and pruning.scratch:
+        return described | {"event epochs": "before training"}
+    most = max(range(len(events)), key=lambda i: pruning.fractions[i])
+    gaps = [b - a for a, b in pairwise(events[most])]
+    described["event epochs"] = _spans(events)
+    described["steps between events"] = an_epoch * min(gaps) if gaps else "one event"
+    if isinstance(pruning, FilterPruning):
+        count = round(config.width * LAST_FILTERS[config.model])
+        kept = math.ceil(round((1 - pruning.fractions[-1]) * count, 6))
+        dose = (count - kept) / len(events[-1])
+        described["dose (filters an event, last layer)"] = round(dose, 1)
+    last = max(epochs[-1] for epochs in events)
+    described["steps after the last event"] = an_epoch * (config.epochs - 1 - last)
+    if config.noise is not None:
+        batches = training_batches(config.noise, config.batch, *images_of(config))
+        described["noise"] = config.noise.kind
+        described["noise lasts"] = f"{batches} training batches, N = {config.noise.passes} passes"
+    return described
+
+
+def _spans(layers: tuple[tuple[int, ...], ...]) -> str:
+    """Describe event epochs by layer: first to last (events)."""
+    return "; ".join(f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in layers)

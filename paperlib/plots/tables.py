@@ -1,0 +1,74 @@
+"""The tables below a figure: numbers by setting, gates, and contrasts with their verdict."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+RESULTS = ("passed", "failed", "not applicable")
+
+
+def numbers(runs: pd.DataFrame, columns: Mapping[str, str], by: str = "label") -> pd.DataFrame:
+    """Return mean and standard deviation over seeds, and n, by network and setting.
+
+    Args:
+        runs: Columns network, `by` and those of `columns`, a row a run.
+        columns: Column of `runs` -> its name in the table.
+        by: The column that names settings.
+
+    Returns:
+        Rounded to 2 digits after the point, or to 4 in columns whose means are all below 1.
+    """
+    groups = runs.groupby(["network", by], sort=False)
+    parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
+    table = pd.concat(parts, axis=1).rename(columns={"std": "sd"}, level=1)
+    table["n", ""] = groups.size()
+    for name in columns.values():
+        table[name] = table[name].round(2 if table[name, "mean"].abs().max() >= 1 else 4)
+    return table.rename_axis(["network", "setting"])
+
+
+def gates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return how many settings pass each gate, by network, and what the failures say.
+
+    Args:
+        frame: As `gates.table` and `Loaded.gates` give it.
+    """
+    rows = []
+    for (gate, network), group in frame.groupby(["gate", "network"], sort=False):
+        failed = group[group.passed == "failed"]
+        words = [f"{r.setting}: {r.text}" if r.setting else r.text for r in failed.itertuples()]
+        counts = {word: int((group.passed == word).sum()) for word in RESULTS}
+        rows.append({"gate": gate, "network": network, **counts, "failures": "; ".join(words[:2])})
+    columns = ["gate", "network", *RESULTS, "failures"]
+    return pd.DataFrame(rows, columns=columns).set_index(["gate", "network"]).sort_index()
+
+
+def verdict(claims: pd.DataFrame) -> pd.DataFrame:
+    """Return the contrasts of claims for people: estimates with intervals, p and the verdict.
+
+    Args:
+        claims: As `claims.to_frame` and `Loaded.claims` give it.
+    """
+
+    def text(values: pd.Series, form: str) -> list[str]:
+        return ["" if pd.isna(value) else format(value, form) for value in values]
+
+    interval = [
+        "" if pd.isna(e) else f"{e:+.2f}" + ("" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]")
+        for e, low, high in claims[["estimate", "low", "high"]].to_numpy()
+    ]
+    table = pd.DataFrame(
+        {
+            "verdict": claims.verdict,
+            "runs": claims.runs,
+            "contrast": claims.contrast.fillna("none tested"),
+            "kind": claims.kind.fillna(""),
+            "outcome": claims.outcome.fillna(""),
+            "estimate [95%]": interval,
+            "pairs": text(claims.n, ".0f"),
+            "p": text(claims.p, ".2g"),
+            "p (Holm)": text(claims.holm, ".2g"),
+            "note": claims.note.fillna(""),
+        }
+    )
+    return table.set_index(pd.Index(claims.claim, name="claim"))

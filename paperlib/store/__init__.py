@@ -1,0 +1,1 @@
+"""Runs on disk: records, checkpoints, claims and provenance. Imports no torch."""

@@ -1,0 +1,122 @@
+"""Claims: a run is trained once, by the process that claims it first, on whichever host.
+
+    STORE/claims/IDENTITY.lease   names who trains the run; it exists only in that time
+
+A claim is a `filelock.SoftFileLease`. Its holder refreshes the file every BEAT_SECONDS. The claim
+of a process that died on the same host is taken over at once. That of a process that is paused, or
+of another host, is taken over LEASE_SECONDS after its last refresh. The process that waits measures
+that time by its own clock, so clocks of hosts may differ. The file system needs exclusive creation
+and atomic rename, as local disks, NFS, Lustre and BeeGFS have. No operating system's lock is used.
+
+A holder that was paused or cut off for longer finds another token in the file, and stops:
+`Claim.check` is called before anything is written. A race remains between check and rename. It is
+harmless: both writers produce the same record.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from paperlib.store.records import StoreError
+
+BEAT_SECONDS = 15.0
+LEASE_SECONDS = 120.0
+POLL_SECONDS = 0.5
+FOREVER_SECONDS = 1e9
+RETRY_SECONDS = 0.05  # where files cannot be exchanged a dead holder's is removed, then replaced
+# Leases that could not be had. Each remembers since when the holder has not refreshed its file.
+_watched: dict[Path, SoftFileLease] = {}
+
+
+class Claimed(RuntimeError):
+    """Another process has claimed the run; the message names the run and that process."""
+
+
+class Lost(Claimed):
+    """Another process took the run over while this one was paused or cut off."""
+
+
+class Claim:
+    """A claim that is held; see `claim`."""
+
+    def __init__(self, run: str, lease: SoftFileLease) -> None:
+        self.run, self.lease = run, lease
+
+    def check(self) -> None:
+        """Raise Lost if another process has the claim by now."""
+        owner = self.lease.owner
+        if owner is not None and owner.token != self.lease.token:
+            raise Lost(f"run {self.run} was taken over by {_name(self.lease)}")
+
+
+@contextmanager
+def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Claim]:
+    """Hold the claim on a run for a `with` block.
+
+    The caller then looks whether the run is done before it trains it, and calls the claim's `check`
+    before it writes. A claim cannot be sent to another process.
+
+    Args:
+        store: The store's path.
+        run: The run's identity.
+        wait: Wait until the holder is done or dead.
+
+    Raises:
+        Claimed: Another process has the run, and `wait` is False.
+        StoreError: The claim cannot be written.
+    """
+    path = _file(store, run)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lease = _watched.pop(path, None) or _lease(path)
+        limit, poll = (FOREVER_SECONDS, POLL_SECONDS) if wait else (RETRY_SECONDS, RETRY_SECONDS)
+        lease.acquire(timeout=limit, poll_interval=poll)
+    except Timeout:
+        _watched[path] = lease
+        raise Claimed(f"run {run} is claimed by {_name(lease)}") from None
+    except OSError as error:
+        raise StoreError(f"cannot claim run {run} in {store}: {error}") from error
+    try:
+        yield Claim(run, lease)
+    finally:
+        lease.release()
+
+
+def holder(store: str | os.PathLike, run: str) -> dict[str, str | int] | None:
+    """Return the host and pid of the process that has claimed a run, or None. Change nothing.
+
+    A process killed less than LEASE_SECONDS ago is still named.
+    """
+    path = _file(store, run)
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return None
+    owner = _lease(path).owner
+    if owner is None or abs(age) > LEASE_SECONDS:
+        return None
+    return {"host": owner.hostname.partition("?")[0], "pid": owner.pid}
+
+
+def _file(store: str | os.PathLike, run: str) -> Path:
+    return Path(store) / "claims" / f"{run}.lease"
+
+
+def _lease(path: Path) -> SoftFileLease:
+    return SoftFileLease(
+        path,
+        lease_duration=LEASE_SECONDS,
+        heartbeat_interval=BEAT_SECONDS,
+        thread_local=False,  # a run's claim is returned by whichever thread ends it
+    )
+
+
+def _name(lease: SoftFileLease) -> str:
+    owner = lease.owner
+    if owner is None:
+        return "another process"
+    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"

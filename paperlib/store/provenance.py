@@ -1,0 +1,194 @@
+"""The origin of a record or a figure: versions, commit, machine, checksums of data and code.
+
+Imports no torch.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from paperlib import __version__
+from paperlib.config import Config
+from paperlib.store.paths import data_folders
+
+PACKAGES = ("paperlib", "torch", "torchvision", "numpy")
+# Checksums of the named data sets: the md5 of CIFAR's archive in binary form,
+# `data.images_checksum` of JPEG images, 32 digits of the sha256 of the digits' tensors.
+CHECKSUMS = {
+    "digits": "f50368098ec3849434b31573e44bda4a",
+    "cifar10": "c32a1d4ab5d03f1284b67883e8d87530",
+    "cifar10-jpeg": "50ad6748b6e21784d69d60c380dbc30b",
+    "cifar100": "03b5dce01913d631647c71ecec9e9cb8",
+}
+
+
+def version(package: str) -> str:
+    """Return a package's version; paperlib's also where it is not installed."""
+    return __version__ if package == "paperlib" else metadata.version(package)
+
+
+@cache
+def commit() -> str | None:
+    """Return the checkout's commit, with + if files differ from it; None outside a checkout.
+
+    PAPERLIB_COMMIT replaces it where code is copied without its history, as to a cluster's nodes.
+    """
+    if os.environ.get("PAPERLIB_COMMIT"):
+        return os.environ["PAPERLIB_COMMIT"]
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        git += ["describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(device: str, processor: str, threads: int) -> dict[str, object]:
+    """Return versions, machine and the present time, for a record."""
+    return {
+        "device": device,
+        "processor": processor or platform.processor() or platform.machine(),
+        "threads": threads,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "commit": commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return everything below a folder except folders; links to folders as links."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        found += [Path(parent, name) for name in files]
+        found += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+    return found
+
+
+def known_checksum(spec: str, root: str | os.PathLike | None = None) -> str | None:
+    """Return the checksum that the data set `spec` has when it is loaded. Nothing is downloaded.
+
+    Images at a path are read, not decoded. Their checksum is then kept in the data folder for as
+    long as no file there changes its size or times. A checksum that is kept needs no torch.
+
+    Args:
+        spec: As `data.load` takes it.
+        root: The data folder, as `data.load` takes it.
+
+    Returns:
+        32 hex digits, or None for an unknown data set or a path that does not exist.
+
+    Raises:
+        ValueError: The images at the path cannot be read, or are not in train/ and test/.
+    """
+    path = _images_path(spec)
+    if path is None or not path.exists():
+        return CHECKSUMS.get(spec)
+    files = sorted(files_below(path)) if path.is_dir() else [path]
+    states = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.lstat()]]
+    state = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
+    notes = [folder / f"checksum-{state}.txt" for folder in data_folders(root)]
+    for note in notes:
+        with suppress(OSError, ValueError):
+            (checksum,) = note.read_text().splitlines()
+            if len(checksum) == 32:
+                return checksum
+    from paperlib import data
+
+    checksum = data.images_checksum(data.read_images(path))
+    with suppress(OSError):  # the folder may be read-only
+        notes[0].parent.mkdir(parents=True, exist_ok=True)
+        notes[0].write_text(f"{checksum}\n")
+    return checksum
+
+
+def _images_path(spec: str) -> Path | None:
+    """Return the path of "images:PATH"; None for other data sets."""
+    kind, _, path = spec.partition(":")
+    return Path(path).expanduser().absolute() if kind == "images" and path else None
+
+
+def source_checksum(spec: str) -> str | None:
+    """Return the sha256 of the source file of a function named "package.module:function".
+
+    The module itself is not imported; the packages around it are. A function that was defined in a
+    notebook ("__main__:function") has no file: the checksum is that of its own source.
+
+    Args:
+        spec: The name of a score or network.
+
+    Returns:
+        64 hex digits, or None where `spec` has no ":" or there is no such source.
+    """
+    module, colon, name = spec.partition(":")
+    if not colon:
+        return None
+    try:
+        found = importlib.util.find_spec(module)
+        file = found.origin if found else None
+    except (ImportError, ValueError):  # a script or notebook, as __main__, has no spec
+        file = getattr(sys.modules.get(module), "__file__", None)
+    try:
+        if file:
+            source = Path(file).read_bytes()
+        else:
+            source = inspect.getsource(getattr(sys.modules[module], name)).encode()
+    except (OSError, KeyError, AttributeError, TypeError):  # "built-in" is no file
+        return None
+    return hashlib.sha256(source).hexdigest()
+
+
+def code_checksum(config: Config) -> str | None:
+    """Return the checksum of the network and score that a run names; None if it names none.
+
+    If it names both, it is the checksum of the two checksums.
+    """
+    specs = config.model, getattr(config.pruning, "score", "")
+    found = [checksum for checksum in map(source_checksum, specs) if checksum]
+    if len(found) < 2:
+        return found[0] if found else None
+    return hashlib.sha256("/".join(found).encode()).hexdigest()
+
+
+def data_checksum(spec: str, root: str | os.PathLike | None = None) -> str | None:
+    """Return `known_checksum`, but refuse a path that does not exist.
+
+    Raises:
+        ValueError: There are no images at the path, or they cannot be read.
+    """
+    path = _images_path(spec)
+    if path is not None and not path.exists():
+        raise ValueError(
+            f"there are no images at {path}; records of another {path.name!r} are used only if "
+            "the path exists and holds the same images"
+        )
+    return known_checksum(spec, root)
+
+
+def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Say which of a run's inputs differ from those that a record was made with, or return None.
+
+    Only checksums that both sides know are compared.
+
+    Args:
+        config: The run.
+        then: The record's checksums, `data` and `source`.
+        now: Those of the present data and code: `data_checksum` and `code_checksum`.
+    """
+    names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
+    for key, name in names.items():
+        if then.get(key) and now.get(key) and then[key] != now[key]:
+            return f"it was made with other {name}: checksum {then[key]}, now {now[key]}"
+    return None

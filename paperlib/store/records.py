@@ -1,0 +1,316 @@
+"""The formats of records: one run in two files, or many runs in one.
+
+A run is a Parquet file with one row an epoch, and an npz file where arrays were measured. The
+Parquet file's metadata holds JSON: the configuration, the provenance, and checksums of everything,
+the npz file included. So damaged bytes and files of different runs are noticed. Many runs are one
+Parquet file of all their epochs. There a run's first row holds the same JSON in the column `about`,
+the names and types of its columns in `columns`, and its npz file in `arrays`.
+
+Imports no torch.
+"""
+
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from paperlib import measures
+from paperlib.config import Config, from_dict, to_dict
+
+# Raised while a damaged Parquet, npz or JSON file is read. A ConfigError is a ValueError.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError),
+    pa.ArrowException,
+)
+ROW_GROUP = 512  # rows; the arrays of one run are found without reading those of all
+
+
+class StoreError(RuntimeError):
+    """A run store cannot be read or written."""
+
+
+class DamagedRecord(StoreError):
+    """A record cannot be trusted; the message names its file."""
+
+
+@dataclass
+class RunRecord:
+    """One finished run.
+
+    Attributes:
+        config: Its configuration.
+        epochs: One row an epoch; the columns that `measures.summarize` takes, and train_loss,
+            test_loss, learning_rate and seconds.
+        arrays: What was measured in the run, by name.
+        provenance: Versions, device, commit, and checksums of data and code.
+    """
+
+    config: Config
+    epochs: pd.DataFrame
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str:
+        """The run's identity."""
+        return self.config.identity
+
+    @property
+    def parameters(self) -> float:
+        """The parameters left at the end: all less those held at zero; NaN if unknown."""
+        return parameters_left(self.provenance)
+
+    def summary(self) -> pd.Series:
+        """Return the run's row of `measures.summarize`."""
+        return measures.summarize(self.epochs.assign(run=self.run)).iloc[0]
+
+
+def parameters_left(provenance: Mapping[str, Any]) -> float:
+    """Count the parameters left at the end: all less those held at zero; NaN if unknown."""
+    return provenance.get("parameters", np.nan) - provenance.get("held", 0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record without its arrays, as its file holds it.
+
+    Attributes:
+        run: The run's identity.
+        about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
+            provenance, and `arrays` of the npz file; `arrays` is null where that was left out.
+        columns: One number an epoch, by name.
+    """
+
+    run: str
+    about: str
+    columns: dict[str, np.ndarray]
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What `about` says."""
+        return json.loads(self.about)
+
+    @property
+    def epochs(self) -> pd.DataFrame:
+        """One row an epoch."""
+        return pd.DataFrame(self.columns)
+
+    @property
+    def count(self) -> int:
+        """The number of epochs."""
+        return len(next(iter(self.columns.values()), ()))
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether arrays belong to it and were not left out."""
+        return self.content.get("arrays") is not None
+
+    def check(self) -> None:
+        """Raise ValueError if numbers, provenance or configuration are not the original ones."""
+        if (held := from_dict(self.content["config"]).identity) != self.run:
+            raise ValueError(f"it holds run {held}, not {self.run}")
+        if digest(self.columns) != self.content["epochs"]:
+            raise ValueError("its numbers do not match their checksum")
+        provenance = _text_digest(self.content["provenance"])
+        if self.content.get("about", provenance) != provenance:  # older records have none
+            raise ValueError("its provenance does not match its checksum")
+
+    def check_arrays(self, content: bytes) -> bytes:
+        """Return its npz file's content. Raise ValueError if that is of another record."""
+        if hashlib.sha256(content).hexdigest() != self.content["arrays"]:
+            raise ValueError(f"the arrays of run {self.run} do not match their checksum")
+        return content
+
+    def portable(self, arrays: bool) -> "Entry":
+        """Return the same record with only the last part of a path to images.
+
+        Args:
+            arrays: False notes that its arrays were left out.
+        """
+        config = to_dict(from_dict(self.content["config"]).portable)
+        about = self.content | {"config": config}
+        if self.has_arrays and not arrays:
+            about |= {"arrays": None}
+        return Entry(self.run, json.dumps(about), self.columns)
+
+    def same_numbers(self, other: "Entry") -> bool:
+        """Whether both hold the same numbers, apart from the seconds that an epoch took."""
+        arrays = self.content.get("arrays"), other.content.get("arrays")
+        if None not in arrays and arrays[0] != arrays[1]:
+            return False
+        mine, others = (
+            digest({name: column for name, column in entry.columns.items() if name != "seconds"})
+            for entry in (self, other)
+        )
+        return mine == others
+
+
+def digest(columns: Mapping[str, np.ndarray]) -> str:
+    """Return a checksum of columns: their names, types and bytes."""
+    checksum = hashlib.sha256()
+    for name, column in columns.items():
+        column = np.ascontiguousarray(column)
+        checksum.update(f"{name} {column.dtype.str} {column.shape}".encode())
+        checksum.update(column.data)
+    return checksum.hexdigest()
+
+
+def _text_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def serialized(record: RunRecord) -> tuple[Entry, bytes | None]:
+    """Return a record's entry, and its npz file's content, or None where it has no arrays."""
+    columns = {name: record.epochs[name].to_numpy() for name in record.epochs}
+    content = {
+        "config": to_dict(record.config),
+        "provenance": record.provenance,
+        "epochs": digest(columns),
+        "about": _text_digest(record.provenance),
+    }
+    arrays = None
+    if record.arrays:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **record.arrays)  # type: ignore[arg-type]
+        arrays = buffer.getvalue()
+        content["arrays"] = hashlib.sha256(arrays).hexdigest()
+    return Entry(record.run, json.dumps(content), columns), arrays
+
+
+# One run
+
+
+def write(path: Path, entry: Entry, arrays: bytes | None) -> None:
+    """Write a record at `path`, and before it the npz file beside it. Raises StoreError."""
+    if arrays is not None:
+        write_whole(path.with_suffix(".npz"), arrays)
+    table = pa.table(entry.columns).replace_schema_metadata({"paperlib": entry.about})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    write_whole(path, sink.getvalue())
+
+
+def read(path: Path) -> Entry | None:
+    """Read the record at `path` and check it, arrays too; None where there is none.
+
+    Raises:
+        DamagedRecord: The record or its npz file is damaged, missing in part, or of another run.
+    """
+    try:
+        content = path.read_bytes()
+        file = pq.ParquetFile(pa.BufferReader(content))
+        about = file.schema_arrow.metadata[b"paperlib"].decode()
+        table = file.read(use_threads=False)  # twice as quick as with threads
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        entry = Entry(path.stem, about, columns)
+        entry.check()
+        if entry.has_arrays:
+            entry.check_arrays(path.with_suffix(".npz").read_bytes())
+    except UNREADABLE as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not path.exists():
+            return None
+        raise DamagedRecord(f"{path} is not a whole record: {error}") from error
+    return entry
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, whole or not at all. Raises StoreError where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with whole.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(whole, path)
+        except BaseException:
+            whole.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
+
+
+# Many runs
+
+
+def write_many(
+    file: Any, entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None] | None
+) -> None:
+    """Write runs to one file.
+
+    Args:
+        file: A path or an open file.
+        entries: The runs. A column whose type differs between runs gets one that holds both.
+        arrays: Gives a run's npz file; None leaves all out.
+    """
+    tables = []
+    for entry in sorted(entries, key=lambda entry: entry.run):
+        kinds = {name: column.dtype.str for name, column in entry.columns.items()}
+        rest = [None] * (entry.count - 1)  # only a run's first row has these:
+        heads = {
+            "about": pa.array([entry.about, *rest], pa.string()),
+            "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
+            "arrays": pa.array([arrays(entry) if arrays else None, *rest], pa.binary()),
+        }
+        tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
+    table = pa.concat_tables(tables, promote_options="permissive")
+    size = ROW_GROUP if arrays else None
+    pq.write_table(table, file, compression="zstd", row_group_size=size)
+
+
+def read_many(file: Any) -> dict[str, Entry | StoreError]:
+    """Read all of a file's runs: each record, checked, or the DamagedRecord it is refused for.
+
+    Raises:
+        ValueError, or another of UNREADABLE: The file is damaged as a whole, or of another kind.
+    """
+    parquet = pq.ParquetFile(file)
+    names = [name for name in parquet.schema_arrow.names if name != "arrays"]
+    if missing := [name for name in ("run", "about", "columns") if name not in names]:
+        raise ValueError(f"it has no column {missing[0]}: not a file of runs")
+    table = parquet.read(columns=names)
+    starts = np.flatnonzero(table["about"].is_valid().to_numpy())
+    heads = table.select(["run", "about", "columns"]).take(pa.array(starts)).to_pylist()
+    found: dict[str, Entry | StoreError] = {}
+    numbers = {}
+    for name in set(names) - {"run", "about", "columns", "checksum"}:
+        nothing = pa.scalar(0).cast(table[name].type)
+        numbers[name] = table[name].fill_null(nothing).to_numpy()
+    for head, start, stop in zip(heads, starts, [*starts[1:], len(table)], strict=True):
+        run = head["run"]
+        try:
+            kinds = json.loads(head["columns"])
+            columns = {
+                name: numbers[name][start:stop].astype(kind, copy=False)
+                for name, kind in kinds.items()
+            }
+            entry = Entry(run, head["about"], columns)
+            entry.check()
+            found[run] = entry
+        except UNREADABLE as error:
+            found[run] = DamagedRecord(f"run {run} is damaged: {error}")
+    return found
+
+
+def read_arrays(file: Any, entry: Entry) -> bytes | None:
+    """Read a run's npz file from a file of many runs; None where it has none.
+
+    Raises:
+        ValueError, or another of UNREADABLE: It cannot be read, or is of another record.
+    """
+    if not entry.has_arrays:
+        return None
+    values = pq.read_table(file, columns=["arrays"], filters=[("run", "==", entry.run)])["arrays"]
+    return entry.check_arrays(b"".join(values.drop_null().to_pylist()))

@@ -1,0 +1,389 @@
+"""The run store: one record a run, found by the identity of its configuration.
+
+    STORE/records/IDENTITY.parquet, .npz   the records, see `records`
+    STORE/failed/IDENTITY.json             why a run failed
+    STORE/checkpoints/, claims/            unfinished runs, see `checkpoints` and `lease`
+    STORE/progress/IDENTITY                the number of epochs done of a run that is being trained
+    STORE/data/                            decoded images
+
+The files of many runs in results/ are a second, read-only layer. A run that has no record in
+records/, or a damaged one, is looked up there.
+
+Imports no torch.
+"""
+
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from paperlib import measures
+from paperlib.config import Config, from_dict, to_dict
+from paperlib.store import provenance, records
+from paperlib.store.paths import default_path, results_path
+from paperlib.store.records import (
+    UNREADABLE,
+    DamagedRecord,
+    Entry,
+    RunRecord,
+    StoreError,
+    parameters_left,
+    write_whole,
+)
+
+
+class Mismatch(StoreError):
+    """A record was made with other data or code than the run has now; the message names both."""
+
+
+class Store:
+    """A folder of run records; the module's docstring describes its layout.
+
+    Methods that take runs accept identities and configurations. A record asked for by its
+    configuration is compared with the data and code that this configuration has now (`Mismatch`).
+
+    Args:
+        path: The folder; None is PAPERLIB_RUNS, or `runs` in the checkout.
+        results: The folder of the read-only layer; None is PAPERLIB_RESULTS, or `results`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | None = None,
+        results: str | os.PathLike | None = None,
+    ) -> None:
+        self.path = Path(path).expanduser() if path is not None else default_path()
+        self.results = Path(results).expanduser() if results is not None else results_path()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
+
+    def __contains__(self, run: str | Config) -> bool:
+        """Whether a run has a whole record. Raises Mismatch."""
+        return bool(self.whole([run]))
+
+    # Reading
+
+    def find(self, runs: Iterable[str | Config]) -> dict[str, Entry | StoreError]:
+        """Return the record of each run, or the DamagedRecord or Mismatch it is refused for.
+
+        Every record is checked, its arrays too. Runs without a record are left out. If two
+        configurations have one identity, as of two folders of one name, both are compared.
+        """
+
+        @cache
+        def data_checksum(spec: str) -> str | None:
+            return provenance.data_checksum(spec, self.path / "data")
+
+        layer = self._layer()
+        found: dict[str, Entry | StoreError] = {}
+        for item in runs:
+            run = _identity(item)
+            entry = found.get(run) or self._find(run, layer)
+            if isinstance(item, Config) and isinstance(entry, Entry):
+                try:
+                    now = {
+                        "data": data_checksum(item.data),
+                        "source": provenance.code_checksum(item),
+                    }
+                    entry = self._compared(entry, item, now) or entry
+                except ValueError as error:
+                    entry = self._mismatch(item, str(error))
+            if entry is not None:
+                found[run] = entry
+        return found
+
+    def _find(self, run: str, layer: dict[str, Entry]) -> Entry | StoreError | None:
+        try:
+            return records.read(self._file(run)) or layer.get(run)
+        except DamagedRecord as error:
+            return layer.get(run, error)
+
+    def _compared(self, entry: Entry, config: Config, now: Mapping[str, Any]) -> Mismatch | None:
+        problem = provenance.difference(config, entry.content["provenance"], now)
+        return self._mismatch(config, problem) if problem else None
+
+    def _mismatch(self, config: Config, problem: str) -> Mismatch:
+        return Mismatch(
+            f"the record of {config.title} in {self.path} is refused: {problem}. Choose another "
+            "run folder with --runs, or remove the record"
+        )
+
+    def whole(self, runs: Iterable[str | Config]) -> set[str]:
+        """Return the identities of those of `runs` that have a whole record. Raises Mismatch."""
+        found = self.find(runs)
+        for problem in found.values():
+            if isinstance(problem, Mismatch):
+                raise problem
+        return {run for run, entry in found.items() if isinstance(entry, Entry)}
+
+    def entries(self, runs: Iterable[str | Config] | None = None) -> list[Entry]:
+        """Return the records of `runs`, or all there are, without their arrays.
+
+        Raises:
+            KeyError: A run has no record.
+            DamagedRecord, Mismatch: A run's record cannot be used.
+        """
+        runs = self.identities() if runs is None else list(runs)
+        found, entries = self.find(runs), []
+        for item in runs:
+            entry = found.get(_identity(item))
+            if entry is None:
+                raise KeyError(f"no run {_identity(item)} in {self.path}")
+            if not isinstance(entry, Entry):
+                raise entry
+            entries.append(entry)
+        return entries
+
+    def read(self, run: str | Config) -> RunRecord:
+        """Return one record. Raises as `entries`."""
+        (entry,) = self.entries([run])
+        arrays: dict[str, np.ndarray] = {}
+        content = self.arrays(entry)
+        if content is not None:
+            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+                arrays = dict(stored)
+        elif "arrays" in entry.content:
+            arrays = _LeftOut(entry.run)
+        config = from_dict(entry.content["config"])
+        return RunRecord(config, entry.epochs, arrays, entry.content["provenance"])
+
+    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
+        """Return the records of `runs`, or all there are."""
+        return [self.read(run) for run in (self.identities() if runs is None else runs)]
+
+    def arrays(self, entry: Entry) -> bytes | None:
+        """Return a run's npz file, checked; None where it has none. Raises DamagedRecord."""
+        if not entry.has_arrays:
+            return None
+        path = self._file(entry.run).with_suffix(".npz")
+        try:
+            return entry.check_arrays(path.read_bytes())
+        except (OSError, ValueError) as error:
+            problem = f"{path}: {error}"
+        for path in self._results():
+            if entry.run in _results_file(path, *_stamp(path)):
+                try:
+                    return records.read_arrays(path, entry)
+                except UNREADABLE as error:
+                    problem = f"{path}: {error}"
+        raise DamagedRecord(problem)
+
+    def own(self) -> list[str]:
+        """Return the runs with a record in the store itself, damaged ones too."""
+        return sorted(path.stem for path in (self.path / "records").glob("[!.]*.parquet"))
+
+    def identities(self) -> list[str]:
+        """Return the runs with a record here or in the layer below, damaged ones too."""
+        return sorted(self._layer().keys() | set(self.own()))
+
+    def epochs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
+        """Return one row an epoch of each run, keyed by `run`."""
+        return epochs_frame(self.entries(runs))
+
+    def runs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
+        """Return one row a run: its summary and its configuration, keyed by `run`."""
+        return self.frames(runs)[1]
+
+    def frames(
+        self, runs: Iterable[str | Config] | None = None
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return `epochs` and `runs`."""
+        entries = self.entries(runs)
+        epochs = epochs_frame(entries)
+        return epochs, runs_frame(entries, epochs)
+
+    # Writing
+
+    def check_writable(self) -> None:
+        """Raise StoreError if records cannot be written here."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                file.write(bytes(4096))
+                file.flush()
+        except OSError as error:
+            raise StoreError(f"cannot write to the run store {self.path}: {error}") from error
+
+    def write(self, record: RunRecord) -> None:
+        """Write a record, whole or not at all. A note of the run's earlier failure is removed.
+
+        Raises:
+            StoreError: It cannot be written, or a better record of the run is there: one of more
+                epochs, or with arrays that this one lacks.
+            Mismatch: A record of other data or code is there.
+        """
+        entry, arrays = records.serialized(record)
+        there = self.find([record.run]).get(record.run)
+        if isinstance(there, Entry):
+            mismatch = self._compared(there, record.config, record.provenance)
+            if mismatch is not None:
+                raise mismatch
+            if _worth(entry) < _worth(there):
+                raise StoreError(f"a better record of run {record.run} is in {self.path} already")
+        self.put(entry, arrays)
+
+    def put(self, entry: Entry, arrays: bytes | None) -> None:
+        """Write a record's files in place of those that are there. Raises StoreError."""
+        records.write(self._file(entry.run), entry, arrays)
+        self._failed_file(entry.run).unlink(missing_ok=True)
+
+    def add(self, entry: Entry, arrays: bytes | None) -> str:
+        """Take over a run of another store, but never in place of a better or different one.
+
+        Returns:
+            The outcome: "new", "mended" (ours was damaged), "better" (ours was shorter, or lacked
+            its arrays), "same", "shorter", or "different" (it has other numbers than ours).
+        """
+        ours = self.find([entry.run]).get(entry.run)
+        if not isinstance(ours, Entry):
+            self.put(entry, arrays)
+            return "new" if ours is None else "mended"
+        if entry.count == ours.count and not entry.same_numbers(ours):
+            return "different"
+        if _worth(entry) > _worth(ours):
+            self.put(entry, arrays)
+            return "better"
+        return "same" if entry.count == ours.count else "shorter"
+
+    # Failures
+
+    def fail(self, config: Config, error: BaseException | str) -> None:
+        """Note that a run failed, and why."""
+        content = {"config": to_dict(config), "error": str(error)}
+        write_whole(self._failed_file(config.identity), json.dumps(content, indent=1).encode())
+
+    def failure(self, run: str) -> str | None:
+        """Return why a run failed; None if it did not."""
+        try:
+            return json.loads(self._failed_file(run).read_text())["error"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except UNREADABLE:
+            return "the note of this failure is damaged"
+
+    def failures(self) -> dict[str, str]:
+        """Return why each run failed that did."""
+        runs = sorted(path.stem for path in (self.path / "failed").glob("[!.]*.json"))
+        return {run: why for run in runs if (why := self.failure(run)) is not None}
+
+    # Files
+
+    def _file(self, run: str) -> Path:
+        return self.path / "records" / f"{run}.parquet"
+
+    def _failed_file(self, run: str) -> Path:
+        return self.path / "failed" / f"{run}.json"
+
+    def _results(self) -> list[Path]:
+        return [] if self.results is None else sorted(self.results.glob("*.parquet"))
+
+    def _layer(self) -> dict[str, Entry]:
+        """Return all whole records of the layer below; of two of one run the last file's."""
+        layer: dict[str, Entry] = {}
+        for path in self._results():
+            layer |= _results_file(path, *_stamp(path))
+        return layer
+
+
+@lru_cache(maxsize=32)
+def _results_file(path: Path, size: int, modified: int, changed: int) -> dict[str, Entry]:
+    """Read a file of results once a process, for as long as it does not change."""
+    try:
+        found = records.read_many(path)
+    except UNREADABLE as error:
+        warnings.warn(f"{path} cannot be read and is left out: {error}", stacklevel=2)
+        return {}
+    for problem in found.values():
+        if isinstance(problem, DamagedRecord):
+            warnings.warn(f"{path}: {problem}; it is left out", stacklevel=2)
+    return {run: entry for run, entry in found.items() if isinstance(entry, Entry)}
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+class _LeftOut(dict):
+    """The arrays of a run that was exported without them: a request for one says so."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self.run = run
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise StoreError(f"the arrays of run {self.run} were left out when it was exported")
+
+
+def _identity(run: str | Config) -> str:
+    return run if isinstance(run, str) else run.identity
+
+
+def _worth(entry: Entry) -> tuple[int, bool]:
+    return entry.count, entry.has_arrays
+
+
+def by_identity(
+    configs: Iterable[Config], root: str | os.PathLike | None = None
+) -> dict[str, Config]:
+    """Return configurations by identity; equal runs appear once.
+
+    Args:
+        configs: The configurations.
+        root: The data folder.
+
+    Raises:
+        StoreError: Two configurations of one identity name folders of images that differ.
+    """
+    known: dict[str, Config] = {}
+    for config in configs:
+        first = known.setdefault(config.identity, config)
+        if first.data != config.data:
+            one, other = (provenance.known_checksum(c.data, root) for c in (first, config))
+            if one is None or one != other:
+                raise StoreError(
+                    f"{first.data!r} and {config.data!r} hold different images, and a run is known "
+                    "by the last part of the path only: rename one of them"
+                )
+    return known
+
+
+def epochs_frame(entries: Iterable[Entry]) -> pd.DataFrame:
+    """Return the epochs of all runs in one frame, keyed by `run`."""
+    entries = list(entries)
+    if not entries:
+        return pd.DataFrame({"run": []})
+    tables = [pa.table(entry.columns) for entry in entries]
+    epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    runs = pd.Series([entry.run for entry in entries])
+    return epochs.assign(run=runs.repeat([entry.count for entry in entries]).array)
+
+
+def runs_frame(entries: Iterable[Entry], epochs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run: its summary, from `epochs_frame`, its configuration and device."""
+    entries = list(entries)
+    if not entries:
+        return pd.DataFrame({"run": []})
+    plain = ("data", "model", "width", "optimizer", "learning_rate", "epochs", "precision", "seed")
+    default = {field.name: field.default for field in fields(Config) if field.name in plain}
+    rows = []
+    for entry in entries:
+        config, about = entry.content["config"], entry.content["provenance"]
+        rows.append(
+            {"run": entry.run}
+            | {name: config.get(name, default[name]) for name in plain}
+            | {"device": about.get("device"), "parameters": parameters_left(about)}
+        )
+    about = pd.DataFrame(rows)
+    return about[["run"]].merge(measures.summarize(epochs)).merge(about)

@@ -1,0 +1,23 @@
+"""Sweeps: which runs are missing, their execution in parallel, and figures in batch.
+
+A run is done once, however many sweeps, processes and hosts share a store: whoever trains it has
+claimed it, and others wait for its record. A run whose process dies is tried again from its
+checkpoint. A run that fails is noted, and left alone until somebody asks for it again.
+"""
+
+from paperlib.sweep.run import SweepError, collect, execute
+from paperlib.sweep.states import STATES, TO_RUN, State, missing, states, unique
+from paperlib.sweep.workers import default_jobs
+
+__all__ = [
+    "STATES",
+    "TO_RUN",
+    "State",
+    "SweepError",
+    "collect",
+    "default_jobs",
+    "execute",
+    "missing",
+    "states",
+    "unique",
+]

@@ -1,0 +1,129 @@
+"""Small runs and networks that several tests use."""
+
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.training import run
+
+torch.set_num_threads(1)
+
+VGG = Config(
+    data="digits",
+    train_per_class=5,
+    test_per_class=6,
+    width=1 / 16,
+    epochs=3,
+    batch=16,
+    learning_rate=0.01,
+)
+CONV = VGG.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
+PRUNED = VGG.with_(
+    pruning=FilterPruning((0.3, 0.3, 0.3, 0.9), ((1,), (1, 2), (2,), (1, 2)), target="largest")
+)
+SCRATCH = VGG.with_(pruning=FilterPruning((0.3, 0.9), scratch=True))
+WEIGHTS = CONV.with_(pruning=WeightPruning(("dense",), (0.5,), (0, 2)))
+TWO_LAYERS = WeightPruning(("features.2", "dense"), (0.4, 0.5), (0, 2), "smallest")
+NUMBERS = ["train_loss", "train_accuracy", "test_loss", "pre", "post"]
+GONE = 9 + 9 + 9 + 28
+
+
+def numbers(config: Config, **options) -> pd.DataFrame:
+    return run(config, device="cpu", **options).epochs.drop(columns="seconds")
+
+
+def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    return a.equals(b)
+
+
+class Tiny(nn.Module):
+    """Its loss is NaN from the `last`-th training pass on."""
+
+    def __init__(self, num_classes: int, in_channels: int, last: float = math.inf) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3, stride=4)
+        self.fc = nn.Linear(8, num_classes)
+        self.passes, self.last = 0, last
+
+    def forward(self, x):
+        self.passes += self.training
+        out = self.fc(F.relu(self.conv(x)).mean((2, 3)))
+        return out * (math.nan if self.passes >= self.last else 1)
+
+
+def nan_at_pass_six(num_classes: int, in_channels: int) -> nn.Module:
+    return Tiny(num_classes, in_channels, 6)
+
+
+def largest_weight(conv: nn.Conv2d) -> torch.Tensor:
+    return conv.weight.flatten(1).amax(1)
+
+
+class Chain(nn.Sequential):
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 8, 3, stride=4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, num_classes),
+        )
+
+
+class Plus(nn.Module):
+    """A residual block with a plain sum, and dropout before it."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, stride=4, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.block = PlusBlock()
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        out = self.block(self.drop(self.norm(self.stem(x)).relu()))
+        return self.fc(out.mean((2, 3)))
+
+
+class PlusBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        out = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(out)) + x).relu()
+
+
+class WithLogits(Tiny):
+    """Returns an object that has logits."""
+
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x), features=x)
+
+
+class InDict(Tiny):
+    """Returns a dict that has logits."""
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+class Pair(Tiny):
+    """Returns logits, and something else."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Features(Tiny):
+    """Returns no logits but eight features."""
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))

@@ -1,0 +1,493 @@
+"""Checkpoints: a run that was stopped ends with the numbers of one that never was."""
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from paperlib import training
+from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning
+from paperlib.runs import Store, StoreError
+from paperlib.store import checkpoints
+from paperlib.store.checkpoints import Checkpoint, UnusableCheckpoint
+from paperlib.training import TrainingError, run
+
+torch.set_num_threads(1)
+
+VGG = Config(
+    data="digits",
+    train_per_class=3,
+    test_per_class=3,
+    width=1 / 16,
+    epochs=5,
+    batch=8,
+    learning_rate=0.01,
+)
+CONV = VGG.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
+EVENTS = ((1, 3), (1, 2, 3))
+
+
+def pruned(score: str = "l2", target: str = "smallest", **changes) -> Config:
+    return VGG.with_(pruning=FilterPruning((0.3, 0.9), EVENTS, score, target), **changes)
+
+
+def noisy(kind: str, passes: int) -> Config:
+    """Five passes an epoch: the noise of an event crosses the ends of several epochs."""
+    pruning = FilterPruning((0.3, 0.5), ((1, 4), (0, 3)), "activation", "largest", norm=False)
+    return VGG.with_(pruning=pruning, noise=Noise(kind, passes, evaluation_batch=16))
+
+
+CONFIGS = {
+    "adam": VGG,
+    "sgd": VGG.with_(optimizer="sgd"),
+    "momentum": CONV,
+    "dropout": CONV.with_(dropout=(0.25, 0.5), augment=True, milestones=(2,)),
+    "l1": pruned("l1", "largest", optimizer="sgd", momentum=0.9),
+    "l2": pruned("l2", weight_decay=0.01, milestones=(1, 3)),
+    "ebn": pruned("ebn", "largest"),
+    "ebn_signed": pruned("ebn_signed"),
+    "activation": pruned("activation", histograms=True),
+    "random": pruned("l2", "random"),
+    "residual": pruned("activation", model="resnet20", width=1 / 4),
+    "scratch": VGG.with_(pruning=FilterPruning((0.3, 0.9), scratch=True)),
+    "weights": CONV.with_(pruning=WeightPruning(("dense",), (0.5,), (0, 2, 4)), histograms=True),
+    "random weights": VGG.with_(pruning=WeightPruning(("classifier.2",), (0.5,), (1, 3), "random")),
+    "zeroing": noisy("zeroing", 12),
+    "gaussian": noisy("gaussian", 12),
+    "restored": noisy("restored", 13),
+    "long noise": noisy("restored", 10**6),
+    "flatness": pruned(
+        flatness=Flatness(2, images=8, eigenvalues=3, directions=2, reach=0.02), batch=30
+    ),
+    "bfloat16": pruned(precision="bfloat16"),
+}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """A checkpoint after every epoch."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", np.inf)
+
+
+def weights(moment) -> dict[str, np.ndarray]:
+    return {f"epoch {moment.epoch}": next(moment.model.parameters()).detach().numpy().copy()}
+
+
+def same(a, b) -> bool:
+    pd.testing.assert_frame_equal(
+        a.epochs.drop(columns="seconds"), b.epochs.drop(columns="seconds"), check_exact=True
+    )
+    assert list(a.arrays) == list(b.arrays)
+    for name, array in a.arrays.items():
+        assert array.dtype == b.arrays[name].dtype
+        assert array.tobytes() == b.arrays[name].tobytes(), name
+    return True
+
+
+def stopped_at(*epochs: int):
+    """A callback that stops the run the first time it sees each of these epochs."""
+    left = set(epochs)
+
+    def callback(moment):
+        if moment.epoch in left:
+            left.remove(moment.epoch)
+            raise Stop
+        return weights(moment)
+
+    return callback
+
+
+def stop(config: Config, store: Store, epoch: int) -> Path:
+    """Leave the checkpoint of a run stopped in this epoch."""
+    with pytest.raises(Stop):
+        run(config, store, "cpu", stopped_at(epoch))
+    return checkpoints.file(store.path, config.identity)
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stopped_in_every_epoch(name, store, always):
+    config = CONFIGS[name]
+    expected = run(config, None, "cpu", weights)
+    callback = stopped_at(*range(config.epochs))
+    for epoch in range(config.epochs):
+        with pytest.raises(Stop):
+            run(config, store, "cpu", callback)
+        done = epoch if epoch else None
+        assert checkpoints.progress(store.path, config.identity) == done
+        torch.manual_seed(epoch)  # what the next process would start with is another state
+    resumed = run(config, store, "cpu", callback)
+    assert same(resumed, expected)
+    assert [part["epochs"] for part in resumed.provenance["resumed"]] == [1, 2, 3, 4]
+    assert not list((store.path / "checkpoints").iterdir())
+
+
+def test_every_tensor_is_restored(store, always):
+    """Memory formats too: fused optimizers go through tensors in order of memory."""
+    config, seen = pruned("activation"), []
+
+    def look(moment):
+        seen.append((moment.model, moment.pruner))
+        if moment.epoch == 2:
+            raise Stop
+
+    def state(of):
+        model, pruner = of
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        return tensors | {f"pruner {name}": t for name, t in pruner.state_dict().items()}
+
+    with pytest.raises(Stop):
+        run(config, store, "cpu", look)
+    checkpoint = Checkpoint(store.path, config, None)
+    model = training.build(config).to(memory_format=torch.channels_last)
+    optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
+    rows, _ = checkpoint.restore(model, optimizer, pruner)
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert pruner.activation.passes == 2 * 4
+    for parameter in model.parameters():
+        step, *averages = (optimizer.state[parameter][k] for k in ("step", "exp_avg", "exp_avg_sq"))
+        assert step == 2 * 4
+        assert all(average.stride() == parameter.stride() for average in averages)
+        assert all(average.any() for average in averages)
+    strides = {name: t.stride() for name, t in state((model, pruner)).items()}
+    assert strides == {name: t.stride() for name, t in state(seen[0]).items()}
+
+
+def test_not_due_yet(store, monkeypatch):
+    assert not stop(VGG, store, 4).exists()
+    # One that took a second is 2 % of the next 50.
+    now, saved = [100.0], []
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+
+    def save(self, *state):
+        saved.append(now[0])
+        now[0] += 1.0
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    checkpoint = Checkpoint(store.path, VGG, None)
+    for _ in range(1000):
+        now[0] += 1.0
+        checkpoint.save_when_due(None, None, None, [], {})
+    assert saved[0] == 110.0
+    assert set(np.diff(saved)) == {51.0}
+    before = len(saved)
+    checkpoint.save_when_due(None, None, None, [], {}, measured=9.0)
+    assert len(saved) == before
+    checkpoint.save_when_due(None, None, None, [], {}, measured=11.0)
+    assert len(saved) == before + 1
+
+
+# Killed
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from paperlib import training
+from paperlib.store import checkpoints
+from paperlib.runs import Store
+from tests.store.test_checkpoints import CONFIGS
+
+torch.set_num_threads(1)
+checkpoints.SECONDS, checkpoints.SHARE = 0.0, float("inf")
+path, name, epochs, seed = sys.argv[1:]
+config = CONFIGS[name].with_(epochs=int(epochs))
+store, chance = Store(path), random.Random(int(seed))
+training.run(config, Store(path + "-unbroken"), "cpu")
+for _ in range(10):
+    before = checkpoints.progress(path, config.identity) or 0
+    child = os.fork()
+    if not child:
+        training.run(config, store, "cpu")
+        os._exit(0)
+    further = chance.choice([0, 1, 1, 2])
+    while (checkpoints.progress(path, config.identity) or 0) < before + further:
+        assert os.waitpid(child, os.WNOHANG)[0] == 0
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+training.run(config, store, "cpu")
+"""
+
+
+def test_ten_kills_at_random_moments(tmp_path):
+    store, name, epochs, seed = Store(tmp_path / "runs"), "gaussian", 60, 7
+    command = [sys.executable, "-c", KILLED, str(store.path), name, str(epochs), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = store.records()
+    assert same(record, Store(tmp_path / "runs-unbroken").read(record.run))
+    assert len(record.epochs) == epochs
+    assert len({part["epochs"] for part in record.provenance["resumed"]}) > 4
+    assert not list((store.path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_killed_while_writing_a_checkpoint(function, store):
+    code = f"""
+import os, signal
+from paperlib import training
+from paperlib.store import checkpoints
+from paperlib.runs import Store
+from tests.store.test_checkpoints import VGG
+checkpoints.SECONDS, checkpoints.SHARE = 0.0, float("inf")
+real, calls = os.{function}, []
+def third(*arguments):
+    calls.append(arguments)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 else real(*arguments)
+os.{function} = third
+import torch
+torch.set_num_threads(1)
+training.run(VGG, Store({str(store.path)!r}), "cpu")
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert checkpoints.progress(store.path, VGG.identity) == 2
+    assert len(list((store.path / "checkpoints").iterdir())) == 2
+    assert same(run(VGG, store, "cpu"), run(VGG, None, "cpu"))
+    assert not list((store.path / "checkpoints").iterdir())
+
+
+def test_killed_between_record_and_removal(store, always, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "discard", lambda *arguments: None)
+        run(VGG, store, "cpu")
+    assert checkpoints.progress(store.path, VGG.identity) == 4
+    run(VGG, store, "cpu")
+    assert not list((store.path / "checkpoints").iterdir())
+
+
+# Not to be trusted
+
+
+def afresh(config: Config, store: Store, reason: str) -> None:
+    """The checkpoint is set aside with a warning, and the run starts anew."""
+    path, seen = checkpoints.file(store.path, config.identity), []
+    content = path.read_bytes()
+
+    def look(moment):
+        seen.append(moment.epoch)
+        if moment.epoch == 0:
+            aside = path.with_name(f"{config.identity}.damaged.safetensors")
+            assert aside.read_bytes() == content
+            assert not path.exists()
+
+    with pytest.warns(UserWarning, match=reason) as warned:
+        record = run(config, store, "cpu", look)
+    (warning,) = warned
+    assert str(path) in str(warning.message)
+    assert f"{config.identity}.damaged.safetensors" in str(warning.message)
+    assert seen == list(range(config.epochs))
+    assert "resumed" not in record.provenance
+    assert same(record, run(config, None, "cpu"))
+
+
+def test_truncated_anywhere(store, always):
+    path = stop(VGG, store, 2)
+    content = path.read_bytes()
+    (head,) = struct.unpack("<Q", content[:8])
+    lengths = [0, 4, 8, 200, head - 5, head + 8, head + 9, *(len(content) * np.array([0.5, 0.9]))]
+    for length in [*map(int, lengths), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(UnusableCheckpoint, match="damaged"):
+            restored(VGG, store)
+    path.write_bytes(bytes(len(content)))
+    assert checkpoints.progress(store.path, VGG.identity) is None
+    afresh(VGG, store, "damaged")
+
+
+def restored(config: Config, store: Store):
+    model = training.build(config)
+    optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
+    return Checkpoint(store.path, config, None).restore(model, optimizer, pruner)
+
+
+@pytest.mark.parametrize("field", ["data", "source"])
+def test_other_data_or_source(field, store):
+    """The same configuration, but the images or the code that it names are others."""
+    model = training.build(VGG)
+    optimizer, pruner = training.make_optimizer(VGG, model), training.make_pruner(VGG, model)
+    claim = SimpleNamespace(check=lambda: None)
+    made = {"data": "a" * 32, "source": "b" * 64}
+    rows = [{"epoch": 0, "seconds": 1.0}]
+    Checkpoint(store.path, VGG, claim, **made).save(model, optimizer, pruner, rows, {})
+    about = checkpoints.describe(store.path, VGG.identity)
+    assert {name: about[name] for name in made} == made
+
+    def restored_with(**checksums):
+        return Checkpoint(store.path, VGG, claim, **checksums).restore(model, optimizer, pruner)
+
+    assert restored_with(**made)[0] == rows
+    assert restored_with()[0] == rows
+    with pytest.raises(UnusableCheckpoint, match=f"{field}.*{made[field]}.*ccc"):
+        restored_with(**made | {field: "ccc"})
+    Checkpoint(store.path, VGG, claim).save(model, optimizer, pruner, rows, {})
+    with pytest.raises(UnusableCheckpoint, match=f"{field}.* None"):
+        restored_with(**{field: made[field]})
+
+
+def test_a_changed_byte_anywhere(store, always):
+    path = stop(VGG, store, 2)
+    content = path.read_bytes()
+    (head,) = struct.unpack("<Q", content[:8])
+    epochs = content.index(b'epochs\\": 2') + len(b'epochs\\": ')
+    places = [epochs, *random.Random(3).sample(range(head + 8, len(content)), 10)]
+    for place in places:
+        changed = bytearray(content)
+        changed[place] = changed[place] ^ 1
+        path.write_bytes(changed)
+        with pytest.raises(UnusableCheckpoint, match="checksum"):
+            restored(VGG, store)
+    afresh(VGG, store, "checksum")
+
+
+def test_of_another_configuration(store, always):
+    path = stop(VGG.with_(seed=1), store, 2)
+    path.replace(checkpoints.file(store.path, VGG.identity))
+    afresh(VGG, store, VGG.with_(seed=1).identity)
+
+
+@pytest.mark.parametrize("name", ["version", "paperlib", "torch"])
+def test_of_another_version(name, store, always, monkeypatch):
+    other = checkpoints._versions() | {name: "99"}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_versions", lambda: other)
+        stop(VGG, store, 2)
+    afresh(VGG, store, f"{name}.*99")
+
+
+def changing(num_classes: int, in_channels: int):
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, num_classes, bias=changing.bias)
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_of_a_network_that_changed(bias, store, always, monkeypatch):
+    config = VGG.with_(model=f"{__name__}:changing")
+    monkeypatch.setattr(changing, "bias", bias, raising=False)
+    stop(config, store, 2)
+    changing.bias = not bias
+    afresh(config, store, "does not fit")
+
+
+def test_one_that_cannot_be_set_aside(store, always, monkeypatch):
+    path = stop(VGG, store, 2)
+    path.write_bytes(b"damaged")
+    path.with_name(f"{VGG.identity}.damaged.safetensors").mkdir()
+    with pytest.warns(UserWarning, match=VGG.identity):
+        record = run(VGG, store, "cpu")
+    assert same(record, run(VGG, None, "cpu"))
+
+
+# Where nothing can be written
+
+
+def test_a_full_disk(store, always, monkeypatch):
+    written = []
+
+    def full(path, content):
+        written.append(path)
+        if len(written) > 2:
+            raise StoreError(f"cannot write {path}: no space left on device")
+        return real(path, content)
+
+    real = checkpoints.write_whole
+    monkeypatch.setattr(checkpoints, "write_whole", full)
+    with pytest.warns(UserWarning, match="no space left"):
+        path = stop(VGG, store, 4)
+    assert checkpoints.progress(store.path, VGG.identity) == 2
+    assert path.exists()
+    assert len(written) == 4
+    with warnings.catch_warnings(action="ignore"):
+        assert same(run(VGG, store, "cpu", weights), run(VGG, None, "cpu", weights))
+
+
+def test_without_a_store(tmp_path, always, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(VGG, None, "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "left"), [(TrainingError("nan"), None), (torch.OutOfMemoryError("full"), 2)]
+)
+def test_what_a_failed_run_leaves(error, left, store, always):
+    """Nothing if its numbers failed; its checkpoint if the machine failed."""
+    seen = []
+
+    def fails(moment):
+        seen.append(moment.epoch)
+        if len(seen) == 3:
+            raise error
+
+    with pytest.raises(type(error)):
+        run(VGG, store, "cpu", fails)
+    assert checkpoints.progress(store.path, VGG.identity) == left
+    assert store.failure(VGG.identity) is not None
+    assert same(run(VGG, store, "cpu", fails), run(VGG, None, "cpu"))
+    assert seen == [0, 1, 2, *range(left or 0, VGG.epochs)]
+
+
+# Descriptions
+
+
+def test_a_description_needs_no_torch(store, always):
+    stop(pruned(), store, 3)
+    code = f"""
+import json, sys
+from paperlib.store import checkpoints, lease
+print(json.dumps(checkpoints.describe({str(store.path)!r}, {pruned().identity!r})))
+assert checkpoints.progress({str(store.path)!r}, {pruned().identity!r}) == 3
+assert checkpoints.progress({str(store.path)!r}, "0" * 16) is None
+assert lease.holder({str(store.path)!r}, {pruned().identity!r}) is None
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["run"] == pruned().identity
+    assert about["epochs"] == 3
+    assert about["seconds"] > 0
+    assert about["device"] == "cpu"
+    assert torch.__version__.startswith(about["torch"])
+
+
+def test_no_pickle_in_it(store, always):
+    content = stop(CONFIGS["activation"], store, 3).read_bytes()
+    assert b"\x80\x04" not in content[:8]
+    from safetensors.numpy import load
+
+    tensors = load(content)
+    assert tensors["row.train_loss"].dtype == np.float64
+    assert tensors["row.epoch"].tolist() == [0, 1, 2]
+    assert tensors["pruner.passes"] == 3 * 4  # of training, none for the histograms before it
+
+
+def test_a_signal_is_not_caught(store, always, monkeypatch):
+    """Ctrl-C while a checkpoint is written stops the run."""
+    monkeypatch.setattr(checkpoints, "write_whole", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(VGG, store, "cpu")

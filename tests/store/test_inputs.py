@@ -1,0 +1,211 @@
+"""A record is of its data and its code: another's is never given in silence."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paperlib.config import Config, FilterPruning
+from paperlib.runs import Mismatch, Store, StoreError
+from paperlib.store import archive, provenance
+from paperlib.store.store import by_identity
+from tests.store.helpers import CIFAR10, PRUNED, record, same
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+def photos(folder: Path, level: int) -> Config:
+    """Four grey images, and the configuration of a run on them."""
+    for split in ("train", "test"):
+        for i, name in enumerate("ab"):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.full((8, 8, 3), level + i, np.uint8)
+            Image.fromarray(pixels).save(folder / split / name / "0.png")
+    return PRUNED.with_(data=f"images:{folder}")
+
+
+def checksums(config: Config) -> dict[str, str | None]:
+    return {
+        "data": provenance.known_checksum(config.data),
+        "source": provenance.code_checksum(config),
+    }
+
+
+def refused(store: Store, config: Config, named: str) -> bool:
+    """Whether no way of taking a record for a configuration gives it; the error names `named`."""
+    for take in (
+        store.read,
+        store.__contains__,
+        lambda config: store.whole([config]),
+        lambda config: store.frames([config]),
+        lambda config: store.epochs([config]),
+        lambda config: archive.export(store, store.path / "x.parquet", [config]),
+    ):
+        with pytest.raises(Mismatch) as error:
+            take(config)
+        assert named in str(error.value)
+    found = store.find([config])[config.identity]
+    return isinstance(found, Mismatch) and config.identity in store.find([config.identity])
+
+
+def test_folders_of_one_name(store, tmp_path):
+    mine, other = (photos(tmp_path / place / "photos", 50 * len(place)) for place in ("a", "bb"))
+    assert mine.identity == other.identity
+    original = record(mine, **checksums(mine))
+    store.write(original)
+    assert same(store.read(mine), original)
+    assert refused(store, other, str(tmp_path / "bb"))
+    assert same(store.read(mine.identity), original)  # by its name it is just that record
+    with pytest.raises(Mismatch):
+        store.whole([mine, other])
+    with pytest.raises(Mismatch):
+        store.write(record(other, **checksums(other)))
+    with pytest.raises(StoreError, match="photos"):
+        by_identity([mine, other])
+    copy = photos(tmp_path / "copy" / "photos", 50)  # elsewhere, and the same images
+    assert same(store.read(copy), original)
+    assert list(by_identity([mine, copy, mine])) == [mine.identity]
+
+
+@pytest.mark.parametrize("change", ["content", "added", "removed", "renamed", "class"])
+def test_a_folder_whose_images_changed(change, store, tmp_path):
+    folder = tmp_path / "photos"
+    config = photos(folder, 50)
+    store.write(record(config, **checksums(config)))
+    assert config in store
+    image = folder / "train" / "a" / "0.png"
+    if change == "content":
+        photos(folder, 60)
+    elif change == "added":
+        (folder / "train" / "a" / "1.png").write_bytes(image.read_bytes())
+    elif change == "removed":
+        image.unlink()
+    elif change == "renamed":
+        image.rename(image.with_name("2.png"))
+    else:
+        image.rename(folder / "train" / "b" / "2.png")
+    assert refused(store, config, str(folder))
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file", "another folder", "no images"])
+def test_a_path_without_the_images(instead, store, tmp_path):
+    folder = tmp_path / "photos"
+    config = photos(folder, 50)
+    store.write(record(config, **checksums(config)))
+    folder.rename(tmp_path / "away")
+    if instead == "a file":
+        folder.write_text("none")
+    elif instead != "nothing":
+        (folder / "train").mkdir(parents=True)
+        if instead == "no images":
+            (folder / "train" / "readme.txt").write_text("none")
+    assert refused(store, config, str(folder))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/photos", "photos", "~/photos"])
+def test_a_path_that_ends_alike(path, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = photos(tmp_path / "a" / "photos", 50)
+    store.write(record(config, **checksums(config)))
+    alike = config.with_(data=f"images:{path}")
+    assert alike.identity == config.identity
+    assert refused(store, alike, "no images at")
+    (tmp_path / "a" / "photos").rename(tmp_path / "photos")
+    if path == "photos":
+        assert alike in store
+
+
+def test_named_data_need_no_images(store):
+    configs = [PRUNED.with_(seed=seed) for seed in range(3)]
+    for config, data in zip(configs, (CIFAR10, None, "0" * 32), strict=True):
+        store.write(record(config, **({} if data is None else {"data": data})))
+    assert store.whole(configs[:2]) == {config.identity for config in configs[:2]}
+    assert refused(store, configs[2], "0" * 32)
+
+
+@pytest.mark.parametrize("named", ["score", "model", "both"])
+def test_code_that_changed(named, store, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / f"mine_{named}.py"
+    module.write_text("def f(conv):\n    return 1\n")
+    spec, config = f"{module.stem}:f", PRUNED
+    if named != "model":
+        config = config.with_(pruning=FilterPruning((0.5,), ((3,),), score=spec))
+    if named != "score":
+        config = config.with_(model=spec)
+    original = record(config, **checksums(config))
+    assert original.provenance["source"]
+    store.write(original)
+    assert same(store.read(config), original)
+    text = module.read_text()
+    module.write_text(text.replace("1", "2"))
+    assert refused(store, config, original.provenance["source"])
+    module.write_text(text)
+    assert same(store.read(config), original)
+
+
+def test_records_that_were_imported(store, tmp_path):
+    """An import keeps the checksums, and no folder of the machine it comes from."""
+    config = photos(tmp_path / "a" / "photos", 50)
+    store.write(record(config, **checksums(config)))
+    archive.export(store, tmp_path / "results" / "all.parquet")
+    below = Store(tmp_path / "none", tmp_path / "results")
+    assert config in below
+    assert refused(below, photos(tmp_path / "b" / "photos", 60), str(tmp_path / "b"))
+    mine = Store(tmp_path / "mine")
+    archive.merge(mine, tmp_path / "results" / "all.parquet")
+    assert mine.read(config).config == config.portable
+
+
+def test_source_checksum(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("")
+    for name, spec in (("mine.py", "mine:score"), ("pack/deep.py", "pack.deep:Net")):
+        (tmp_path / name).write_text("raise RuntimeError\n")
+        expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
+        assert provenance.source_checksum(spec) == expected
+        both = Config(model=spec, pruning=FilterPruning((0.5,), ((3,),), score=spec))
+        twice = hashlib.sha256(f"{expected}/{expected}".encode()).hexdigest()
+        assert provenance.code_checksum(both) == twice
+    for spec in ("l2", "vgg11_bn", "nowhere:score", "nowhere.deep:score", "sys:exit"):
+        assert provenance.source_checksum(spec) is None
+
+
+def test_a_function_of_a_notebook():
+    code = """
+from IPython.core.interactiveshell import InteractiveShell
+from paperlib.store.provenance import source_checksum
+shell = InteractiveShell.instance()
+for value in (1, 2, 1):
+    shell.run_cell(f"def f(conv):\\n    return {value}\\n")
+    print(source_checksum("__main__:f"))
+"""
+    run = [sys.executable, "-c", code]
+    first, second, again = subprocess.run(run, capture_output=True, text=True).stdout.split()
+    assert first == again == hashlib.sha256(b"def f(conv):\n    return 1\n").hexdigest()
+    assert second == hashlib.sha256(b"def f(conv):\n    return 2\n").hexdigest()
+
+
+def test_a_known_checksum_needs_no_torch(store, tmp_path):
+    config = photos(tmp_path / "photos", 50)
+    store.write(record(config, data=provenance.known_checksum(config.data, store.path / "data")))
+    code = f"""
+import sys
+from paperlib.config import Config
+from paperlib.runs import Store
+from tests.store.helpers import PRUNED
+store = Store({str(store.path)!r})
+assert PRUNED.with_(data={config.data!r}) in store
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,317 @@
+"""Claims: a run is trained once, by whichever process claims it, and none is held by the dead."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from paperlib import training
+from paperlib.config import Config
+from paperlib.runs import Store, StoreError
+from paperlib.store import checkpoints, lease
+from paperlib.store.lease import Claimed, Lost, claim
+from paperlib.training import TrainingError
+
+torch.set_num_threads(1)
+
+RUN = "0123456789abcdef"
+QUICK = Config(data="digits", train_per_class=5, test_per_class=5, width=1 / 16, epochs=4, batch=16)
+
+HOLDER = """
+import sys
+from paperlib.store import lease
+lease.LEASE_SECONDS, lease.BEAT_SECONDS = float(sys.argv[3]), float(sys.argv[3]) / 5
+with lease.claim(sys.argv[1], sys.argv[2], wait=False) as held:
+    print("held", flush=True)
+    sys.stdin.readline()
+    try:
+        held.check()
+    except lease.Lost as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start another process that holds the claim on RUN until it is sent a line."""
+    processes = []
+
+    def start(seconds: float = lease.LEASE_SECONDS) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLDER, str(tmp_path), RUN, str(seconds)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def quick(monkeypatch) -> float:
+    """The seconds of a lease, short ones."""
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
+    return 1.0
+
+
+def claimed_elsewhere(store: Path, run: str = RUN) -> Path:
+    """Leave the claim of a process of another host, which is never refreshed."""
+    path = store / "claims" / f"{run}.lease"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # as a process that takes it over does: a new file
+    about = f"filelock/2\npid=7\nhost=elsewhere\nmode=lease\ntoken={'0' * 32}\n"
+    path.write_text(f"{about}duration={lease.LEASE_SECONDS!r}\n")
+    return path
+
+
+def free(store: Path, run: str = RUN) -> bool:
+    try:
+        with claim(store, run, wait=False):
+            return True
+    except Claimed:
+        return False
+
+
+def test_held_and_given_back(tmp_path):
+    with claim(tmp_path, RUN) as held:
+        held.check()
+        assert not free(tmp_path)
+        assert free(tmp_path, "another")
+        assert lease.holder(tmp_path, RUN)["pid"] == os.getpid()
+    assert free(tmp_path)
+    assert lease.holder(tmp_path, RUN) is None
+    with pytest.raises(KeyError), claim(tmp_path, RUN):
+        raise KeyError
+    assert free(tmp_path)
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_of_a_live_process(tmp_path, hold):
+    other = hold()
+    with pytest.raises(Claimed, match=f"{RUN} .*{other.pid}"):
+        claim(tmp_path, RUN, wait=False).__enter__()
+    assert lease.holder(tmp_path, RUN)["pid"] == other.pid
+    threading.Timer(0.3, lambda: (other.stdin.write("\n"), other.stdin.flush())).start()
+    with claim(tmp_path, RUN):
+        assert other.wait(10) == 0
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_of_a_dead_process(tmp_path, hold, wait):
+    """It is taken over long before its lease ends."""
+    other = hold()
+    other.kill()
+    other.wait(10)
+    assert lease.holder(tmp_path, RUN)["pid"] == other.pid
+    start = time.monotonic()
+    with claim(tmp_path, RUN, wait):
+        assert time.monotonic() - start < lease.LEASE_SECONDS / 4
+        assert lease.holder(tmp_path, RUN)["pid"] == os.getpid()
+
+
+def test_of_a_slow_process(tmp_path, hold, quick):
+    """It is refreshed for as long as its process lives."""
+    hold(quick)
+    end = time.monotonic() + 2 * quick
+    while time.monotonic() < end:
+        assert not free(tmp_path)
+        time.sleep(quick / 5)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_of_a_paused_process(tmp_path, hold, quick, wait):
+    """It is taken over after its lease, and finds that out before it writes."""
+    other = hold(quick)
+    other.send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    while not wait and not free(tmp_path):
+        time.sleep(0.1)
+    with claim(tmp_path, RUN):
+        assert time.monotonic() - start >= 0.8 * quick
+        other.send_signal(signal.SIGCONT)
+        out, _ = other.communicate("\n", timeout=30)
+        assert RUN in out
+        assert str(os.getpid()) in out
+        assert not free(tmp_path)  # the other one's end leaves our claim
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_of_another_host(tmp_path, quick, wait):
+    """Nobody can see whether its process lives: it is taken over after its lease."""
+    claimed_elsewhere(tmp_path)
+    with pytest.raises(Claimed, match="7 on elsewhere"):
+        claim(tmp_path, RUN, wait=False).__enter__()
+    assert lease.holder(tmp_path, RUN) == {"host": "elsewhere", "pid": 7}
+    start = time.monotonic()
+    while not wait and not free(tmp_path):
+        time.sleep(0.1)
+    with claim(tmp_path, RUN):
+        assert time.monotonic() - start >= 0.8 * quick
+
+
+def test_one_at_a_time_among_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.001)
+    inside, most = [], []
+
+    def work(_):
+        with claim(tmp_path, RUN):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.001)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(work, range(40)))
+    assert most == [1] * 40
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", bytes(100), b"filelock/2\npid=1\n"])
+def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
+    claimed_elsewhere(tmp_path).write_bytes(content)
+    assert lease.holder(tmp_path, RUN) is None
+    with claim(tmp_path, RUN):
+        assert lease.holder(tmp_path, RUN)["pid"] == os.getpid()
+
+
+def test_a_holder_notices_that_it_lost(tmp_path):
+    with claim(tmp_path, RUN) as held:
+        path = claimed_elsewhere(tmp_path)
+        with pytest.raises(Lost, match=f"{RUN} .* 7 on elsewhere"):
+            held.check()
+    assert "elsewhere" in path.read_text()
+
+
+def test_claims_that_cannot_be_written(tmp_path):
+    (tmp_path / "claims").write_text("")
+    with pytest.raises(StoreError, match=RUN):
+        claim(tmp_path, RUN).__enter__()
+
+
+# Runs
+
+AT_ONCE = """
+import os, sys, time
+import torch
+from paperlib import training
+from paperlib.runs import Store
+from tests.store.test_lease import QUICK
+
+torch.set_num_threads(1)
+path, processes = sys.argv[1], int(sys.argv[2])
+configs = [QUICK, QUICK.with_(seed=1)]
+
+def work():
+    for config in configs:
+        with open(f"{path}/trained-{config.seed}", "a") as file:
+            look = lambda moment: print(moment.epoch, file=file, flush=True)
+            record = training.run(config, Store(f"{path}/runs"), "cpu", look)
+        with open(f"{path}/got-{config.seed}", "a") as file:
+            print(record.epochs.post.tolist(), record.epochs.seconds.tolist(), file=file)
+
+start = time.time() + 0.5
+children = []
+for _ in range(processes):
+    child = os.fork()
+    if not child:
+        time.sleep(start - time.time())
+        work()
+        os._exit(0)
+    children.append(child)
+assert not any(os.waitpid(child, 0)[1] for child in children)
+"""
+
+
+def test_processes_that_want_the_same_runs(tmp_path):
+    processes = 3
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path), str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for seed in (0, 1):
+        assert (tmp_path / f"trained-{seed}").read_text().split() == ["0", "1", "2", "3"]
+        got = (tmp_path / f"got-{seed}").read_text().splitlines()
+        assert len(got) == processes
+        assert len(set(got)) == 1
+    assert len(Store(tmp_path / "runs").runs()) == 2
+
+
+def test_a_run_that_is_claimed(tmp_path):
+    store = Store(tmp_path)
+    with claim(tmp_path, QUICK.identity), pytest.raises(Claimed, match=QUICK.identity):
+        training.run(QUICK, store, "cpu", wait=False)
+    assert store.identities() == []
+    assert store.failure(QUICK.identity) is None
+    record = training.run(QUICK, store, "cpu", wait=False)
+    with claim(tmp_path, QUICK.identity):
+        assert training.run(QUICK, store, "cpu", wait=False).provenance == record.provenance
+
+
+def test_a_run_that_failed_while_it_was_waited_for(tmp_path):
+    """It is not tried again; one that had failed before is."""
+    store = Store(tmp_path)
+
+    def fail(claim_):
+        time.sleep(0.5)
+        store.fail(QUICK, "the loss is nan")
+        claim_.__exit__(None, None, None)
+
+    held = claim(tmp_path, QUICK.identity)
+    held.__enter__()
+    timer = threading.Thread(target=fail, args=(held,))
+    timer.start()
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        training.run(QUICK, store, "cpu")
+    timer.join()
+    training.run(QUICK, store, "cpu")
+    assert store.failure(QUICK.identity) is None
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_a_run_that_was_taken_over(tmp_path, monkeypatch, saving):
+    """It stops before it writes: at its next checkpoint, or its record."""
+    if saving:
+        monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    store, seen = Store(tmp_path), []
+
+    def look(moment):
+        seen.append(moment.epoch)
+        if moment.epoch == 1:
+            claimed_elsewhere(tmp_path, QUICK.identity)
+
+    with pytest.raises(Lost, match="7 on elsewhere"):
+        training.run(QUICK, store, "cpu", look)
+    assert seen == ([0, 1] if saving else [0, 1, 2, 3])
+    assert store.identities() == []
+    assert store.failure(QUICK.identity) is None
+    assert not free(tmp_path, QUICK.identity)
+
+
+def test_a_finished_record_stays(tmp_path):
+    """Where one is copied there while the run is trained."""
+    store, elsewhere = Store(tmp_path / "a"), Store(tmp_path / "b")
+    first = training.run(QUICK, elsewhere, "cpu")
+
+    def copy(moment):
+        if moment.epoch == 2:
+            store.write(first)
+
+    assert training.run(QUICK, store, "cpu", copy).provenance == first.provenance
+    assert store.read(QUICK.identity).epochs.equals(first.epochs)
+
+
+def test_a_read_only_store(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write to the run store"):
+        training.run(QUICK, Store(tmp_path / "file" / "runs"), "cpu")

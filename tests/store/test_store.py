@@ -1,0 +1,350 @@
+"""The run store: what is written is read, and what is damaged is never read in silence."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paperlib import instability, runs
+from paperlib.config import Config, Flatness, Noise
+from paperlib.runs import DamagedRecord, RunRecord, Store, StoreError
+from paperlib.store import records
+from tests.store.helpers import PRUNED, record, same
+
+RUN = PRUNED.identity
+
+
+def files(store: Store) -> list[str]:
+    return sorted(str(p.relative_to(store.path)) for p in store.path.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "a" / "runs")
+
+
+@pytest.fixture
+def written(store) -> Store:
+    store.write(record())
+    return store
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+def test_round_trip(store, arrays):
+    original = record(arrays=arrays)
+    store.write(original)
+    assert same(original, store.read(RUN))
+    assert same(original, Store(str(store.path)).read(PRUNED))
+    assert RUN in store
+    assert PRUNED in store
+    names = [f"records/{RUN}.{kind}" for kind in ("npz", "parquet")]
+    assert files(store) == names[0 if arrays else 1 :]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(data="images:/a/b/cifar", dropout=(0.1, 0.2)),
+        PRUNED.with_(noise=Noise("gaussian", 129)),
+        PRUNED.with_(flatness=Flatness(300)),
+    ],
+)
+def test_any_configuration_is_kept(store, config):
+    store.write(record(config))
+    assert store.read(config.identity).config == config
+
+
+def test_a_run_that_is_not_there(store):
+    assert RUN not in store
+    assert store.identities() == []
+    with pytest.raises(KeyError, match=RUN):
+        store.read(PRUNED)
+    assert len(store.epochs()) == len(store.runs()) == 0
+    assert not store.path.exists()
+
+
+def test_frames_of_many_runs(store):
+    originals = [record(PRUNED.with_(seed=seed)) for seed in (3, 1, 2)]
+    for one in originals:
+        store.write(one)
+    assert store.identities() == sorted(one.run for one in originals)
+    epochs, table = store.frames()
+    expected = pd.concat([r.epochs.assign(run=r.run) for r in store.records()], ignore_index=True)
+    pd.testing.assert_frame_equal(epochs, expected, check_exact=True)
+    summary = instability.summarize(expected).set_index("run")
+    for one in originals:
+        row = table.set_index("run").loc[one.run]
+        assert row.mean_stability == summary.mean_stability[one.run] == one.summary().mean_stability
+        assert (row.seed, row.model, row.device) == (one.config.seed, "vgg11_bn", "cpu")
+    assert store.epochs([originals[0].config]).run.unique().tolist() == [originals[0].run]
+    with pytest.raises(KeyError):
+        store.runs([originals[0].run, "0" * 16])
+
+
+def test_columns_that_differ_between_runs(store):
+    for seed, name in enumerate(["a", "b", "removed"]):
+        one = record(PRUNED.with_(seed=seed))
+        one.epochs[name] = one.epochs.post / 3
+        store.write(one)
+    assert store.epochs().a.notna().sum() == 20
+    assert store.epochs().removed.dtype == np.float64
+
+
+def test_a_better_record_is_kept(written):
+    worse = record()
+    worse.epochs = worse.epochs[:-1]
+    for one in (record(arrays=False), worse):
+        with pytest.raises(StoreError, match=RUN):
+            written.write(one)
+    assert same(written.read(RUN), record())
+    equal = record(PRUNED.with_(seed=7))
+    equal.config = PRUNED
+    written.write(equal)
+    assert same(equal, written.read(RUN))
+    assert len(files(written)) == 2
+
+
+def test_other_files_are_no_records(written):
+    (written.path / "records" / f".{RUN}.parquet.abcd").write_bytes(b"half of one")
+    (written.path / "records" / ".DS_Store").write_bytes(b"")
+    assert written.identities() == [RUN]
+    assert len(written.runs()) == 1
+
+
+# Damage
+
+
+def refused(store: Store, run: str = RUN) -> bool:
+    """Whether no way of reading gives a damaged record's numbers."""
+    for read in (store.read, lambda run: store.runs([run]), lambda run: store.epochs([run])):
+        with pytest.raises(DamagedRecord, match=run):
+            read(run)
+    return run not in store and run in store.identities()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npz"])
+def test_cut_or_overwritten_anywhere(written, kind):
+    path = written.path / "records" / f"{RUN}.{kind}"
+    content = path.read_bytes()
+    for length in [*(len(content) * np.arange(10) // 10), len(content) - 1]:
+        for damage in {content[:length], content[:length].ljust(len(content), b"\0")} - {content}:
+            path.write_bytes(damage)
+            assert refused(written)
+    path.write_bytes(content)
+    assert same(record(), written.read(RUN))
+
+
+def test_a_changed_byte_changes_nothing(written):
+    path, refusals = written.path / "records" / f"{RUN}.parquet", 0
+    content = path.read_bytes()
+    for place in range(0, len(content), 31):
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        try:
+            assert same(record(), written.read(RUN))
+        except DamagedRecord:
+            refusals += 1
+    assert refusals > 50
+
+
+def test_arrays_that_are_missing(written):
+    (written.path / "records" / f"{RUN}.npz").unlink()
+    assert refused(written)
+
+
+@pytest.mark.parametrize("kinds", [("parquet",), ("npz",), ("parquet", "npz")])
+def test_files_of_two_runs_mixed_up(written, kinds):
+    other = record(PRUNED.with_(seed=9))
+    written.write(other)
+    for kind in kinds:
+        a, b = (written.path / "records" / f"{run}.{kind}" for run in (RUN, other.run))
+        swapped = a.read_bytes(), b.read_bytes()
+        b.write_bytes(swapped[0])
+        a.write_bytes(swapped[1])
+    assert refused(written)
+    assert refused(written, other.run)
+
+
+def test_foreign_files(written):
+    path = written.path / "records" / f"{RUN}.parquet"
+    pd.DataFrame({"epoch": [0], "post": [50.0]}).to_parquet(path)
+    assert refused(written)
+    path.write_text("post\n50\n")
+    assert refused(written)
+
+
+def test_another_provenance(written):
+    (entry,) = written.entries([RUN])
+    about = json.dumps(entry.content | {"provenance": {"parameters": 7}})
+    written.put(records.Entry(entry.run, about, entry.columns), written.arrays(entry))
+    assert refused(written)
+
+
+def test_a_damaged_record_is_written_anew(written):
+    path = written.path / "records" / f"{RUN}.parquet"
+    path.write_bytes(path.read_bytes()[:1000])
+    written.write(record())
+    assert same(record(), written.read(RUN))
+
+
+# Writing, whole or not at all
+
+KILLED = """
+import os, signal, sys
+from paperlib.store import records
+from paperlib.runs import Store
+from tests.store.helpers import record, PRUNED
+calls, function, at, seed = [], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+real = getattr(os, function)
+def dies(*arguments):
+    calls.append(arguments)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == at else real(*arguments)
+setattr(os, function, dies)
+new = record(PRUNED.with_(seed=seed))
+new.config = PRUNED
+Store(sys.argv[1]).write(new)
+"""
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_killed_writer(store, function, at, again):
+    """The old record or none, or one that is known to be damaged; never a mixture."""
+    if again:
+        store.write(record())
+    command = [sys.executable, "-c", KILLED, str(store.path), function, str(at), "7"]
+    assert subprocess.run(command, check=False).returncode == -9
+    if not again:
+        assert store.identities() == []
+    elif at == 1:
+        assert same(record(), store.read(RUN))
+    else:
+        assert refused(store)
+    new = record(PRUNED.with_(seed=7))
+    new.config = PRUNED
+    store.write(new)
+    assert same(new, store.read(RUN))
+
+
+def test_two_writers(store):
+    """Of records that differ one stays, whole, or is known to be damaged."""
+    start = f"import sys; sys.argv[1:] = [{str(store.path)!r}, 'fsync', '0', {{}}]\n"
+    loop = KILLED.replace("Store(sys", "for _ in range(30): Store(sys")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", start.format(repr(seed)) + loop])
+        for seed in ("7", "8")
+    ]
+    originals = [record(PRUNED.with_(seed=seed)) for seed in (7, 8)]
+    for one in originals:
+        one.config = PRUNED
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        try:
+            read = store.read(RUN)
+        except (KeyError, DamagedRecord):
+            continue
+        seen += 1
+        assert any(read.epochs.equals(one.epochs) and same(read, one) for one in originals)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen > 0
+
+
+@pytest.mark.parametrize("below", ["runs", "a/b"])
+def test_a_store_that_cannot_be_written(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / below)
+    for use in (
+        store.check_writable,
+        lambda: store.write(record()),
+        lambda: store.fail(PRUNED, ""),
+    ):
+        with pytest.raises(StoreError, match="file"):
+            use()
+    assert RUN not in store
+    assert store.failure(RUN) is None
+
+
+def test_checking_leaves_nothing(store):
+    store.check_writable()
+    assert files(store) == []
+
+
+# Failures
+
+
+def test_notes_of_failures(store):
+    assert store.failure(RUN) is None
+    store.fail(PRUNED, ValueError("the loss is nan at epoch 3"))
+    assert store.failures() == {RUN: "the loss is nan at epoch 3"}
+    assert RUN not in store
+    note = store.path / "failed" / f"{RUN}.json"
+    assert json.loads(note.read_text())["config"]["seed"] == 2
+    for damage in ("", "{", "{}", "\0\0\0"):
+        note.write_text(damage)
+        assert store.failure(RUN)
+    store.write(record())
+    assert store.failure(RUN) is None
+
+
+# Where it is
+
+
+def test_where_folders_are(tmp_path, monkeypatch):
+    for name in ("RUNS", "RESULTS", "FIGURES"):
+        monkeypatch.delenv(f"PAPERLIB_{name}", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert Store().path == tmp_path / "runs"
+    for folder in ("notebooks/sub", "paperlib", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks" / "sub")
+    assert runs.default_path() == tmp_path / "runs"
+    assert runs.results_path() == tmp_path / "results"
+    assert runs.figures_path() == tmp_path / "figures"
+    monkeypatch.setenv("PAPERLIB_RESULTS", str(tmp_path / "none"))
+    assert runs.results_path() == tmp_path / "none"
+    assert Store(tmp_path).identities() == []
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RUNS", "RESULTS", "FIGURES"):
+        monkeypatch.setenv(f"PAPERLIB_{name}", f"~/{name}")
+    assert Store().path == tmp_path / "RUNS"
+    assert Store().results == runs.results_path() == tmp_path / "RESULTS"
+    assert runs.figures_path() == tmp_path / "FIGURES"
+    store = Store("~/mine", "~/below")
+    assert (store.path, store.results) == (tmp_path / "mine", tmp_path / "below")
+
+
+def test_reading_imports_no_torch(written):
+    names = ("runs", "experiments", "instability", "config", "stats", "claims", "plots", "sweep")
+    names += ("batch", "cli", "store.archive", "store.checkpoints", "store.lease", "store.records")
+    modules = [f"paperlib.{name}" for name in names if find_spec(f"paperlib.{name}")]
+    code = f"""
+import sys
+import {", ".join(modules)}
+store = paperlib.runs.Store({str(written.path)!r})
+assert len(store.runs()) == 1 and len(store.epochs()) == 20
+assert len(store.find([store.read(run).config for run in store.identities()])) == 1
+loaded = {{"torch", "torchvision"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_record_without_columns_of_its_own(store):
+    """One epoch and one column are enough for a record."""
+    tiny = RunRecord(Config(), pd.DataFrame({"epoch": [0]}))
+    store.write(tiny)
+    assert same(store.read(Config()), tiny)

@@ -1,0 +1,361 @@
+"""Sweeps: what is missing is run, once, and nothing stops the rest."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from paperlib import sweep
+from paperlib.config import Config, FilterPruning, Flatness
+from paperlib.runs import RunRecord, Store, StoreError
+from paperlib.sweep import SweepError, costs, workers
+from tests.store.helpers import record
+
+torch.set_num_threads(1)
+
+QUICK = Config(
+    data="digits",
+    train_per_class=5,
+    test_per_class=5,
+    model="conv4",
+    width=1 / 16,
+    epochs=2,
+    batch=32,
+    pruning=FilterPruning((0.5,), ((0, 1),)),
+)
+DIVERGING = QUICK.with_(optimizer="sgd", learning_rate=1e30, seed=5)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "runs", tmp_path / "results")
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def seeds(count: int, **changes) -> list[Config]:
+    return [QUICK.with_(seed=seed, **changes) for seed in range(count)]
+
+
+def identities(configs) -> list[str]:
+    return sorted(config.identity for config in configs)
+
+
+def assert_same(frames, others) -> None:
+    for frame, other in zip(frames, others, strict=True):
+        pd.testing.assert_frame_equal(
+            frame.drop(columns="seconds"), other.drop(columns="seconds"), check_exact=True
+        )
+
+
+def test_only_what_is_missing_is_run_and_once(store, threads):
+    assert sweep.execute([QUICK, *seeds(2), QUICK.with_()], store, threads) == 2
+    before = {path: path.stat().st_mtime_ns for path in store.path.glob("records/*")}
+    assert sweep.missing(seeds(3), store) == seeds(3)[2:]
+    (store.path / "records" / f"{seeds(2)[1].identity}.parquet").write_bytes(b"half a record")
+    found = sweep.states([*seeds(3), QUICK], store)
+    assert [state.state for state in found] == ["done", "damaged", "missing"]
+    told = []
+    assert sweep.execute(seeds(3), store, threads, tell=told.append) == 2
+    assert told[0].startswith("2 runs (1 new, 1 damaged): about ")
+    after = {path: path.stat().st_mtime_ns for path in store.path.glob("records/*")}
+    assert [path for path in before if after[path] == before[path]] == [
+        store.path / "records" / f"{QUICK.identity}.parquet"
+    ]
+    epochs, _ = sweep.collect(seeds(3), store)
+    assert epochs.run.tolist() == [config.identity for config in seeds(3) for _ in range(2)]
+    assert sweep.collect([], Store(store.path / "none"))[0].empty
+    assert not (store.path / "none").exists()
+
+
+def test_failures_are_named_noted_and_left_alone(store, threads):
+    unknown = QUICK.with_(model="nope")
+    with pytest.raises(SweepError) as caught:
+        sweep.execute([DIVERGING, unknown, *seeds(2)], store, threads)
+    assert DIVERGING.identity in str(caught.value)
+    assert "'nope'" in str(caught.value)
+    assert "vgg11_bn" in str(caught.value)
+    assert store.identities() == identities(seeds(2))
+    assert list(store.failures()) == [DIVERGING.identity]
+    note = store.path / "failed" / f"{DIVERGING.identity}.json"
+    before = note.stat().st_mtime_ns
+    with pytest.raises(SweepError, match=DIVERGING.identity):
+        sweep.execute([DIVERGING, *seeds(3)], store, threads)
+    assert note.stat().st_mtime_ns == before
+    assert store.identities() == identities(seeds(3))
+    with pytest.raises(SweepError, match=DIVERGING.identity):
+        sweep.execute([DIVERGING], store, threads, retry_failed=True)
+    assert note.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("path", ["file", "file/runs"])
+def test_a_store_that_cannot_be_written(tmp_path, threads, path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StoreError, match=str(tmp_path / path)):
+        sweep.execute([QUICK], Store(tmp_path / path), threads)
+
+
+def test_numbers_depend_neither_on_processes_nor_on_threads(store, tmp_path, monkeypatch):
+    """One process a run; several runs in each of two processes; threads of this one."""
+    expected = sweep.collect(seeds(3), store, jobs=2)
+    assert {record.provenance["threads"] for record in store.records()} == {1}
+    with ThreadPoolExecutor(3) as three:
+        assert_same(sweep.collect(seeds(3), Store(tmp_path / "a"), three), expected)
+    monkeypatch.setattr(workers, "devices", lambda *_: (["cpu", "cpu"], 2))
+    with pytest.raises(SweepError, match=DIVERGING.identity):
+        sweep.execute([*seeds(3), DIVERGING], Store(tmp_path / "b"))
+    assert_same(sweep.collect(seeds(3), Store(tmp_path / "b")), expected)
+
+
+def test_records_that_are_sent_back(store, tmp_path, threads, monkeypatch):
+    theirs = Store(tmp_path / "theirs")
+    monkeypatch.setenv("PAPERLIB_RUNS", str(theirs.path))
+    config = QUICK.with_(model="vgg11_bn", pruning=None, histograms=True)
+    sweep.execute([config], store, threads, send_back=True)
+    assert store.read(config.identity).arrays.keys() == {"untrained", "trained"}
+    assert theirs.identities() == store.identities()
+
+
+# Time
+
+
+def measured(store: Store, config: Config, seconds: float, device: str = "cpu") -> None:
+    frame = pd.DataFrame({"epoch": range(config.epochs), "seconds": seconds})
+    store.write(RunRecord(config, frame, {}, {"device": device}))
+
+
+def test_speeds_are_those_of_runs_alike_on_this_device(store):
+    narrower = QUICK.with_(width=1 / 32)
+    for seed, seconds, device in ((3, 2.0, "cpu"), (4, 4.0, "cpu"), (5, 50.0, "cuda")):
+        measured(store, QUICK.with_(seed=seed), seconds, device)
+    speeds = costs.speeds(store, "cpu")
+    assert speeds.epoch(QUICK) == speeds.epoch(QUICK.with_(pruning=None)) == 3.0
+    assert math.isnan(speeds.epoch(narrower))
+    assert math.isnan(speeds.epoch(QUICK.with_(flatness=Flatness(1))))
+    assert costs.speeds(store, "cuda:1").epoch(QUICK) == 50.0
+    told = costs.forecast(sweep.states([QUICK, narrower], store), 0, 2, speeds)
+    assert "2 new" in told
+    assert "6 s" in told
+    assert "1 of unknown length" in told
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_sweep_stops_when_its_time_is_up(store, together, monkeypatch):
+    """Runs at work leave checkpoints; others are not begun, nor one known to take too long."""
+    monkeypatch.setattr(workers, "devices", lambda *_: (["cpu"], together))
+    slow = QUICK.with_(width=1 / 32)
+    measured(store, slow.with_(seed=9), 400.0)
+    long = [config.with_(epochs=10**6, batch=16) for config in seeds(3)]
+    assert sweep.execute([slow, QUICK, *long], store, minutes=0.4) == 1
+    assert store.identities() == identities([QUICK, slow.with_(seed=9)])
+    assert not store.failures()
+    slow_state, done, *rest = [s.state for s in sweep.states([slow, QUICK, *long], store)]
+    assert (slow_state, done) == ("missing", "done")
+    assert rest == sorted(rest, reverse=True)  # in the order given, "partial" first
+    assert 1 <= rest.count("partial") <= together
+    assert rest.count("partial") + rest.count("missing") == 3
+    with pytest.raises(ValueError, match="0"):
+        sweep.execute([QUICK], store, minutes=0)
+
+
+# Deaths
+
+DYING = """
+import os, signal
+from pathlib import Path
+from paperlib import models
+from paperlib.extras.fast.graphs import CaptureError
+
+def build(num_classes, in_channels):
+    lives = Path(__file__).with_name("lives")
+    left = int(lives.read_text())
+    if left:
+        lives.write_text(str(left - 1))
+        if "SPOILING" in os.environ:
+            raise CaptureError("a capture failed")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return models.build("conv4", num_classes, in_channels, 1 / 16)
+"""
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch) -> Config:
+    """A run whose process dies as often as the file `lives` says."""
+    (tmp_path / "dying_network.py").write_text(DYING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return QUICK.with_(model="dying_network:build", width=1.0)
+
+
+def test_a_run_that_kills_its_worker(store, dying, tmp_path):
+    (tmp_path / "lives").write_text("1")
+    assert sweep.execute([dying], store, jobs=1) == 1
+    (tmp_path / "lives").write_text("9")
+    worse = dying.with_(seed=1)
+    with pytest.raises(SweepError, match=worse.identity):
+        sweep.execute([worse, *seeds(2)], store, jobs=1)
+    assert (tmp_path / "lives").read_text() == "6"
+    assert store.identities() == identities([dying, *seeds(2)])
+    assert list(store.failures()) == [worse.identity]
+    (tmp_path / "lives").write_text("0")
+    assert sweep.execute([worse], store, jobs=1, retry_failed=True) == 1
+    assert not store.failures()
+
+
+@pytest.mark.parametrize("kind", ["killed", "SPOILING"])
+def test_what_several_in_one_process_die_of_is_found(store, dying, tmp_path, monkeypatch, kind):
+    """Killed, or with a GPU that does no more: the others are done, the last try is alone."""
+    monkeypatch.setenv(kind, "1")
+    (tmp_path / "lives").write_text("9")
+    monkeypatch.setattr(workers, "devices", lambda *_: (["cpu"], 2))
+    with pytest.raises(SweepError, match=dying.identity):
+        sweep.execute([seeds(1)[0], dying, *seeds(3)[1:]], store)
+    assert (tmp_path / "lives").read_text() == "6"
+    assert store.identities() == identities(seeds(3))
+    assert list(store.failures()) == [dying.identity]
+
+
+def test_a_cluster_with_a_worker_that_is_killed(store, tmp_path, threads):
+    pytest.importorskip("distributed")
+    from paperlib.sweep import cluster
+
+    configs = seeds(4, epochs=15)
+    with cluster.connected("local:2") as two:
+        pids = list(two.client.run(os.getpid).values())
+        assert len(pids) == two.slots == 2
+
+        def kill():
+            assert wait_for(store.identities, 120)
+            os.kill(pids[0], signal.SIGKILL)
+
+        with ThreadPoolExecutor(1) as other:
+            killing = other.submit(kill)
+            frames = sweep.collect(configs, store, two)
+            killing.result()
+    assert_same(frames, sweep.collect(configs, Store(tmp_path / "alone"), threads))
+
+
+# Several processes, and their ends
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from paperlib import sweep
+from paperlib.config import Config, FilterPruning
+from paperlib.runs import Store
+
+def score(conv):
+    with open(Path(__file__).with_name("events"), "a") as file:
+        file.write("event\\n")
+    return conv.weight.abs().sum((1, 2, 3))
+
+quick = Config(
+    data="digits", train_per_class=20, test_per_class=5, model="conv4", width=1 / 16, epochs=2,
+    batch=32, pruning=FilterPruning((0.5,), ((0, 1),), "counted_runs:score"),
+)
+def main():
+    if sys.argv[2] == "seeds":
+        configs = [quick.with_(seed=seed) for seed in range(4)]
+    else:
+        configs = [quick, quick.with_(epochs=10**6)]
+    sweep.collect(configs, Store(sys.argv[1]), jobs=1)
+"""
+GUARD = 'if __name__ == "__main__":\n    main()\n'
+
+
+def started(folder: Path, store: Store, what: str, end: str = GUARD) -> subprocess.Popen:
+    (folder / "counted_runs.py").write_text(SCRIPT + end)
+    command = [sys.executable, str(folder / "counted_runs.py"), str(store.path), what]
+    path = os.pathsep.join([str(folder), str(Path(sweep.__file__).parents[2])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_two_sweeps_on_one_store(store, tmp_path):
+    """Nothing is computed twice, and nothing is lost."""
+    processes = [started(tmp_path, store, "seeds") for _ in range(2)]
+    for process in processes:
+        assert process.communicate(timeout=300)
+        assert process.returncode == 0
+    assert len((tmp_path / "events").read_text().splitlines()) == 4 * 2
+    assert len(store.runs()) == 4
+
+
+def test_a_script_without_a_main_guard(store, tmp_path):
+    process = started(tmp_path, store, "seeds", "main()\n")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert error.count("Traceback") <= 2  # this process's alone: the error and its cause
+    assert '__name__ == "__main__"' in error.splitlines()[-1]
+    assert not store.identities()
+    assert not store.failures()
+
+
+def group_members(group: int) -> list[int]:
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def wait_for(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(condition())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("to", ["process", "group", "kill", "term"])
+def test_the_end_of_a_sweep_half_way(store, tmp_path, to):
+    """Ctrl-C by a scheduler, by a terminal, and kill -9: workers end, what is done is kept."""
+    process = started(tmp_path, store, "long")
+    try:
+        assert wait_for(store.identities, 120)
+        assert len(group_members(process.pid)) > 1
+        if to == "group":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            kinds = {"process": signal.SIGINT, "kill": signal.SIGKILL, "term": signal.SIGTERM}
+            os.kill(process.pid, kinds[to])
+        assert process.wait(60) != 0
+        assert wait_for(lambda: not group_members(process.pid), 30)
+    finally:
+        for member in group_members(process.pid):
+            os.kill(member, signal.SIGKILL)
+    assert len(store.identities()) == len(store.runs()) == 1
+
+
+def test_records_of_other_data_or_folders(store, tmp_path):
+    """They stop a sweep before anything is run, and count as neither done nor missing."""
+    known = record(QUICK, data="0" * 32)
+    store.write(known)
+    alike = [QUICK.with_(data=f"images:{tmp_path / place / 'photos'}") for place in "ab"]
+    store.write(record(alike[0]))
+    for configs in ([QUICK], [alike[1]]):
+        (state,) = sweep.states(configs, store)
+        assert state.state == "changed"
+        for use in (sweep.execute, sweep.collect, sweep.missing):
+            with pytest.raises(StoreError, match=configs[0].identity):
+                use(configs, store)
+    with pytest.raises(StoreError, match="photos"):
+        sweep.collect(alike, store)
+    assert len(store.own()) == 2

@@ -1,0 +1,135 @@
+"""Switches are as they were afterwards, whichever of torch's two ways they were set by."""
+
+import pytest
+import torch
+from small import VGG
+
+from paperlib import devices, training
+from paperlib.flatness import hessian_spectrum
+from paperlib.training import run
+
+NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+new_ways = pytest.mark.skipif(not NEW, reason="came with torch 2.9")
+
+
+def switches() -> list:
+    if not NEW:
+        return [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    places = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul]
+    return [place.fp32_precision for place in places]
+
+
+@pytest.fixture
+def restored():
+    before = switches()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    if NEW:
+        cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+        places = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul]
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+    assert switches() == before
+
+
+def test_switched_even_by_an_error():
+    cudnn = torch.backends.cudnn
+    before, other = cudnn.benchmark, not cudnn.benchmark
+
+    def fails():
+        with devices.switched(cudnn, benchmark=other):
+            assert cudnn.benchmark == other
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert cudnn.benchmark == before
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_full_float32_by_the_older_way(precision, restored):
+    torch.set_float32_matmul_precision(precision)
+    before = switches()
+    with devices.full_float32():
+        inside = switches()
+        assert not {"tf32", "bf16", "high", "medium", True} & {*inside[:1], *inside[2:]}
+        assert NEW or inside[1] is False
+    assert switches() == before
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@new_ways
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+def test_full_float32_by_the_newer_way(value, restored):
+    for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+        place.fp32_precision = value
+    before = switches()
+    with devices.full_float32():
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert switches() == before
+
+
+@new_ways
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+def test_curvature_where_the_newer_way_was_used(value, restored):
+    torch.backends.cudnn.conv.fp32_precision = value
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    images, labels = torch.randn(5, 1, 2, 2), torch.arange(5) % 3
+    values, _ = hessian_spectrum(model, images, labels, k=2)
+    assert (values > 0).all()
+
+
+# Precision
+
+
+@pytest.fixture
+def tf32():
+    """A GPU's convolutions would take TF32, as is PyTorch's default."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def rounds(*_) -> bool:
+    """Whether any product or convolution of float32 may round more than float32 does."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+    places = [torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    return any(place.fp32_precision not in ("ieee", "none") for place in places)
+
+
+@pytest.mark.parametrize(("precision", "full"), [("float32", True), ("bfloat16", False)])
+def test_float32_is_full_float32(precision, full, tf32):
+    config = VGG.with_(precision=precision, model="small:Chain", batch=50)
+    seen = []
+    assert rounds()
+    run(config, None, "cpu", lambda moment: seen.append(rounds()))
+    assert seen == [not full] * 3
+    training.run_together([config, config.with_(seed=1)], None, "cpu")
+    assert rounds()
+
+
+def test_full_float32_overlaps(tf32):
+    """As in two threads: the first context ends while the second is open."""
+    first, second = devices.full_float32(), devices.full_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not rounds()
+    second.__exit__(None, None, None)
+    assert rounds()
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "gpu"])
+def test_unknown_devices(name):
+    with pytest.raises(ValueError, match=rf"no device '{name}' here: one of auto, .*cpu"):
+        devices.choose_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    with pytest.raises(ValueError, match="no device 'cuda' here"):
+        devices.choose_device("cuda")
+    assert devices.choose_device().type in ("cpu", "mps")

@@ -1,0 +1,288 @@
+"""What is measured beside a run, and that it changes no other number."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small import PRUNED, SCRATCH, TWO_LAYERS, VGG, WEIGHTS, numbers, same
+from torch import nn
+
+from paperlib import data, diagnostics, training
+from paperlib.batches import Batches
+from paperlib.config import Config, FilterPruning, Noise, WeightPruning
+from paperlib.loop import Totals
+from paperlib.runs import RunRecord, Store
+from paperlib.store import checkpoints
+from paperlib.training import build, run
+
+
+def test_histograms_change_no_number():
+    config = VGG.with_(pruning=FilterPruning((0.5,), ((1,),), "activation"), batch=7)
+    assert same(numbers(config), numbers(config.with_(histograms=True)))
+
+
+def test_histograms_of_batch_norms():
+    record = run(VGG.with_(histograms=True), device="cpu")
+    assert same(record.epochs.drop(columns="seconds"), numbers(VGG))
+    model = build(VGG)
+    dataset = data.load("digits").subset(VGG.train_per_class)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (dataset.mean, dataset.std))
+    out, expected = (dataset.train_images[:128] / 255 - mean) / std, []
+    for layer in model.features:
+        if isinstance(layer, nn.BatchNorm2d):
+            centered = out - out.mean((0, 2, 3), keepdim=True)
+            z = centered / (centered.square().mean((0, 2, 3), keepdim=True) + layer.eps).sqrt()
+            expected.append(np.histogram(z.detach().numpy(), 200, (-5, 5), density=True)[0])
+        out = layer(out)
+    assert record.arrays["untrained"].shape == (8, 200)
+    assert np.allclose(record.arrays["untrained"], expected, atol=0.02)
+    assert np.allclose(record.arrays["trained"].sum(1) * 10 / 200, 1)
+    assert not np.allclose(record.arrays["untrained"], record.arrays["trained"], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "bins"),
+    [
+        ([0.0, 0.0], {}),
+        ([0.0, -1.02, 1.05, 1.01], {120: 3}),
+        ([0.5, -0.5, 0.105, 1.05e-3], {113: 2, 100: 1, 60: 1}),
+        ([1e-9, -1e-30, 2e-6], {0: 2, 6: 1}),
+        ([10.0, 1e9, -9.9], {139: 3}),
+    ],
+)
+def test_magnitudes_by_hand(values, bins):
+    """Bins of a twentieth of a decade from 1e-6 on: the i-th from 10 ** (i / 20 - 6)."""
+    counts = diagnostics.magnitudes(torch.tensor(values, dtype=torch.float64).view(1, -1))
+    assert counts.shape == (140,)
+    assert {int(i): int(counts[i]) for i in counts.nonzero()[0]} == bins
+
+
+def test_magnitudes_of_a_layer():
+    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.03
+    weight[:7] = 0
+    found = weight.abs()[weight != 0].double().numpy()
+    expected, _ = np.histogram(np.log10(found), 140, (-6, 1))
+    assert np.array_equal(diagnostics.magnitudes(nn.Parameter(weight)), expected)
+    assert diagnostics.MAGNITUDES[[0, 20, 140]] == pytest.approx([1e-6, 1e-5, 10])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [WEIGHTS, WEIGHTS.with_(epochs=4, optimizer="adam", pruning=TWO_LAYERS, momentum=0)],
+)
+def test_what_is_recorded_of_pruned_weights(config):
+    seen = []
+
+    def look(moment):
+        layers = {name: layer.weight for name, layer in moment.pruner.layers.items()}
+        seen.append({name: weight.detach().clone() for name, weight in layers.items()})
+
+    record = run(config.with_(histograms=True), None, "cpu", look)
+    last = config.pruning.epochs[-1]
+    names = config.pruning.layers
+    moments = ("before", "after", "end", "kept")
+    assert set(record.arrays) == {"edges"} | {f"{m}.{name}" for m in moments for name in names}
+    assert np.array_equal(record.arrays["edges"], diagnostics.MAGNITUDES)
+    for name in names:
+        for moment, epoch in (("after", last), ("end", -1)):
+            expected = diagnostics.magnitudes(seen[epoch][name])
+            assert np.array_equal(record.arrays[f"{moment}.{name}"], expected)
+        # Before the first event nothing is zero.
+        weights = seen[0][name].numel()
+        assert record.arrays[f"before.{name}"].sum() == weights
+        assert record.arrays[f"after.{name}"].sum() < weights
+        assert np.array_equal(
+            record.arrays[f"kept.{name}"], np.packbits(seen[-1][name].numpy() != 0)
+        )
+    assert same(record.epochs.drop(columns="seconds"), numbers(config))
+
+
+def test_before_is_just_before_the_first_event():
+    """What the largest target takes of the weights is the upper end of their magnitudes."""
+    pruning = WeightPruning(("dense",), (0.3,), (0,), "largest")
+    config = WEIGHTS.with_(epochs=1, histograms=True, pruning=pruning)
+    arrays = run(config, device="cpu").arrays
+    before, after = arrays["before.dense"], arrays["after.dense"]
+    left = math.ceil(0.7 * before.sum())
+    assert after.sum() == left
+    assert np.array_equal(after, np.diff(np.minimum(np.cumsum(before), left), prepend=0))
+    assert np.array_equal(after, arrays["end.dense"])
+
+
+# Measured beside
+
+CHOSEN = FilterPruning((0.3, 0.5), ((0, 2), (1, 2)), "activation", "largest", norm=False)
+MEASURED = {
+    "filters": PRUNED.with_(augment=True),
+    "scratch": SCRATCH,
+    "activation": VGG.with_(
+        model="resnet18", pruning=FilterPruning((0.3, 0.5), ((0, 1), (1, 2)), "activation")
+    ),
+    "random": VGG.with_(pruning=FilterPruning((0.5,), ((0, 2),), target="random")),
+    "weights": WEIGHTS.with_(dropout=(0.25, 0.5)),
+    "plus": VGG.with_(
+        model="small:Plus",
+        learning_rate=0.05,
+        pruning=FilterPruning((0.5, 0.7), ((0, 1), (1,))),
+    ),
+} | {
+    kind: VGG.with_(pruning=CHOSEN, noise=Noise(kind, 5, evaluation_batch=16))
+    for kind in ("zeroing", "gaussian", "restored")
+}
+
+
+class Unmeasured:
+    """Stands in for the replica, and measures nothing."""
+
+    def __init__(self, *arguments) -> None:
+        pass
+
+    def load(self, *arguments) -> None:
+        pass
+
+    def nothing(self, *arguments) -> Totals:
+        return Totals(math.nan, math.nan, 1)
+
+    loss = recalibrated = nothing
+
+
+def all_tensors(moment) -> dict[str, np.ndarray]:
+    """A callback: everything that the network and the pruner hold, at every epoch."""
+    state = dict(moment.model.named_parameters()) | dict(moment.model.named_buffers())
+    state |= {f"pruner {name}": t for name, t in moment.pruner.state_dict().items()}
+    return {f"{moment.epoch} {k}": t.detach().clone().numpy() for k, t in state.items()}
+
+
+def switch_measuring_off(monkeypatch) -> None:
+    monkeypatch.setattr(training, "Replica", Unmeasured)
+    monkeypatch.setattr(training, "distance", lambda *networks: math.nan)
+
+
+def same_but_for_what_is_measured(a: RunRecord, b: RunRecord) -> None:
+    columns = ["seconds", *training.BESIDE]
+    assert a.epochs.drop(columns=columns).equals(b.epochs.drop(columns=columns))
+    assert list(a.epochs) == list(b.epochs)
+    assert list(a.arrays) == list(b.arrays)
+    for name, array in a.arrays.items():
+        assert array.tobytes() == b.arrays[name].tobytes(), name
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measuring_changes_no_number(name, monkeypatch):
+    record = run(MEASURED[name], None, "cpu", all_tensors)
+    with monkeypatch.context() as patch:
+        switch_measuring_off(patch)
+        plain = run(MEASURED[name], None, "cpu", all_tensors)
+    assert plain.epochs[list(training.BESIDE)].isna().all(axis=None)
+    same_but_for_what_is_measured(record, plain)
+    event = record.epochs.removed > 0
+    assert event.any()
+    assert record.epochs.pre_loss.notna().equals(event)
+    assert record.epochs.post_loss.notna().equals(event)
+    with_norm = event & (name != "weights")
+    assert record.epochs.recalibrated.notna().equals(with_norm)
+    assert record.epochs.distance.notna().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["activation", "plus", "gaussian"])
+def test_measuring_changes_no_number_of_a_resumed_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
+    config, store = MEASURED[name], Store(tmp_path)
+
+    def stop(moment):
+        if moment.epoch == 2:
+            raise KeyboardInterrupt
+        return all_tensors(moment)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, store, "cpu", stop)
+    resumed, unbroken = run(config, store, "cpu", all_tensors), run(config, None, "cpu")
+    assert [part["epochs"] for part in resumed.provenance["resumed"]] == [2]
+    assert same(resumed.epochs.drop(columns="seconds"), unbroken.epochs.drop(columns="seconds"))
+    switch_measuring_off(monkeypatch)
+    same_but_for_what_is_measured(resumed, run(config, None, "cpu", all_tensors))
+
+
+def test_an_event_that_removes_nothing_is_not_measured():
+    rows = numbers(VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1)))))
+    assert rows.pre_loss.notna().tolist() == [False, True, False]
+    assert rows.recalibrated.notna().tolist() == [False, True, False]
+    assert numbers(VGG)[["recalibrated", "pre_loss", "post_loss"]].isna().all(axis=None)
+
+
+def images_of(config: Config) -> Batches:
+    dataset = data.load(config.data).subset(config.train_per_class, config.test_per_class)
+    return Batches(dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, "cpu")
+
+
+@pytest.mark.parametrize("name", ["filters", "scratch", "activation", "weights", "plus"])
+def test_what_is_measured_by_hand(name, monkeypatch):
+    """Of copies of the pruned network, hooks included, whose observers are not due."""
+    monkeypatch.setattr(diagnostics, "LOSS_IMAGES", 30)
+    monkeypatch.setattr(diagnostics, "RECALIBRATION_IMAGES", 41)
+    monkeypatch.setattr(diagnostics, "RECALIBRATION_BATCH", 10)
+    config = MEASURED[name]
+    train, seen, last = images_of(config), [], []
+
+    @torch.no_grad()
+    def look(moment):
+        network = copy.deepcopy(moment.model).eval()
+        images, labels = train.first(30)
+        loss = F.cross_entropy(network(images), labels).item()
+        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for batch in train.first(41)[0][:40].split(10):  # without a last batch of one image
+            network(batch)
+        x, y = next(moment.test.evaluation(1000))
+        correct = (network.eval()(x).argmax(1) == y).double().mean().item()
+        seen.append((loss, 100 * correct if norms else math.nan))
+        last[:] = [p.detach().clone().flatten() for p in moment.model.parameters()]
+
+    rows = numbers(config, callback=look)
+    event = rows.removed > 0
+    losses, accuracies = np.array(seen)[event].T
+    assert np.allclose(rows.post_loss[event], losses, rtol=1e-5)
+    assert np.allclose(rows.recalibrated[event], accuracies, equal_nan=True)
+    assert name == "weights" or not (rows.recalibrated == rows.post)[event].all()
+    initial = torch.cat([p.detach().flatten() for p in build(config).parameters()])
+    moved = torch.linalg.vector_norm(torch.cat(last) - initial) / torch.linalg.vector_norm(initial)
+    assert rows.distance.iloc[-1] == pytest.approx(moved.item(), rel=1e-5)
+
+
+def test_the_loss_before_an_event_is_that_of_a_run_without_it():
+    train, losses = images_of(VGG), []
+
+    @torch.no_grad()
+    def look(moment):
+        images, labels = train.first(1000)
+        losses.append(F.cross_entropy(moment.model.eval()(images), labels).item())
+        moment.model.train()
+
+    numbers(VGG, callback=look)
+    rows = numbers(PRUNED)
+    assert rows.pre_loss[1] == pytest.approx(losses[1], rel=1e-5)
+    assert rows.pre_loss[1] != pytest.approx(rows.post_loss[1], rel=1e-2)
+
+
+def test_a_choice_of_filters_for_noise_changes_no_loss():
+    """Noise acts at the passes after it, of which the measurements are none."""
+    rows = numbers(MEASURED["zeroing"])
+    event = (rows.removed > 0) & (rows.epoch < 2)
+    assert rows.pre_loss[event].equals(rows.post_loss[event])
+    assert rows.pre_loss[2] != rows.post_loss[2]  # at the end they are removed
+
+
+def test_distance_of_no_step_is_zero():
+    network = build(VGG)
+    assert diagnostics.distance(network, build(VGG)) == 0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(-2)
+    assert diagnostics.distance(network, build(VGG)) == pytest.approx(3)

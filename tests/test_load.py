@@ -1,0 +1,99 @@
+"""What `experiments.load` gives a figure, from records alone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paperlib import experiments, sweep
+from paperlib.experiments import Scale
+from paperlib.runs import RunRecord, Store
+
+
+def record(config, accuracy: float = 80.0) -> RunRecord:
+    count = config.epochs
+    epochs = {
+        "epoch": range(count),
+        "trained": True,
+        "train_accuracy": np.linspace(50, 100, count),
+        "train_loss": 0.01,
+        "pre": accuracy,
+        "post": accuracy - 10,
+        "removed": 1,
+        "seconds": 1.0,
+    }
+    arrays = {}
+    if config.flatness is not None:
+        epsilons = np.array(config.flatness.epsilons)
+        arrays = {
+            "eigenvalues": np.array([4, -1.0]),
+            "noise": np.array(7.0),
+            "epsilons": epsilons,
+            "losses": np.stack([0.5 + epsilons**2 * 40] * 2),
+        }
+    return RunRecord(config, pd.DataFrame(epochs), arrays)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Store:
+    monkeypatch.delenv("PAPERLIB_PROFILE", raising=False)
+    return Store(tmp_path / "runs", tmp_path / "results")
+
+
+def test_a_complete_figure(store):
+    for config in experiments.plan("figure-E1", "smoke").config:
+        store.write(record(config))
+    figure = experiments.load("figure-E1", "smoke", store=store)
+    assert figure.complete
+    assert figure.scale == Scale("smoke")
+    assert [r.run for r in figure.records] == figure.plan.run.tolist()
+    assert figure.epochs.groupby("run").size().eq(12).all()
+    assert figure.runs.run.tolist() == figure.plan.run.tolist()
+    assert set(figure.runs.curvature) == {3.0}
+    assert set(figure.runs.noise) == {7.0}
+    assert figure.runs.tic.to_numpy() == pytest.approx(7 / 3)
+    assert figure.runs.delta_w.between(0.01, 1).all()
+    assert set(figure.settings.loc["epochs"].loc["paper"]) == {325}
+    assert set(figure.settings.loc["epochs"].loc["smoke"]) == {12}
+    assert set(figure.gates.gate) == {"G1", "G2", "G3", "G4"}
+    assert figure.claims.claim.unique().tolist() == ["T4"]
+    assert all(word in figure.stamp for word in ("smoke", "digits", "2 seeds", "G1 fails"))
+
+
+def test_a_figure_with_runs_missing(store):
+    plan = experiments.plan("figure-R1", "smoke")
+    for config in plan.config[1:]:
+        store.write(record(config))
+    figure = experiments.load("figure-R1", "smoke", store=store, train=False)
+    assert not figure.complete
+    assert figure.runs.run.tolist() == plan.run[1:].tolist()
+    assert f"{len(plan) - 1} of {len(plan)} runs" in figure.stamp
+    assert set(figure.claims.verdict) == {"incomplete"}
+    assert "curvature" not in figure.runs
+
+
+def test_small_is_shown_where_it_is_complete_and_demo_else(store, monkeypatch):
+    assert experiments.resolve("figure-1", store=store) == Scale("demo")
+    for config in experiments.plan("figure-1", "small").config:
+        store.write(record(config))
+    assert experiments.load("figure-1", store=store).scale == Scale("small")
+    assert experiments.resolve("figure-1", data="cifar10", store=store) == Scale("demo", "cifar10")
+    monkeypatch.setenv("PAPERLIB_PROFILE", "paper")
+    assert experiments.resolve("figure-1", store=store) == Scale("paper")
+    assert experiments.resolve("figure-1", "smoke", store=store) == Scale("smoke")
+
+
+def test_what_is_missing_is_trained_if_asked(store, monkeypatch):
+    trained = []
+
+    def execute(configs, store):
+        trained.extend(configs)
+        for config in configs:
+            store.write(record(config))
+
+    monkeypatch.setattr(sweep, "execute", execute)
+    assert experiments.load("figure-1", "smoke", seeds=1, store=store).complete
+    assert [config.identity for config in trained] == experiments.plan("figure-1", "smoke").run[
+        :1
+    ].tolist()
+    with pytest.raises(ValueError, match="'figure-9'"):
+        experiments.load("figure-9", store=store)

@@ -50,7 +50,12 @@ class _Proxy(fx.Proxy):
 class Tracer(fx.Tracer):
     """Traces a network down to torch's layers, classes made of them, and `leaves`.
 
-    returns: by name of module, the node that each of its calls returns, None where it is no tensor.
+    What another module returns is a node of its own, `operations.returned`. Whoever uses the value
+    without calling the module, as from inside it, uses the node before that.
+
+    Attributes:
+        leaves: types of modules not to look into.
+        returns: by name of module, the node that each of its calls returns, None for no tensor.
     """
 
     def __init__(self, *leaves: type) -> None:
@@ -67,9 +72,11 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict) -> object:
-        out = super().call_module(module, forward, args, kwargs)
+        name, out = self.path_of_module(module), super().call_module(module, forward, args, kwargs)
+        if isinstance(out, fx.Proxy) and not self.is_leaf_module(module, name):
+            out = self.create_proxy("call_function", ops.returned, (out,), {})
         node = out.node if isinstance(out, fx.Proxy) else None
-        self.returns.setdefault(self.path_of_module(module), []).append(node)
+        self.returns.setdefault(name, []).append(node)
         return out
 
 

@@ -25,9 +25,9 @@ class PrunableLayer:
     """A convolution, and what is zero or masked with each of its filters.
 
     Attributes:
-        name: of the convolution in its network.
+        name: the convolution's name in its network.
         conv: the convolution itself.
-        norm_name: of the norm that its output meets before any activation, None without one.
+        norm_name: the name of the norm of its output, before any activation; None without one.
         norm: that norm.
         sum: the `ResidualSum` whose branch it ends.
         entries: by name of module, further parameters that are zero with a filter.
@@ -55,7 +55,7 @@ class PrunableLayer:
 
     @property
     def filters(self) -> int:
-        """How many filters the convolution has."""
+        """Number of filters of the convolution."""
         return self.conv.out_channels
 
     @property

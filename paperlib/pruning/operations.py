@@ -16,6 +16,11 @@ def functions(names: str) -> set:
     return (found | set(names.split())) - {None}
 
 
+def returned(x: object) -> object:
+    """Stand in a graph for what a module returns, so that its users are told from the module's."""
+    return x
+
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (
@@ -32,7 +37,7 @@ MIXING = {*CONVOLUTIONS, *TRANSPOSED, nn.Linear, F.linear} | FUNCTIONAL_CONVOLUT
 PASSING = functions(
     "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout contiguous clone detach to "
     "float double half bfloat16 type type_as cpu cuda"
-) | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
+) | {returned, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
 # Activations that keep a zero: their slopes are learnt or drawn.
 ACTIVATIONS = functions("prelu rrelu rrelu_") | {nn.PReLU, nn.RReLU}
 # Every value is treated alike: whether a zero stays zero is tried out.

@@ -18,6 +18,9 @@ class Sums:
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
+        self._returned = {
+            node: name for name, nodes in traced.returns.items() for node in nodes if node
+        }
         self._branches: dict[fx.Node, fx.Node | None] = {}
         self._behind: dict[fx.Node, set[fx.Node]] = {}
 
@@ -70,7 +73,7 @@ class Sums:
             return node.target
         found: list[str] = []
         while True:
-            found += self._returning(node)
+            found += [self._returned[node]] if node in self._returned else []
             readers = self.traced.readers(node)
             if len(readers) != 1 or not self._keeps_zero(readers[0]):
                 break
@@ -116,16 +119,6 @@ class Sums:
             before = (depths.get(source, 0) for source in node.all_input_nodes)
             depths[node] = mixes + max(before, default=0)
         return max(depths.values(), default=0)
-
-    def _returning(self, node: fx.Node) -> list[str]:
-        """Modules that compute and return a node and do not use it otherwise; innermost first."""
-        scopes = self.traced.scopes(node)
-        names = []
-        for call, name in reversed(scopes.items()):
-            used_inside = any(call in self.traced.scopes(user) for user in node.users)
-            if node in self.traced.returns.get(name, ()) and not used_inside:
-                names.append(name)
-        return names
 
     def _keeps_zero(self, node: fx.Node) -> bool:
         key = self.traced.key(node)

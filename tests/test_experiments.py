@@ -582,6 +582,6 @@ def test_tables_show_steps_and_doses(name, setting, between, after, dose):
 
 
 def test_settings_and_figures_are_drawn_without_torch():
-    modules = "experiments, stats, plots, runs, batch, cli, sweep"
+    modules = "experiments, stats, plots, runs, cli, sweep"
     code = f"import sys; from paperlib import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

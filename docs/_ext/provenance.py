@@ -1,6 +1,7 @@
 """What a reader of a notebook's page can take home: its files, and what their figure is made of."""
 
 import json
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -61,7 +62,15 @@ def add_section(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = json.dumps(notebook)
 
 
+def link_pages(app, page, template, context, doctree) -> None:
+    """Let links between notebooks, in their outputs, lead to the notebooks' pages."""
+    if "body" in context:
+        link = r'href="(?!https?:|[^"]*_downloads)([^"]+)\.ipynb"'
+        context["body"] = re.sub(link, r'href="\1.html"', context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect to the reading of sources."""
+    app.connect("html-page-context", link_pages)
     app.connect("source-read", add_section)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""What is measured beside a run. The run's own numbers do not depend on it."""
+"""Measures beside a run. The run's own numbers do not depend on them."""
 
 import math
 from collections.abc import Callable, Iterator

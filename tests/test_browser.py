@@ -283,3 +283,4 @@ def test_the_first_page_leads_to_the_claims(page, site):
     page.wait_for_url("**/docs/index.html")
     page.get_by_role("link", name="evidence", exact=True).click()
     page.wait_for_url("**/docs/evidence.html")
+    assert page.get_by_role("heading", level=1).inner_text().startswith("Evidence")

@@ -210,12 +210,13 @@ def test_a_product_does_not_wait_for_the_gpu(memory):
     held = some_held(model)
     matvec, size = flatness.hessian_operator(model, *batch(torch.float32), held, memory=memory)
     v = torch.randn(size, device="cuda")
-    matvec(v)
-    torch.cuda.set_sync_debug_mode("error")
+    expected = matvec(v)
+    torch.cuda.set_sync_debug_mode("error")  # from here on a wait raises
     try:
-        matvec(v)
+        product = matvec(v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(product, expected)
 
 
 # The gradients' covariance

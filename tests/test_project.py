@@ -157,7 +157,7 @@ def test_no_two_modules_import_each_other():
     order = graphlib.TopologicalSorter(
         {module: others - {module} for module, others in imports().items()}
     )
-    order.prepare()  # raises CycleError
+    assert len(list(order.static_order())) >= len(imports())  # a cycle raises CycleError
 
 
 def test_the_wheel_has_every_package(tmp_path):

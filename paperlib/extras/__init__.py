@@ -1,1 +1,1 @@
-"""What goes beyond the papers."""
+"""Extras that go beyond the papers, or only make training faster."""

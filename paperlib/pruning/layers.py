@@ -256,7 +256,7 @@ def _read_directly(traced: Traced, name: str) -> str | None:
 
 
 def _merged(one: PrunableLayer, other: PrunableLayer) -> PrunableLayer:
-    """What holds of a layer in both modes of its network."""
+    """Combine the findings on a layer in training and in evaluation mode."""
     leak = one.leak or other.leak
     for mine, its in ((one.entries, other.entries), (one.masks, other.masks)):
         if any(mine[name] != its[name] for name in mine.keys() & its.keys()):

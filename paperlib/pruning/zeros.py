@@ -327,7 +327,7 @@ class Trail:
             )
 
     def _check_not_shared(self) -> None:
-        """What is zero or masked for this convolution must be so wherever it is used."""
+        """Refuse a module that must be zero for this convolution but is also used elsewhere."""
         for name in self.entries:
             if self._met[name] != set(self.traced.calls(name)):
                 raise Refused(f"{name!r}, which would have to be zero with it, is used elsewhere")

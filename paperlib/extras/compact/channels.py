@@ -1,4 +1,4 @@
-"""What each channel of a network is, found by following its graph in evaluation mode.
+"""Find constant and unused channels by following a network's graph in evaluation mode.
 
 Forwards from the input: which channels are the same for every image and pixel, and with what value;
 which are one and the same; and which layers read and write them.
@@ -241,7 +241,7 @@ class Following:
 
     @torch.no_grad()
     def _evaluate(self, node: fx.Node) -> Tensor:
-        """What constant channels are after an operation that treats channels alike and apart."""
+        """Return the values of constant channels after an operation on each channel alone."""
 
         def constant(source: fx.Node) -> object:
             if source in self.traced.shapes:

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, bytes, milliseconds."""
+"""The costs of a network: parameters, multiply-adds, bytes, milliseconds."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What makes training faster, and changes no number but for rounding. All works without it.
+"""Faster training with the same numbers, up to rounding. Everything works without it.
 
 `training` asks here for its loop. On a CPU, convolutions of few pixels become products of matrices
 (`convolutions`). On a GPU, steps may be replayed as CUDA graphs (`graphs`), and several runs may

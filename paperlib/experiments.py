@@ -18,7 +18,6 @@ from paperlib.plans import (  # noqa: F401
     annotate,
     figure,
     plan,
-
     queue,
     table,
 )

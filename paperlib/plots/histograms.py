@@ -107,14 +107,18 @@ def shares(
         columns: Column of `table` -> its name on the axis.
         colors: By row.
     """
-    table, baseline = table[list(columns)], table.index[0]
-    percent = (100 * table / table.iloc[0]).T[table.index[1:]]
-    percent.plot.barh(ax=ax, color=dict(colors), width=0.8, legend=False)
-    for name, bars in zip(percent, ax.containers, strict=True):
-        values = [_readable(value) for value in table.loc[name]]
-        ax.bar_label(bars, values, padding=3, fontsize=6.5, bbox=BEHIND_TEXT)
+    whole, baseline = table.iloc[0], table.index[0]
+    others = table.index[1:]
+    height = 0.8 / len(others)
+    for i, name in enumerate(others):
+        values = table.loc[name, list(columns)]
+        at = np.arange(len(columns)) + (i - (len(others) - 1) / 2) * height
+        bars = ax.barh(
+            at, 100 * values / whole[values.index], height, color=colors[name], label=name
+        )
+        labels = [_readable(value) for value in values]
+        ax.bar_label(bars, labels, padding=3, fontsize=6.5, bbox=BEHIND_TEXT)
     ax.axvline(100, color=colors[baseline], lw=1, label=baseline)
-    whole = table.iloc[0]
     ticks = [f"{name}\n{baseline}: {_readable(whole[c])}" for c, name in columns.items()]
     ax.set_yticks(range(len(columns)), ticks, fontsize=7)
     ax.invert_yaxis()

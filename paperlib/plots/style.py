@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -44,6 +45,8 @@ NAMES = {
     "tic": "TIC, Tr(C) / Tr(H)",
     "delta_w": r"$\delta_w$ (smallest $|\epsilon|$, loss + 0.1)",
     "epoch": "epoch",
+    "events": "pruning events",
+    "parameters": "parameters left",
     "post": "test accuracy (%)",
     "stability": "stability of an event (%)",
     "rate": "iterative pruning rate (%)",
@@ -139,13 +142,13 @@ def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 
 def legend_below(figure: Figure, title: str = "") -> None:
     """Put one legend of all panels below the figure, in as many columns as fit."""
-    handles = {}
+    handles: dict[str, Artist] = {}
     for ax in figure.axes:
         found, names = ax.get_legend_handles_labels()
         handles |= dict(zip(names, found, strict=True))
-    columns = max(1, int(figure.get_figwidth() / 1.2))
-    below = {"loc": "outside lower center", "ncols": columns, "title": title}
-    figure.legend(list(handles.values()), list(handles), **below)
+    columns = max(1, int(figure.get_figwidth() / 1.1))
+    entries = list(handles.values()), list(handles)
+    figure.legend(*entries, loc="outside lower center", ncols=columns, title=title)
 
 
 def p_value(p: float) -> str:

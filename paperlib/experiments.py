@@ -104,11 +104,6 @@ class Loaded:
     plan: pd.DataFrame
     store: Store
 
-    @property
-    def title(self) -> str:
-        """One line on what the figure shows."""
-        return figure(self.name).title
-
     @cached_property
     def _there(self) -> list[str]:
         """Identities of the runs that have a whole record, in the plan's order."""

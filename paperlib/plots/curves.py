@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from paperlib import stats
 from paperlib.instability import stability
 from paperlib.plots.style import (
+    FEWEST,
     LINES,
     NAMES,
     band,
@@ -19,6 +20,7 @@ from paperlib.plots.style import (
     legend_below,
     looks,
     panels,
+    too_few,
 )
 
 HATCHES = ("", "////", "....", "xxxx")
@@ -160,13 +162,13 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
         inside.minorticks_off()
         inside.tick_params(labelsize=6)
     for rate, group in runs.groupby("rate"):
-        r = getattr(stats, correlation)(group.mean_stability, group.best_accuracy)
-        if np.isnan(r.value):
-            words = f"fewer than 3\ndifferent values,\nn = {r.n}"
+        if too_few(group, "mean_stability", "best_accuracy"):
+            words = f"n = {len(group)}:\nfewer than {FEWEST}\ndifferent\nvalues"
             both.annotate(words, (rate, 0.05), ha="center", fontsize=6.5)
-        else:
-            error = [[r.value - r.low], [r.high - r.value]]
-            both.errorbar(rate, r.value, error, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
+            continue
+        r = getattr(stats, correlation)(group.mean_stability, group.best_accuracy)
+        error = [[r.value - r.low], [r.high - r.value]]
+        both.errorbar(rate, r.value, error, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
     both.axhline(0, color="0.7", linewidth=0.8)
     ylabel = f"{CORRELATIONS[correlation]}, stability and accuracy"
     both.set(xlabel=NAMES["rate"], ylabel=ylabel, ylim=(-1.05, 1.05))
@@ -234,18 +236,11 @@ def bars_by_rank(ax: Axes, spectra: pd.DataFrame, ranks: int) -> None:
     width = 0.8 / len(style)
     for i, (label, look) in enumerate(style.items()):
         line = band(spectra[spectra.label == label], "rank", "eigenvalue")
-        ax.bar(
-            line["rank"] + (i - (len(style) - 1) / 2) * width,
-            line["mean"],
-            width,
-            yerr=[line["mean"] - line.low, line.high - line["mean"]],
-            error_kw={"linewidth": 0.6},
-            color=look["color"],
-            hatch=HATCHES[LINES.index(look["linestyle"])],
-            edgecolor="white",
-            linewidth=0.3,
-            label=label,
-        )
+        at = line["rank"] + (i - (len(style) - 1) / 2) * width
+        hatch = HATCHES[LINES.index(look["linestyle"])]
+        fill = {"color": look["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+        ax.bar(at, line["mean"], width, label=label, **fill)
+        ax.vlines(at, line.low, line.high, color="black", linewidth=0.6)
     ax.axhline(0, color="0.3", linewidth=0.6)
     ax.set(xlabel=NAMES["rank"], ylabel="eigenvalue", xticks=range(1, ranks + 1))
     focus(ax, [0, *spectra.groupby(["label", "rank"]).eigenvalue.mean()])

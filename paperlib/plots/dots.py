@@ -21,6 +21,7 @@ from paperlib.plots.style import (
     looks,
     p_value,
     panels,
+    too_few,
 )
 
 
@@ -51,7 +52,7 @@ def scatter(
     for label, group in runs.groupby("label", sort=False):
         dots(ax, group[x], group[y], style[label], label)
     ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
-    if runs[[x, y]].nunique().min() < FEWEST:
+    if too_few(runs, x, y):
         words = f"n = {len(runs)}: fewer than {FEWEST} different values, no correlation"
     else:
         r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y])

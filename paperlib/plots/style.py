@@ -140,6 +140,11 @@ def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     return line
 
 
+def too_few(runs: pd.DataFrame, x: str, y: str) -> bool:
+    """Return whether runs have too few different values of x or y for a correlation."""
+    return bool(runs[[x, y]].nunique().min() < FEWEST)
+
+
 def legend_below(figure: Figure, title: str = "") -> None:
     """Put one legend of all panels below the figure, in as many columns as fit."""
     handles: dict[str, Artist] = {}

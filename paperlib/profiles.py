@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paperlib.config import Config, FilterPruning
+from paperlib.config import Config, FilterPruning, Flatness
 from paperlib.papers.noise_spans import CIFAR_IMAGES, images_of, noise_for, training_batches
 from paperlib.papers.settings import METHODS, Figure, Schedule, Setting
 
@@ -33,7 +33,7 @@ class Profile:
         seeds: how many; None takes the paper's, 0 the number registered with each setting.
         choosing: how many of a setting's choosing seeds.
         left_out: settings that this scale does not show, as (network, name) pairs.
-        flatness: fields of `Flatness` that replace the paper's.
+        flatness: where and how it is measured.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Profile:
     seeds: int | None = None
     choosing: int | None = None
     left_out: frozenset[tuple[str, str]] = frozenset()
-    flatness: dict[str, Any] = field(default_factory=dict)
+    flatness: Flatness | None = None
 
     def shown(self, figure: Figure) -> tuple[Setting, ...]:
         """Return the settings of a figure that this scale shows."""
@@ -91,9 +91,7 @@ class Profile:
             noise=None,
         )
         if config.flatness is not None:
-            epoch = round(config.flatness.epoch * (epochs - 1) / (config.epochs - 1))
-            flatness = replace(config.flatness, **{"epoch": epoch, **self.flatness})
-            small = small.with_(flatness=flatness)
+            small = small.with_(flatness=self.flatness or config.flatness)
         if paper is None or config.pruning is None:
             return small
         schedule = self.schedule(paper, config.epochs)
@@ -163,7 +161,7 @@ PROFILES = {
             },
             seeds=2,
             choosing=1,
-            flatness={"images": 20, "eigenvalues": 5, "directions": 3, "step": 0.1},
+            flatness=Flatness(11, images=20, eigenvalues=5, directions=3, step=0.1),
         ),
         # Chosen from some thirty trial runs of one seed: the narrowest and shortest scale at which
         # VGG11's pruned networks learn the training images again, with doses a factor of 5.7 apart.
@@ -182,14 +180,9 @@ PROFILES = {
             seeds=2,
             choosing=1,
             left_out=_LEFT_OUT,
-            flatness={
-                "images": 20,
-                "eigenvalues": 10,
-                "directions": 3,
-                "reach": 0.08,
-                "step": 0.004,
-                "test_images": 100,
-            },
+            flatness=Flatness(
+                47, images=20, eigenvalues=10, directions=3, reach=0.08, step=0.004, test_images=100
+            ),
         ),
         Profile(
             "small",
@@ -201,15 +194,15 @@ PROFILES = {
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 4},
             seeds=0,
-            flatness={
-                "epoch": 62,
-                "images": 256,
-                "eigenvalues": 50,
-                "directions": 5,
-                "reach": 0.10,
-                "step": 0.005,
-                "test_images": 2000,
-            },
+            flatness=Flatness(
+                62,
+                images=256,
+                eigenvalues=50,
+                directions=5,
+                reach=0.1,
+                step=0.005,
+                test_images=2000,
+            ),
         ),
         Profile("paper"),
     )

@@ -6,12 +6,10 @@ from paperlib.plots.curves import (
     bars_by_rank,
     by_fraction,
     dynamics,
-    early_and_late,
     events,
     lines,
     noise,
     rates,
-    rises,
 )
 from paperlib.plots.dots import by_setting, dots, pairs, scatter, tradeoff
 from paperlib.plots.files import described, save, save_table, stamp
@@ -23,5 +21,5 @@ from paperlib.plots.histograms import (
     shares,
     weight_counts,
 )
-from paperlib.plots.style import NAMES, PALETTE, focus, looks, panels, use_style
+from paperlib.plots.style import NAMES, PALETTE, focus, grid, legend_below, looks, panels, use_style
 from paperlib.plots.tables import gates, numbers, verdict

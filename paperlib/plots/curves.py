@@ -26,7 +26,6 @@ from paperlib.plots.style import (
 HATCHES = ("", "////", "....", "xxxx")
 CORRELATIONS = {"pearson": "Pearson's r", "kendall": "Kendall's $\\tau$"}
 INSET_RATES = 4  # of figure 3
-REACH, DIRECTIONS = 0.13, 9  # of figure E4
 DIPS = 0.03  # of the means in figures 5 and D2 may leave the panels
 
 
@@ -84,19 +83,6 @@ def dynamics(
     lines(ax, epochs.assign(epoch=epochs.epoch + 1), "epoch", y, names=names, start=start + 1)
 
 
-def early_and_late(epochs: pd.DataFrame) -> Figure:
-    """Draw Figure R-1: test accuracy by epoch, and larger after the last pruning event."""
-    last, end = epochs[epochs.removed > 0].epoch.max(), epochs.epoch.max()
-    figure, [[whole, after]] = panels(1, 2, panel=(3.7, 2.7))
-    dynamics(whole, epochs, start=end / 4)
-    dynamics(after, epochs, start=(last + end) / 2)
-    whole.axvline(last + 1, color="0.5", lw=0.8, ls=":", label="last pruning event")
-    handles = whole.get_legend_handles_labels()
-    after.legend(*handles, loc="upper left", bbox_to_anchor=(1, 1))
-    after.set(xlim=(last + 1, end + 1), title="after the last event")
-    return figure
-
-
 def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> Figure:
     """Draw Figure 5 or D2: test accuracy by epoch, a row a kind of noise and a panel a duration.
 
@@ -121,25 +107,6 @@ def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> 
     late = epochs[epochs.epoch > epochs.epoch.max() / 3].groupby(["label", "epoch"]).post.mean()
     focus(axes[0], late.clip(lower=late.quantile(DIPS)))
     legend_below(figure, "the number is how long noise lasts, in training batches")
-    return figure
-
-
-def rises(along: pd.DataFrame) -> Figure:
-    """Draw Figure E4: how the test loss rises along each leading eigenvector.
-
-    Args:
-        along: Columns label, method, direction, epsilon and rise, as `measures.rises` and a plan
-            give them.
-    """
-    along = along[(along.epsilon.abs() < REACH) & (along.direction < DIRECTIONS)]
-    directions = list(along.groupby("direction"))
-    figure, axes = grid(len(directions), 3, panel=(2.3, 1.9), sharey=True)
-    for ax, (direction, group) in zip(axes, directions, strict=True):
-        lines(ax, group, "epsilon", "rise")
-        ax.set(title=f"eigenvector {direction}", ylabel="")
-    focus(axes[0], along.groupby(["direction", "label", "epsilon"]).rise.mean())
-    figure.supylabel("rise of the test loss (nats)", fontsize=8.5)
-    legend_below(figure)
     return figure
 
 

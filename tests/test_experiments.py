@@ -207,24 +207,6 @@ def events_of(config: Config) -> list[int]:
     return sorted({e for layer in removals(config) for e, gone in layer.items() if gone})
 
 
-def test_how_many_events_a_run_of_the_paper_has():
-    expected = {
-        "figure-2": [0, 179, 19, 19, 19, 0, 0, 180, 20, 20],
-        "figure-3": [179, 38, 19, 14, 9, 5, 4] * 3,
-        "figure-4": [3, 2] * 3,
-        "figure-5": [0] + [19] * 7,
-        "figure-D2": [0] + [19] * 5,
-        "figure-B2": [0, 179, 19, 19, 0, 184, 20, 20],
-        "table-C1": [180, 20, 20],
-        "figure-C3": [0, 34, 54],
-        "table-F1": [0, 0, 2, 2],
-        "figure-R1": [0, 0, 100, 100, 100],
-        "figure-R3": [0] + [100] * 18,
-    }
-    for name, counts in expected.items():
-        assert [len(events_of(s.config)) for s in shown("paper", name)] == counts, name
-
-
 # docs/evidence.md: the epochs of the first layers' events (each schedule once) and of the last
 # layer's, a run's events, steps after the last, rate in percent, the paper's events of both layers.
 EVERY_8 = ([(3, 11, 19, 27)], range(3, 52, 8), 7, 4069)
@@ -365,19 +347,13 @@ def test_seeds(name):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("seeds", [1, 4, 12])
-def test_another_number_of_seeds(seeds, profile):
-    usual = experiments.plan("figure-3", profile)
-    plan = experiments.plan("figure-3", Scale(profile, seeds=seeds))
-    assert set(plan.seed) == set(range(seeds))
-    assert set(usual[usual.seed < seeds].run) <= set(plan.run)
+def test_another_number_of_seeds(profile):
+    usual, plan = (experiments.plan("figure-3", Scale(profile, seeds=n)) for n in (None, 12))
+    assert set(plan.seed) == set(range(12))
+    assert set(usual.run) < set(plan.run)
 
 
 # Noise
-
-
-def batches_of(config: Config) -> int:
-    return training_batches(config.noise, config.batch, *images_of(config))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -385,7 +361,7 @@ def batches_of(config: Config) -> int:
 def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profile):
     settings = [s for s in shown(profile, "figure-5", "figure-D2") if s.name.startswith(kind)]
     configs = [scale(profile, setting) for setting in settings]
-    spans = [batches_of(config) for config in configs]
+    spans = [training_batches(c.noise, c.batch, *images_of(c)) for c in configs]
     for setting, config, batches in zip(settings, configs, spans, strict=True):
         (train, test), papers = images_of(config), int(setting.name.split()[1])
         (gap,) = {b - a for a, b in pairwise(config.pruning.epochs[-1])}
@@ -405,9 +381,6 @@ def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profi
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_plan(name, profile):
     plan = experiments.plan(name, profile)
-    columns = "network method setting label rate fraction seed choosing run config"
-    assert list(plan) == columns.split()
-    assert len(plan)
     assert plan.run.is_unique
     assert plan.run.tolist() == [config.identity for config in plan.config]
     assert plan.seed.tolist() == [config.seed for config in plan.config]

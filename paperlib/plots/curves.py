@@ -124,9 +124,8 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
     if runs.rate.nunique() > INSET_RATES:
         inside = stability.inset_axes((0.13, 0.12, 0.45, 0.42))
         lines(inside, runs[runs.rate.isin(lowest)], "rate", "mean_stability", by="method")
-        inside.set(xlabel="", ylabel="", xscale="log")
-        inside.set_xticks(lowest, [f"{rate:.2g}" for rate in lowest])
-        inside.minorticks_off()
+        inside.set(xlabel="", ylabel="")
+        _log_axis(inside, lowest, [f"{rate:.2g}" for rate in lowest])
         inside.tick_params(labelsize=6)
     for rate, group in runs.groupby("rate"):
         if too_few(group, "mean_stability", "best_accuracy"):
@@ -140,9 +139,7 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
     ylabel = f"{CORRELATIONS[correlation]}, stability and accuracy"
     both.set(xlabel=NAMES["rate"], ylabel=ylabel, ylim=(-1.05, 1.05))
     for ax in (accuracy, stability, both):
-        ax.set_xscale("log")
-        ax.set_xticks([1, 3, 10, 30, 90], ["1", "3", "10", "30", "90"])
-        ax.minorticks_off()
+        _log_axis(ax, (1, 3, 10, 30, 90))
     accuracy.legend()
     return figure
 
@@ -158,9 +155,15 @@ def by_fraction(ax: Axes, runs: pd.DataFrame, y: str) -> None:
     whole, pruned = runs[runs.fraction == 0], runs[runs.fraction > 0]
     frame = pd.concat([*(whole.assign(method=m) for m in pruned.method.unique()), pruned])
     lines(ax, frame.assign(left=100 - frame.fraction), "left", y, by="method")
-    removed = np.sort(runs.fraction.unique())
-    ax.set(xscale="log", xlim=(110, 0.9 * (100 - removed[-1])))
-    ax.set_xticks(100 - removed, [f"{fraction:g}" for fraction in removed])
+    removed = sorted(runs.fraction.unique())
+    _log_axis(ax, [100 - fraction for fraction in removed], [f"{f:g}" for f in removed])
+    ax.set_xlim(110, 0.9 * (100 - removed[-1]))
+
+
+def _log_axis(ax: Axes, at: Sequence[float], names: Sequence[object] | None = None) -> None:
+    """Make x logarithmic, with ticks at some values only."""
+    ax.set_xscale("log")
+    ax.set_xticks(at, [str(name) for name in names or at])
     ax.minorticks_off()
 
 

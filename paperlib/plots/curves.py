@@ -129,8 +129,8 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
         inside.tick_params(labelsize=6)
     for rate, group in runs.groupby("rate"):
         if too_few(group, "mean_stability", "best_accuracy"):
-            words = f"n = {len(group)}:\nfewer than {FEWEST}\ndifferent\nvalues"
-            both.annotate(words, (rate, 0.05), ha="center", fontsize=6.5)
+            words = f"n = {len(group)}: fewer than {FEWEST} different values"
+            both.annotate(words, (rate, 0), rotation=90, ha="center", va="center", fontsize=6.5)
             continue
         r = getattr(stats, correlation)(group.mean_stability, group.best_accuracy)
         error = [[r.value - r.low], [r.high - r.value]]

@@ -52,7 +52,7 @@ def plan(profile: str, only: tuple[str, ...] = NETWORKS, data: str | None = None
     """
     if unknown := set(only) - set(NETWORKS):
         raise ValueError(f"unknown network {min(unknown)!r}: one of {', '.join(NETWORKS)}")
-    scale, rows = experiments.profile(profile), []
+    scale, rows = experiments.PROFILES[profile], []
     for figure, network, names, seeds in PILOTS:
         if network not in only:
             continue

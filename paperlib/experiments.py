@@ -11,41 +11,19 @@ from functools import cached_property
 import pandas as pd
 
 from paperlib import claims, gates, measures, sweep
-from paperlib.plans import (
+from paperlib.plans import (  # noqa: F401
     FIGURES,
-    LAST_FILTERS,
     PROFILES,
-    TIERS,
     Scale,
     annotate,
     figure,
-    label,
     plan,
-    profile,
-    pruning_rate,
     queue,
     table,
 )
 from paperlib.runs import RunRecord, Store
 
-__all__ = [
-    "FIGURES",
-    "LAST_FILTERS",
-    "PROFILES",
-    "TIERS",
-    "Loaded",
-    "Scale",
-    "annotate",
-    "figure",
-    "label",
-    "load",
-    "plan",
-    "profile",
-    "pruning_rate",
-    "queue",
-    "resolve",
-    "table",
-]
+NAMED = 3  # settings whose gates fail, on a figure's face
 
 
 def resolve(
@@ -126,11 +104,6 @@ class Loaded:
     plan: pd.DataFrame
     store: Store
 
-    @property
-    def title(self) -> str:
-        """One line on what the figure shows."""
-        return figure(self.name).title
-
     @cached_property
     def _there(self) -> list[str]:
         """Identities of the runs that have a whole record, in the plan's order."""
@@ -193,16 +166,18 @@ class Loaded:
 
     @property
     def stamp(self) -> str:
-        """One line for the figure's face: profile, data, seeds, and each gate that fails."""
+        """One line for the figure's face: profile, data, seeds, and where gates fail."""
         counts = self.plan[~self.plan.choosing].groupby(["network", "setting"]).size()
         seeds = " to ".join(str(count) for count in sorted({counts.min(), counts.max()}))
         data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))
         parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
         if not self.complete:
             parts.append(f"{len(self._there)} of {self.plan.run.nunique()} runs")
-        failing: dict[str, list[str]] = {}
-        for gate in self._gates:
-            if gate.passed is False:
-                failing.setdefault(gate.gate, []).append(f"{gate.network} {gate.setting}".strip())
-        parts += [f"{gate} fails ({', '.join(where)})" for gate, where in failing.items()]
+        failed = [gate for gate in self._gates if gate.passed is False]
+        if failed:
+            where = list(dict.fromkeys(f"{g.network} {g.setting}".strip() for g in failed))
+            more = f" and {len(where) - NAMED} more" if len(where) > NAMED else ""
+            names = ", ".join(sorted({gate.gate for gate in failed}))
+            verb = "fail" if "," in names else "fails"
+            parts.append(f"{names} {verb}: {', '.join(where[:NAMED])}{more}")
         return "; ".join(parts)

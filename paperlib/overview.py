@@ -31,9 +31,8 @@ class Judged:
     @property
     def stamp(self) -> str:
         """One line for a figure's face."""
-        done, registered = (max(getattr(c, n) for c in self.claims) for n in ("done", "registered"))
-        runs = f"claims with up to {registered} runs, {done} there"
-        return f"profile {self.scale.profile}, {runs}"
+        done, registered = max(c.done for c in self.claims), max(c.registered for c in self.claims)
+        return f"profile {self.scale.profile}, claims with up to {registered} runs, {done} there"
 
     @property
     def contrasts(self) -> pd.DataFrame:
@@ -49,19 +48,13 @@ class Judged:
     @property
     def summary(self) -> pd.DataFrame:
         """One row a claim: its statement, its runs, its verdict, its power and its notes."""
-        rows = [
-            {
-                "claim": c.name,
-                "statement": c.statement,
-                "runs": c.n,
-                "verdict": c.verdict,
-                "power": round(c.power, 2),
-                "for a true effect of": c.effect,
-                "notes": "; ".join(c.notes),
-            }
-            for c in self.claims
-        ]
-        return pd.DataFrame(rows).set_index("claim")
+        table = pd.DataFrame(
+            [vars(c) | {"runs": c.n, "power": round(c.power, 2)} for c in self.claims]
+        )
+        table["notes"] = table.notes.map("; ".join)
+        table = table.rename(columns={"name": "claim", "effect": "for a true effect of"})
+        columns = ["statement", "runs", "verdict", "power", "for a true effect of", "notes"]
+        return table.set_index("claim")[columns]
 
     def index(self, folder: str = "") -> str:
         """Return the way in, as Markdown: each claim with links to its figures, and its verdict.
@@ -95,9 +88,8 @@ def judged(
     """
     if profile == "auto":
         profile = os.environ.get("PAPERLIB_PROFILE", "auto")
-    if profile == "auto":
-        profile = "small"
-    scale = experiments.Scale(profile, data, precision=precision)
+    named = "small" if profile == "auto" else profile
+    scale = experiments.Scale(named, data, precision=precision)
     return Judged(scale, tuple(claims.judge(scale, store)))
 
 
@@ -115,7 +107,8 @@ def page(path: Path, table: str) -> str:
     for mark in (BEGIN, END):
         if mark not in text:
             raise ValueError(f"{path} has no mark {mark!r}")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n\n{table}\n\n" + text[text.index(END) :]
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def write(scale: experiments.Scale, judged: Iterable[Claim]) -> None:

@@ -17,7 +17,7 @@ from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.papers import regularization_2018, tradeoff_2020
 from paperlib.papers.noise_spans import images_of, training_batches
 from paperlib.papers.settings import Figure
-from paperlib.profiles import PROFILES, Profile, steps
+from paperlib.profiles import PROFILES, steps
 
 FIGURES = {figure.name: figure for figure in (*tradeoff_2020.FIGURES, *regularization_2018.FIGURES)}
 
@@ -48,13 +48,6 @@ def figure(name: str) -> Figure:
     return FIGURES[name]
 
 
-def profile(name: str) -> Profile:
-    """Return the profile of that name; raise ValueError with the valid names otherwise."""
-    if name not in PROFILES:
-        raise ValueError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
-    return PROFILES[name]
-
-
 @dataclass(frozen=True)
 class Scale:
     """A profile, and what replaces parts of it.
@@ -75,7 +68,8 @@ class Scale:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        profile(self.profile)
+        if self.profile not in PROFILES:
+            raise ValueError(f"unknown profile {self.profile!r}: one of {', '.join(PROFILES)}")
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
@@ -99,26 +93,23 @@ def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
         of several settings is chosen), run (the identity) and config.
     """
     shown, scale = figure(name), Scale.of(scale)
-    at = profile(scale.profile)
+    at = PROFILES[scale.profile]
     rows = []
     for setting in at.shown(shown):
         config = at.scale(setting, scale.data, scale.precision)
-        fractions = config.pruning.fractions if config.pruning is not None else (0,)
         about = {
             "network": setting.network,
             "method": setting.method,
             "setting": setting.name,
             "label": label(setting.method, config),
-            "rate": pruning_rate(config),
-            "fraction": 100 * max(fractions),
+            "rate": _rate(config),
+            "fraction": 100 * max(config.pruning.fractions) if config.pruning else 0,
         }
-        compared = [(seed, False) for seed in at.seeds_of(shown, setting, scale.seeds)]
-        for seed, choosing in compared + [(s, True) for s in at.choosing_seeds(setting)]:
+        compared = at.seeds_of(shown, setting, scale.seeds)
+        for seed in (*compared, *setting.choosing[: at.choosing]):
             config = config.with_(seed=seed)
-            rows.append(
-                about
-                | {"seed": seed, "choosing": choosing, "run": config.identity, "config": config}
-            )
+            run = {"choosing": seed not in compared, "run": config.identity, "config": config}
+            rows.append(about | {"seed": seed, **run})
     frame = pd.DataFrame(rows)
     same = frame.config.map(lambda c: c.with_(flatness=None, histograms=False).identity)
     return frame[~same.duplicated()].reset_index(drop=True)
@@ -129,15 +120,14 @@ def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Confi
 
     names: only the runs of these figures, in the order of the names instead of the tiers.
     """
-    tiers = tuple(((name, None),) for name in names) or TIERS
     ordered: dict[str, Config] = {}
-    for tier in tiers:
-        plans = []
-        for name, network in tier:
-            frame = plan(name, scale)
-            plans.append(frame if network is None else frame[frame.network == network])
-        runs = pd.concat(plans, ignore_index=True).sort_values("seed", kind="stable")
-        for config in runs.config:
+    for tier in tuple(((name, None),) for name in names) or TIERS:
+        plans = [plan(name, scale) for name, _ in tier]
+        plans = [
+            runs if network is None else runs[runs.network == network]
+            for runs, (_, network) in zip(plans, tier, strict=True)
+        ]
+        for config in pd.concat(plans).sort_values("seed", kind="stable").config:
             ordered.setdefault(config.identity, config)
     return list(ordered.values())
 
@@ -167,12 +157,11 @@ def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return about.merge(frame[new], on="run")
 
 
-def pruning_rate(config: Config) -> float:
+def _rate(config: Config) -> float:
     """Return the iterative pruning rate in percent; NaN if nothing is pruned in training."""
     pruning = config.pruning
-    if pruning is None or (isinstance(pruning, FilterPruning) and pruning.scratch):
-        return math.nan
-    return pruning.rate
+    scratch = isinstance(pruning, FilterPruning) and pruning.scratch
+    return math.nan if pruning is None or scratch else pruning.rate
 
 
 def label(method: str, config: Config) -> str:
@@ -189,7 +178,7 @@ def label(method: str, config: Config) -> str:
     if config.noise is not None:
         images = images_of(config)
         return f"{method} {training_batches(config.noise, config.batch, *images) or '1 pass'}"
-    rate = pruning_rate(config)
+    rate = _rate(config)
     return method if math.isnan(rate) else f"{method} {rate:.2g}%"
 
 
@@ -200,25 +189,21 @@ def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     steps and doses are the numbers that make a miniature faithful (docs/evidence.md).
     """
     shown, scale = figure(name), Scale.of(scale)
-    settings = profile(scale.profile).shown(shown)
+    settings = PROFILES[scale.profile].shown(shown)
+    names = [(s.network, label(s.method, s.config)) for s in settings]
+    index = pd.MultiIndex.from_tuples(names, names=["network", "setting"])
     columns = {}
     for side in (Scale("paper"), scale):
-        at = profile(side.profile)
-        columns[side.profile] = [
+        at = PROFILES[side.profile]
+        rows = [
             _described(
                 at.scale(s, side.data, side.precision), len(at.seeds_of(shown, s, side.seeds))
             )
             for s in settings
         ]
-    index = pd.MultiIndex.from_tuples(
-        [(s.network, label(s.method, s.config)) for s in settings], names=["network", "setting"]
-    )
-    frames = {side: pd.DataFrame(rows, index=index) for side, rows in columns.items()}
-    return (
-        pd.concat(frames, axis=1)
-        .swaplevel(axis=1)
-        .sort_index(axis=1, level=0, sort_remaining=False)
-    )
+        columns[side.profile] = pd.DataFrame(rows, index=index)
+    both = pd.concat(columns, axis=1).swaplevel(axis=1)
+    return both.sort_index(axis=1, level=0, sort_remaining=False)
 
 
 def _described(config: Config, seeds: int) -> dict[str, object]:
@@ -260,21 +245,22 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
         "target": pruning.target,
         "fractions": ", ".join(f"{f:g}" for f in pruning.fractions),
     }
-    events: tuple[tuple[int, ...], ...]
+    rate = {"rate (% an event)": round(pruning.rate, 2)}
     if isinstance(pruning, FilterPruning):
-        described["score"] = pruning.score
-        described["held at zero"] = "weights, batch norm" if pruning.norm else "weights"
         events = pruning.epochs
+        held = "weights, batch norm" if pruning.norm else "weights"
+        described |= {"score": pruning.score, "held at zero": held, **rate}
+        if pruning.scratch:
+            return described | {"event epochs": "before training"}
     else:
-        described["layers"] = ", ".join(pruning.layers)
-        described["schedule"] = pruning.schedule
         events = (pruning.epochs,)
-    described["rate (% an event)"] = round(pruning.rate, 2)
-    if isinstance(pruning, FilterPruning) and pruning.scratch:
-        return described | {"event epochs": "before training"}
+        layers = ", ".join(pruning.layers)
+        described |= {"layers": layers, "schedule": pruning.schedule, **rate}
     most = max(range(len(events)), key=lambda i: pruning.fractions[i])
     gaps = [b - a for a, b in pairwise(events[most])]
-    described["event epochs"] = _spans(events)
+    described["event epochs"] = "; ".join(
+        f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in events
+    )
     described["steps between events"] = an_epoch * min(gaps) if gaps else "one event"
     if isinstance(pruning, FilterPruning):
         count = round(config.width * LAST_FILTERS[config.model])
@@ -288,8 +274,3 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
         described["noise"] = config.noise.kind
         described["noise lasts"] = f"{batches} training batches, N = {config.noise.passes} passes"
     return described
-
-
-def _spans(layers: tuple[tuple[int, ...], ...]) -> str:
-    """Describe event epochs by layer: first to last (events)."""
-    return "; ".join(f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in layers)

@@ -7,8 +7,9 @@ steps after the last event as large as the scale allows (docs/evidence.md).
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from paperlib.config import Config, FilterPruning, Noise
+from paperlib.config import Config, FilterPruning, Flatness
 from paperlib.papers.noise_spans import CIFAR_IMAGES, images_of, noise_for, training_batches
 from paperlib.papers.settings import METHODS, Figure, Schedule, Setting
 
@@ -24,15 +25,15 @@ class Profile:
         data: the data set.
         train_per_class, test_per_class: images of each class.
         batch: images of a training step.
-        epochs: length of a run, by the paper's length; paper's length / `factor` if not listed.
-        factors: the factor of a schedule, by the paper's length, where it is not `factor`.
-        factor: all epochs of a schedule are divided by it.
+        epochs: length of a run, by the paper's length.
+        factors: what the epochs of a schedule are divided by, by the paper's length. Where it is
+            not listed, as a run is shortened.
         first: the first event of every layer of VGG11 and of the ResNet18 trained with Adam.
         widths: by network.
         seeds: how many; None takes the paper's, 0 the number registered with each setting.
         choosing: how many of a setting's choosing seeds.
         left_out: settings that this scale does not show, as (network, name) pairs.
-        flatness: fields of `Flatness` that replace the paper's.
+        flatness: where and how it is measured.
     """
 
     name: str
@@ -42,13 +43,12 @@ class Profile:
     batch: int | None = None
     epochs: dict[int, int] = field(default_factory=dict)
     factors: dict[int, float] = field(default_factory=dict)
-    factor: float = 1
     first: int | None = None
     widths: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
     choosing: int | None = None
     left_out: frozenset[tuple[str, str]] = frozenset()
-    flatness: dict[str, float] = field(default_factory=dict)
+    flatness: Flatness | None = None
 
     def shown(self, figure: Figure) -> tuple[Setting, ...]:
         """Return the settings of a figure that this scale shows."""
@@ -61,9 +61,9 @@ class Profile:
             count = setting.seeds if self.seeds == 0 else min(self.seeds or limit, limit)
         return range(count)
 
-    def choosing_seeds(self, setting: Setting) -> tuple[int, ...]:
-        """Return the seeds on which the best of several settings is chosen."""
-        return setting.choosing[: self.choosing]
+    def factor(self, length: int) -> float:
+        """Return what the epochs of a schedule are divided by, by the paper's length of a run."""
+        return self.factors.get(length, length / self.epochs.get(length, length))
 
     def scale(
         self, setting: Setting, data: str | None = None, precision: str | None = None
@@ -75,17 +75,8 @@ class Profile:
             data: replaces the profile's data set.
             precision: replaces the paper's, "float32".
         """
-        config = setting.config
-        factor = self.factors.get(config.epochs, self.factor)
-        epochs = self.epochs.get(config.epochs, round(config.epochs / factor))
-        pruning, flatness = config.pruning, config.flatness
-        if setting.schedule is not None:
-            layers = self.schedule(setting).epochs
-            filters = isinstance(pruning, FilterPruning)
-            pruning = replace(pruning, epochs=layers if filters else layers[0])
-        if flatness is not None:
-            epoch = round(flatness.epoch * (epochs - 1) / (config.epochs - 1))
-            flatness = replace(flatness, **{"epoch": epoch, **self.flatness})
+        config, paper = setting.config, setting.schedule
+        epochs, factor = self.epochs.get(config.epochs, config.epochs), self.factor(config.epochs)
         small = config.with_(
             data=data or self.data or config.data,
             precision=precision or config.precision,
@@ -95,41 +86,60 @@ class Profile:
             epochs=epochs,
             batch=self.batch or config.batch,
             milestones=tuple(round(m / factor) for m in config.milestones),
-            pruning=pruning,
-            flatness=flatness,
+            pruning=None if paper else config.pruning,
+            flatness=None,
             noise=None,
         )
-        return small if config.noise is None else small.with_(noise=self._noise(setting, small))
+        if config.flatness is not None:
+            small = small.with_(flatness=self.flatness or config.flatness)
+        if paper is None or config.pruning is None:
+            return small
+        schedule = self.schedule(paper, config.epochs)
+        layers: Any = schedule.epochs
+        if not isinstance(config.pruning, FilterPruning):
+            layers = layers[0]
+        small = small.with_(pruning=replace(config.pruning, epochs=layers))
+        if config.noise is None:
+            return small
+        # Noise lasts for the same share of the steps from one event to the next.
+        images = images_of(small)
+        papers = paper.period * steps(config, CIFAR_IMAGES[0])
+        share = schedule.period * steps(small, images[0]) / papers
+        batches = training_batches(config.noise, config.batch, *CIFAR_IMAGES)
+        batches = max(1, round(batches * share)) if batches else 0
+        noise = config.noise
+        scaled = noise_for(noise.kind, batches, small.batch, *images, noise.evaluation_batch)
+        return small.with_(noise=scaled)
 
-    def schedule(self, setting: Setting) -> Schedule:
-        """Return a setting's schedule at this scale: its period, first and last epochs shortened.
+    def schedule(self, paper: Schedule, length: int) -> Schedule:
+        """Return a schedule at this scale: its period, first and last epochs shortened.
 
         A period is at least 1 epoch. Where the profile says so, all layers of the networks trained
         by Adam for 325 epochs start together, as the paper's stagger is short against its periods.
         """
-        paper, config = setting.schedule, setting.config
-        factor = self.factors.get(config.epochs, self.factor)
-        if factor == 1:
-            return paper
-        together = self.first is not None and config.epochs == TRADEOFF_EPOCHS
-        first = [self.first if together else round(epoch / factor) for epoch in paper.first]
-        last = [math.floor(epoch / factor) for epoch in paper.last]
+        factor = self.factor(length)
+        together = self.first if length == TRADEOFF_EPOCHS else None
+        first = (round(epoch / factor) if together is None else together for epoch in paper.first)
+        last = (math.floor(epoch / factor) for epoch in paper.last)
         return Schedule(tuple(first), tuple(last), max(1, round(paper.period / factor)))
-
-    def _noise(self, setting: Setting, small: Config) -> Noise:
-        """Return noise that lasts for the same share of the steps from one event to the next."""
-        noise, images = setting.config.noise, images_of(small)
-        share = self.schedule(setting).period * steps(small, images[0])
-        share /= setting.schedule.period * steps(setting.config, CIFAR_IMAGES[0])
-        batches = training_batches(noise, setting.config.batch, *CIFAR_IMAGES)
-        scaled = max(1, round(batches * share)) if batches else 0
-        return noise_for(noise.kind, scaled, small.batch, *images, noise.evaluation_batch)
 
 
 def steps(config: Config, train_images: int) -> int:
     """Return the optimizer steps of an epoch."""
     return math.ceil(train_images / config.batch)
 
+
+# Settings that demo does not show: (network, name).
+_LEFT_OUT = frozenset(
+    [
+        *(("VGG11", f"{target} {n}") for target in METHODS for n in (20, 60, 200, 300)),
+        *(("VGG11", f"{kind} 51") for kind in ("zeroing", "gaussian")),
+        *(("VGG11", f"restored {span}") for span in (630, 1220)),
+        *(("ResNet56", f"smallest {period}") for period in (30, 60)),
+        *(("conv4", f"{target} {n}") for target in METHODS for n in (0.7, 0.8, 0.95)),
+        ("ResNet18", "smallest 4"),
+    ]
+)
 
 PROFILES = {
     profile.name: profile
@@ -140,8 +150,7 @@ PROFILES = {
             train_per_class=10,
             test_per_class=10,
             batch=32,
-            epochs=dict.fromkeys((325, 165, 150, 4000), 12),
-            factors={325: 325 / 12, 165: 165 / 12, 150: 150 / 12, 4000: 4000 / 12},
+            epochs={325: 12, 165: 12, 150: 12, 4000: 12},
             first=1,
             widths={
                 "vgg11_bn": 1 / 16,
@@ -152,7 +161,7 @@ PROFILES = {
             },
             seeds=2,
             choosing=1,
-            flatness={"images": 20, "eigenvalues": 5, "directions": 3, "step": 0.1},
+            flatness=Flatness(11, images=20, eigenvalues=5, directions=3, step=0.1),
         ),
         # Chosen from some thirty trial runs of one seed: the narrowest and shortest scale at which
         # VGG11's pruned networks learn the training images again, with doses a factor of 5.7 apart.
@@ -164,55 +173,36 @@ PROFILES = {
             train_per_class=20,
             test_per_class=20,
             batch=8,
-            epochs={150: 45},
-            factors={165: 3.3, 150: 5, 4000: 50},
-            factor=6.5,
+            epochs={325: 50, 165: 50, 150: 45, 4000: 80},
+            factors={150: 5},
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 8, "resnet20": 1 / 2, "conv4": 1 / 4},
             seeds=2,
             choosing=1,
-            left_out=frozenset(
-                (network, name)
-                for network, names in {
-                    "VGG11": (
-                        *("zeroing 51", "gaussian 51", "restored 630", "restored 1220"),
-                        *(f"{t} {period}" for t in METHODS for period in (20, 60, 200, 300)),
-                    ),
-                    "ResNet18": ("smallest 4",),
-                    "ResNet56": ("smallest 30", "smallest 60"),
-                    "conv4": [f"{t} {fraction}" for t in METHODS for fraction in (0.7, 0.8, 0.95)],
-                }.items()
-                for name in names
+            left_out=_LEFT_OUT,
+            flatness=Flatness(
+                47, images=20, eigenvalues=10, directions=3, reach=0.08, step=0.004, test_images=100
             ),
-            flatness={
-                "images": 20,
-                "eigenvalues": 10,
-                "directions": 3,
-                "reach": 0.08,
-                "step": 0.004,
-                "test_images": 100,
-            },
         ),
         Profile(
             "small",
             data="cifar10-jpeg",
             train_per_class=1000,
             batch=32,
-            epochs={150: 45},
-            factors={4000: 50},
-            factor=5,
+            epochs={325: 65, 165: 33, 150: 45, 4000: 80},
+            factors={150: 5},
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 4},
             seeds=0,
-            flatness={
-                "epoch": 62,
-                "images": 256,
-                "eigenvalues": 50,
-                "directions": 5,
-                "reach": 0.10,
-                "step": 0.005,
-                "test_images": 2000,
-            },
+            flatness=Flatness(
+                62,
+                images=256,
+                eigenvalues=50,
+                directions=5,
+                reach=0.1,
+                step=0.005,
+                test_images=2000,
+            ),
         ),
         Profile("paper"),
     )

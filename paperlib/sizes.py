@@ -51,21 +51,16 @@ def measure(loaded: "Loaded") -> pd.DataFrame:
     from paperlib.compact import compact, cost_table
     from paperlib.networks import initial_network, pruned_network
 
-    methods = dict(zip(loaded.plan.run, loaded.plan.method, strict=True))
-    networks, layers = {}, {}
-    for record in loaded.records:
-        method = methods[record.run]
-        if (method, "masked") in networks or (method, "dense") in networks:
-            continue
-        if method == DENSE:
-            networks[method, "dense"] = initial_network(record)
+    networks = {}
+    records = {record.run: record for record in loaded.records}
+    for row in loaded.plan.drop_duplicates("method").itertuples():
+        if row.method == DENSE:
+            networks[row.method, "dense"] = initial_network(records[row.run])
         else:
-            masked, pruner = pruned_network(record)
-            networks[method, "masked"] = masked
-            networks[method, "compact"] = compact(masked, pruner)
-    for key, network in networks.items():
-        units, inputs = network.get_parameter("dense.weight").shape
-        layers[key] = {"inputs": inputs, "units": units}
+            masked, pruner = pruned_network(records[row.run])
+            networks[row.method, "masked"] = masked
+            networks[row.method, "compact"] = compact(masked, pruner)
+    shapes = [network.get_parameter("dense.weight").shape for network in networks.values()]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,4 +68,5 @@ def measure(loaded: "Loaded") -> pd.DataFrame:
     finally:
         torch.set_num_threads(threads)
     table.index = pd.MultiIndex.from_tuples(list(networks), names=["method", "form"])
-    return table.join(pd.DataFrame(list(layers.values()), index=table.index))
+    units, inputs = zip(*shapes, strict=True)
+    return table.assign(inputs=inputs, units=units)

@@ -9,15 +9,15 @@ from paperlib.experiments import Scale
 from paperlib.runs import RunRecord, Store
 
 
-def record(config, accuracy: float = 80.0) -> RunRecord:
+def record(config, loss: float = 0.01) -> RunRecord:
     count = config.epochs
     epochs = {
         "epoch": range(count),
         "trained": True,
         "train_accuracy": np.linspace(50, 100, count),
-        "train_loss": 0.01,
-        "pre": accuracy,
-        "post": accuracy - 10,
+        "train_loss": loss,
+        "pre": 80.0,
+        "post": 70.0,
         "removed": 1,
         "seconds": 1.0,
     }
@@ -56,7 +56,20 @@ def test_a_complete_figure(store):
     assert set(figure.settings.loc["epochs"].loc["smoke"]) == {12}
     assert set(figure.gates.gate) == {"G1", "G2", "G3", "G4"}
     assert figure.claims.claim.unique().tolist() == ["T4"]
-    assert all(word in figure.stamp for word in ("smoke", "digits", "2 seeds", "G1 fails"))
+    assert all(word in figure.stamp for word in ("smoke", "digits", "2 seeds", "G1"))
+
+
+def test_a_stamp_names_three_settings_whose_gates_fail_and_counts_the_others(store):
+    plan = experiments.plan("figure-3", "demo")
+    for config in plan.config:
+        store.write(record(config, loss=1.0))
+    figure = experiments.load("figure-3", "demo", store=store)
+    failed = figure.gates[figure.gates.passed == "failed"]
+    where = (failed.network + " " + failed.setting).unique()
+    assert len(where) > 3
+    assert [name in figure.stamp for name in where] == [True] * 3 + [False] * (len(where) - 3)
+    assert f"and {len(where) - 3} more" in figure.stamp
+    assert all(gate in figure.stamp for gate in failed.gate)
 
 
 def test_a_figure_with_runs_missing(store):

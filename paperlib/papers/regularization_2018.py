@@ -17,8 +17,6 @@ from paperlib.papers.settings import (
     seeded,
 )
 
-FOLDER = "regularization-2018"
-
 # The dense layer of conv4 holds 94.3% of its parameters; 90% of it is 85% of the network.
 CONV4 = Config(model="conv4", optimizer="adam", learning_rate=0.001, epochs=150)
 CONV4_DROPOUT = (0.25, 0.5)
@@ -44,35 +42,26 @@ CONV4_NO_PRUNING = Setting("conv4", NO_PRUNING, "none", CONV4)
 CONV4_TARGETS = tuple(_conv4(target) for target in METHODS)
 DROPOUTS = (_dropout(CONV4_DROPOUT[0], 0), _dropout(0, CONV4_DROPOUT[1]), _dropout(*CONV4_DROPOUT))
 
-FIGURE_R1 = seeded(10, (CONV4_NO_PRUNING, DROPOUTS[-1], *CONV4_TARGETS))
-FIGURE_R3 = seeded(
-    3,
+FIGURE_R1 = seeded(10, CONV4_NO_PRUNING, DROPOUTS[-1], *CONV4_TARGETS)
+BY_FRACTION = (_conv4(target, fraction) for target in METHODS for fraction in FRACTIONS)
+FIGURE_R3 = seeded(3, CONV4_NO_PRUNING, *BY_FRACTION)
+CHOSEN = (replace(setting, choosing=CHOOSING) for setting in DROPOUTS)
+FIGURE_R4 = seeded(10, CONV4_NO_PRUNING, *CHOSEN)
+FIGURE_R5 = seeded(10, *CONV4_TARGETS)
+FIGURE_R6 = seeded(1, CONV4_NO_PRUNING, *CONV4_TARGETS)
+
+# Name, seeds, settings, title.
+_TABLE = (
+    ("figure-R1", 10, FIGURE_R1, "Pruning large weights against dropout, by epoch"),
     (
-        CONV4_NO_PRUNING,
-        *(_conv4(target, fraction) for target in METHODS for fraction in FRACTIONS),
-    ),
-)
-FIGURE_R4 = seeded(
-    10,
-    (CONV4_NO_PRUNING, *(replace(setting, choosing=CHOOSING) for setting in DROPOUTS)),
-)
-FIGURE_R5 = seeded(10, CONV4_TARGETS)
-FIGURE_R6 = seeded(1, (CONV4_NO_PRUNING, *CONV4_TARGETS))
-
-
-def _figure(name: str, title: str, settings: tuple[Setting, ...], seeds: int = 10) -> Figure:
-    return Figure(name, title, seeds, settings, f"{FOLDER}/{name}")
-
-
-FIGURES = (
-    _figure("figure-R1", "Pruning large weights against dropout, by epoch", FIGURE_R1),
-    _figure(
         "figure-R2",
-        "Pruning large weights against dropout: best accuracy and parameters",
+        10,
         FIGURE_R1,
+        "Pruning large weights against dropout: best accuracy and parameters",
     ),
-    _figure("figure-R3", "Best accuracy by the fraction of the layer removed", FIGURE_R3),
-    _figure("figure-R4", "Dropout at its best", FIGURE_R4),
-    _figure("figure-R5", "Where the weights went", FIGURE_R5),
-    _figure("figure-R6", "What 85% fewer parameters buys", FIGURE_R6, seeds=1),
+    ("figure-R3", 10, FIGURE_R3, "Best accuracy by the fraction of the layer removed"),
+    ("figure-R4", 10, FIGURE_R4, "Dropout at its best"),
+    ("figure-R5", 10, FIGURE_R5, "Where the weights went"),
+    ("figure-R6", 1, FIGURE_R6, "What 85% fewer parameters buys"),
 )
+FIGURES = tuple(Figure(*row, f"regularization-2018/{row[0]}") for row in _TABLE)

@@ -61,19 +61,19 @@ class Figure:
 
     Attributes:
         name: "figure-2", "table-C1" and so on.
-        title: one line on its content.
         seeds: how many the paper has.
         settings: its curves and colours.
+        title: one line on its content.
         notebook: path under notebooks/, without the extension; a notebook may hold several.
     """
 
     name: str
-    title: str
     seeds: int
     settings: tuple[Setting, ...]
+    title: str
     notebook: str
 
 
-def seeded(count: int, settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
-    """The same settings with `count` seeds registered for each."""
+def seeded(count: int, *settings: Setting) -> tuple[Setting, ...]:
+    """Return the same settings with `count` seeds registered for each."""
     return tuple(replace(setting, seeds=count) for setting in settings)

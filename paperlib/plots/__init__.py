@@ -1,91 +1,25 @@
 """The few plot forms the figures share, their one look, and their files. Imports no torch."""
+# ruff: noqa: F401
 
 from paperlib.plots.contrasts import differences, forest
 from paperlib.plots.curves import (
     bars_by_rank,
     by_fraction,
-    by_rate,
-    correlation_by_rate,
     dynamics,
     events,
-    inset_by_rate,
     lines,
+    noise,
+    rates,
 )
-from paperlib.plots.distributions import common_range, densities, magnitudes, shares, weight_counts
+from paperlib.plots.dots import by_setting, dots, pairs, scatter, tradeoff
 from paperlib.plots.files import described, save, save_table, stamp
-from paperlib.plots.grids import early_and_late, noise, rate_scatters, rates, rises
-from paperlib.plots.scatters import by_setting, pairs, scatter, stability_against, tradeoff
-from paperlib.plots.style import (
-    ACCURACY,
-    BEST,
-    EPOCH,
-    GAP,
-    LINES,
-    MARKERS,
-    NAMES,
-    PALETTE,
-    PANEL,
-    STABILITY,
-    focus,
-    looks,
-    p_value,
-    panels,
-    rate_axis,
-    readable,
-    settled,
-    use_style,
+from paperlib.plots.histograms import (
+    MOMENTS,
+    common_range,
+    densities,
+    magnitudes,
+    shares,
+    weight_counts,
 )
+from paperlib.plots.style import NAMES, PALETTE, focus, grid, legend_below, looks, panels, use_style
 from paperlib.plots.tables import gates, numbers, verdict
-
-__all__ = [
-    "ACCURACY",
-    "BEST",
-    "EPOCH",
-    "GAP",
-    "LINES",
-    "MARKERS",
-    "NAMES",
-    "PALETTE",
-    "PANEL",
-    "STABILITY",
-    "bars_by_rank",
-    "by_fraction",
-    "by_rate",
-    "by_setting",
-    "common_range",
-    "correlation_by_rate",
-    "densities",
-    "described",
-    "differences",
-    "dynamics",
-    "early_and_late",
-    "events",
-    "focus",
-    "forest",
-    "gates",
-    "inset_by_rate",
-    "lines",
-    "looks",
-    "magnitudes",
-    "noise",
-    "numbers",
-    "p_value",
-    "pairs",
-    "panels",
-    "rate_axis",
-    "rate_scatters",
-    "rates",
-    "readable",
-    "rises",
-    "save",
-    "save_table",
-    "scatter",
-    "settled",
-    "shares",
-    "stability_against",
-    "stamp",
-    "tradeoff",
-    "use_style",
-    "verdict",
-    "weight_counts",
-]

@@ -1,7 +1,7 @@
 """Forms for contrasts: differences with their intervals, and the forest plot of the claims."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -13,21 +13,8 @@ from paperlib.plots.style import BEHIND_TEXT, p_value, panels
 from paperlib.verdicts import ADJUSTED, DELTA, OTHER_DELTA, PREMISE, PRIMARY
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
-UNITS = {
-    "accuracy": POINTS,
-    "best_accuracy": POINTS,
-    "log_curvature": LOGS,
-    "log_noise": LOGS,
-    "delta_w": r"difference of $\delta_w$",
-}
-DECIDING = (PRIMARY, PREMISE, ADJUSTED)
-OUTCOMES = {
-    "accuracy": "",
-    "best_accuracy": ", best",
-    "log_curvature": ", Tr(H)",
-    "log_noise": ", Tr(C)",
-    "delta_w": "",
-}
+# Outcomes in other units than points of test accuracy: unit, and what a row's name adds.
+UNITS = {"log_curvature": (LOGS, ", Tr(H)"), "log_noise": (LOGS, ", Tr(C)")}
 # Of the verdicts that say yes or no; all others are grey.
 COLORS = {"supported": "#0072B2", "contradicted": "#D55E00"}
 ROW = 0.26  # inches
@@ -35,37 +22,32 @@ ROW = 0.26  # inches
 
 def differences(ax: Axes, estimates: Mapping[str, stats.Estimate], xlabel: str) -> None:
     """Draw estimates with their intervals, one below the other, and a line at zero."""
-    at = np.arange(len(estimates))[::-1]
     ax.axvline(0, color="0.7", linewidth=0.8)
-    for y, e in zip(at, estimates.values(), strict=True):
-        _interval(ax, float(y), e.value, e.low, e.high, "0.2")
-    _rows(ax, at, list(estimates))
+    for y, e in enumerate(estimates.values()):
+        _interval(ax, y, e.value, e.low, e.high, "0.2")
+    _rows(ax, list(estimates))
     ax.set_xlabel(xlabel)
 
 
-def forest(claims: pd.DataFrame, kinds: Sequence[str] = DECIDING) -> Figure:
-    """Draw the contrasts of claims with their 95% intervals: a forest plot.
+def forest(claims: pd.DataFrame) -> Figure:
+    """Draw the contrasts that decide claims, with their 95% intervals: a forest plot.
 
     Each claim has a heading with its verdict in words. The grey band is the range of differences
     too small to matter. A claim without contrasts has its heading only.
 
     Args:
         claims: A row a contrast, as `claims.to_frame` and `Loaded.claims` give it.
-        kinds: The kinds of contrast to show; by default those that decide a verdict.
 
     Returns:
         The figure, a panel a unit.
     """
-    shown = claims[claims.kind.isin(kinds) | claims.kind.isna()]
-    shown = shown.assign(unit=shown.outcome.map(UNITS).fillna(POINTS))
-    units = {unit: rows for unit, rows in shown.groupby("unit", sort=False) if len(rows)}
+    shown = claims[claims.kind.isin((PRIMARY, PREMISE, ADJUSTED)) | claims.kind.isna()]
+    is_log = shown.outcome.isin(UNITS)
+    units = {unit: shown[is_log == (unit == LOGS)] for unit in (POINTS, LOGS)}
+    units = {unit: rows for unit, rows in units.items() if len(rows)}
     heights = [rows.kind.count() + rows.claim.nunique() + 1 for rows in units.values()] or [1]
-    figure, axes = panels(
-        len(heights),
-        1,
-        panel=(6.4, ROW * sum(heights) / len(heights) + 0.4),
-        height_ratios=heights,
-    )
+    size = (6.4, ROW * sum(heights) / len(heights) + 0.4)
+    figure, axes = panels(len(heights), 1, panel=size, height_ratios=heights)
     for [ax], (unit, rows) in zip(axes, units.items(), strict=False):
         _forest_panel(ax, rows, unit)
     return figure
@@ -74,38 +56,31 @@ def forest(claims: pd.DataFrame, kinds: Sequence[str] = DECIDING) -> Figure:
 def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
     """Draw the contrasts of one unit below the headings of their claims."""
     names: list[str] = []
-    headings: list[int] = []
-    drawn = []
-    for claim, group in rows.groupby("claim", sort=False):
-        first = group.iloc[0]
-        headings.append(len(names))
-        names.append(f"{claim}: {first.verdict} ({first.runs} runs)")
-        for row in group[group.kind.notna()].itertuples():
-            drawn.append((len(names), claim, first.verdict, row))
-            adjusted = ", adjusted for loss" if row.kind == ADJUSTED else ""
-            names.append(f"{row.contrast}{OUTCOMES.get(row.outcome, '')}{adjusted}")
-    at = np.arange(len(names))[::-1]
+    headings: dict[int, str] = {}
     ax.axvline(0, color="0.5", linewidth=0.8)
-    for i, claim, verdict, row in drawn:
-        y, color = float(at[i]), COLORS.get(verdict, "0.3")
-        if unit == POINTS and not math.isnan(row.low):
-            delta = DELTA["conv4"] if claim.startswith("R") else OTHER_DELTA
-            ax.fill_between([-delta, delta], y - 0.5, y + 0.5, color="0.9", lw=0, zorder=0)
-        if math.isnan(row.low):
-            words = f"{row.estimate:.2f}, p = {p_value(row.p)} by permutation"
-            ax.annotate(words, (0, y), ha="center", va="center", fontsize=7, bbox=BEHIND_TEXT)
-        else:
-            _interval(ax, y, row.estimate, row.low, row.high, color)
-    _rows(ax, at, names)
-    for i in headings:
-        ax.get_yticklabels()[i].set(fontweight="bold", color=COLORS.get(_verdict(names[i]), "0.2"))
-    if not drawn:
+    for claim, group in rows.groupby("claim", sort=False):
+        verdict = group.verdict.iloc[0]
+        color = COLORS.get(verdict, "0.3")
+        headings[len(names)] = color
+        names.append(f"{claim}: {verdict} ({group.runs.iloc[0]} runs)")
+        delta = DELTA["conv4"] if claim.startswith("R") else OTHER_DELTA
+        for row in group[group.kind.notna()].itertuples():
+            y = len(names)
+            if math.isnan(row.low):
+                words = f"{row.estimate:.2f}, p = {p_value(row.p)} by permutation"
+                ax.annotate(words, (0, y), ha="center", va="center", fontsize=7, bbox=BEHIND_TEXT)
+            else:
+                _interval(ax, y, row.estimate, row.low, row.high, color)
+                if unit == POINTS:
+                    ax.fill_between([-delta, delta], y - 0.5, y + 0.5, color="0.9", lw=0, zorder=0)
+            adjusted = ", adjusted for loss" if row.kind == ADJUSTED else ""
+            names.append(f"{row.contrast}{UNITS.get(row.outcome, ('', ''))[1]}{adjusted}")
+    _rows(ax, names)
+    for i, color in headings.items():
+        ax.get_yticklabels()[i].set(fontweight="bold", color=color)
+    if rows.kind.isna().all():
         ax.set(xlim=(-1, 1), xticks=[])
-    ax.set_xlabel(unit if drawn else "no contrast is tested")
-
-
-def _verdict(heading: str) -> str:
-    return heading.partition(": ")[2].partition(" (")[0]
+    ax.set_xlabel("no contrast is tested" if rows.kind.isna().all() else unit)
 
 
 def _interval(ax: Axes, y: float, value: float, low: float, high: float, color: str) -> None:
@@ -124,9 +99,9 @@ def _interval(ax: Axes, y: float, value: float, low: float, high: float, color: 
     )
 
 
-def _rows(ax: Axes, at: np.ndarray, names: list[str]) -> None:
+def _rows(ax: Axes, names: list[str]) -> None:
     """Name the rows on the y axis, the first on top."""
-    ax.set_yticks(at, names, fontsize=7)
-    ax.set_ylim(-0.6, len(at) - 0.2)
+    ax.set_yticks(np.arange(len(names)), names, fontsize=7)
+    ax.set_ylim(len(names) - 0.4, -0.8)
     ax.spines["left"].set_visible(False)
     ax.tick_params("y", length=0)

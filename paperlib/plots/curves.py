@@ -1,61 +1,170 @@
-"""Forms with a line a setting: by epoch, by iterative pruning rate, by fraction, by rank."""
+"""Forms with a line a setting, with its mean and 95% band over seeds. A band needs three seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.instability import stability
 from paperlib.plots.style import (
-    ACCURACY,
-    BEHIND_TEXT,
-    EPOCH,
-    HATCHES,
+    FEWEST,
     LINES,
-    Look,
+    NAMES,
+    band,
     focus,
+    grid,
+    legend_below,
     looks,
-    rate_axis,
+    panels,
+    too_few,
 )
+
+HATCHES = ("", "////", "....", "xxxx")
+CORRELATIONS = {"pearson": "Pearson's r", "kendall": "Kendall's $\\tau$"}
+INSET_RATES = 4  # of figure 3
+DIPS = 0.03  # of the means in figures 5 and D2 may leave the panels
+
+
+def lines(
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str = "label",
+    names: Mapping[str, str] | None = None,
+    start: float = -np.inf,
+) -> None:
+    """Draw the mean of `y` at every `x` and its 95% band over seeds, a line a setting.
+
+    The axis is fitted to the means: bands of few seeds may leave it.
+
+    Args:
+        ax: The panel.
+        frame: Columns method, `by`, `x` and `y`, a row a seed.
+        x: The column on the x axis.
+        y: The column on the y axis.
+        by: The column that names the lines.
+        names: Names of lines in the legend, where they differ.
+        start: The y axis is fitted to the means from this x on.
+    """
+    for name, look in looks(frame, by).items():
+        line = band(frame[frame[by] == name], x, y)
+        ax.plot(
+            line[x],
+            line["mean"],
+            **look,
+            linewidth=1.2,
+            markersize=3.5,
+            markevery=max(1, len(line) // 8),
+            label=(names or {}).get(name, name),
+        )
+        ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.15, lw=0)
+    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    focus(ax, frame[frame[x] >= start].groupby([by, x])[y].mean())
 
 
 def dynamics(
     ax: Axes,
     epochs: pd.DataFrame,
-    style: Mapping[str, Look],
-    names: Mapping[str, str] | None = None,
     y: str = "post",
-    ylabel: str = ACCURACY,
+    names: Mapping[str, str] | None = None,
+    start: float | None = None,
 ) -> None:
-    """Draw the mean of `y` by epoch (counted from 1) and its 95% band over seeds, by `label`.
+    """Draw `lines` by epoch, counted from 1.
+
+    The y axis is fitted to the epochs from `start` on: by default to the last two thirds.
+    """
+    if start is None:
+        start = epochs.epoch.max() / 3
+    lines(ax, epochs.assign(epoch=epochs.epoch + 1), "epoch", y, names=names, start=start + 1)
+
+
+def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> Figure:
+    """Draw Figure 5 or D2: test accuracy by epoch, a row a kind of noise and a panel a duration.
+
+    The last epoch is left out, since the chosen filters are set to zero for good on it. The panels
+    share their axes. The deepest dips may leave them.
+
+    Args:
+        epochs: Columns method, label, epoch, seed and post.
+        kinds: Methods, one a row.
+        beside: Methods that every panel shows.
+    """
+    epochs = epochs[epochs.epoch < epochs.epoch.max()]
+    noised = epochs[epochs.method.isin(kinds)]
+    labels = [label for kind in kinds for label in noised[noised.method == kind].label.unique()]
+    figure, axes = grid(len(labels), len(labels) // len(kinds), (3, 2.2), sharex=True, sharey=True)
+    names = dict(noised[["label", "method"]].drop_duplicates().to_numpy())
+    for ax, label in zip(axes, labels, strict=True):
+        shown = epochs[(epochs.label == label) | epochs.method.isin(beside)]
+        dynamics(ax, shown, names=names)
+        ax.set_title(label)
+        ax.label_outer()
+    late = epochs[epochs.epoch > epochs.epoch.max() / 3].groupby(["label", "epoch"]).post.mean()
+    focus(axes[0], late.clip(lower=late.quantile(DIPS)))
+    legend_below(figure, "the number is how long noise lasts, in training batches")
+    return figure
+
+
+def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
+    """Draw Figure 3: accuracy, stability and their correlation by iterative pruning rate.
+
+    Args:
+        runs: Columns method, rate, mean_stability and best_accuracy, a row a run.
+        correlation: "pearson", or "kendall" for Figure C2.
+    """
+    figure, [[accuracy, stability, both]] = panels(1, 3)
+    lines(accuracy, runs, "rate", "best_accuracy", by="method")
+    lines(stability, runs, "rate", "mean_stability", by="method")
+    lowest = sorted(runs.rate.unique())[:INSET_RATES]
+    if runs.rate.nunique() > INSET_RATES:
+        inside = stability.inset_axes((0.13, 0.12, 0.45, 0.42))
+        lines(inside, runs[runs.rate.isin(lowest)], "rate", "mean_stability", by="method")
+        inside.set(xlabel="", ylabel="")
+        _log_axis(inside, lowest, [f"{rate:.2g}" for rate in lowest])
+        inside.tick_params(labelsize=6)
+    for rate, group in runs.groupby("rate"):
+        if too_few(group, "mean_stability", "best_accuracy"):
+            words = f"n = {len(group)}: fewer than {FEWEST} different values"
+            both.annotate(words, (rate, 0), rotation=90, ha="center", va="center", fontsize=6.5)
+            continue
+        r = getattr(stats, correlation)(group.mean_stability, group.best_accuracy)
+        error = [[r.value - r.low], [r.high - r.value]]
+        both.errorbar(rate, r.value, error, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
+    both.axhline(0, color="0.7", linewidth=0.8)
+    ylabel = f"{CORRELATIONS[correlation]}, stability and accuracy"
+    both.set(xlabel=NAMES["rate"], ylabel=ylabel, ylim=(-1.05, 1.05))
+    for ax in (accuracy, stability, both):
+        _log_axis(ax, (1, 3, 10, 30, 90))
+    accuracy.legend()
+    return figure
+
+
+def by_fraction(ax: Axes, runs: pd.DataFrame, y: str) -> None:
+    """Draw `lines` by the fraction removed, a line a method, on a log axis of the share left.
 
     Args:
         ax: The panel.
-        epochs: Columns label, epoch (0-based), seed and `y`.
-        style: By label, as `looks` returns it.
-        names: Names of labels in the legend, where they differ.
+        runs: Columns method, `fraction` in percent and `y`; runs at 0 belong to all lines.
         y: The column.
-        ylabel: Axis label.
     """
-    for label, group in epochs.groupby("label", sort=False):
-        look = style[label]
-        line = stats.band(group.assign(epoch=group.epoch + 1), "epoch", y)
-        ax.plot(
-            line.epoch,
-            line["mean"],
-            color=look["color"],
-            linestyle=look["linestyle"],
-            linewidth=1.2,
-            marker=look["marker"],
-            markersize=3.5,
-            markevery=max(1, len(line) // 8),
-            label=(names or {}).get(label, label),
-        )
-        ax.fill_between(line.epoch, line.low, line.high, color=look["color"], alpha=0.15, lw=0)
-    ax.set(xlabel=EPOCH, ylabel=ylabel)
+    whole, pruned = runs[runs.fraction == 0], runs[runs.fraction > 0]
+    frame = pd.concat([*(whole.assign(method=m) for m in pruned.method.unique()), pruned])
+    lines(ax, frame.assign(left=100 - frame.fraction), "left", y, by="method")
+    removed = sorted(runs.fraction.unique())
+    _log_axis(ax, [100 - fraction for fraction in removed], [f"{f:g}" for f in removed])
+    ax.set_xlim(110, 0.9 * (100 - removed[-1]))
+
+
+def _log_axis(ax: Axes, at: Sequence[float], names: Sequence[object] | None = None) -> None:
+    """Make x logarithmic, with ticks at some values only."""
+    ax.set_xscale("log")
+    ax.set_xticks(at, [str(name) for name in names or at])
+    ax.minorticks_off()
 
 
 def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
@@ -72,157 +181,36 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
     Raises:
         ValueError: The run has no events.
     """
-    frame = epochs.sort_values("epoch")
-    at = (frame.epoch + 1).repeat(2)
-    ax.plot(at, frame[["pre", "post"]].to_numpy().ravel(), color=color, lw=1, zorder=2)
+    frame = epochs.sort_values("epoch").assign(at=epochs.epoch + 1)
+    ax.plot(frame["at"].repeat(2), frame[["pre", "post"]].to_numpy().ravel(), color=color, lw=1)
     pruned = frame[frame.removed > 0]
     if pruned.empty:
         raise ValueError("a run without pruning events has no instability to show")
-    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post), at=pruned.epoch + 1)
+    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post))
     ax.scatter(pruned["at"], pruned.pre, s=14, color="0.2", label="just before", zorder=3)
     open_dots: dict[str, Any] = {"facecolor": "white", "edgecolor": color, "zorder": 3}
     ax.scatter(pruned["at"], pruned.post, s=16, label="just after", **open_dots)
     worst = pruned.loc[pruned.stability.idxmin()]
-    right_half = worst["at"] > (at.min() + at.max()) / 2
-    ax.annotate(
-        f"instability ({worst.pre:.1f} - {worst.post:.1f}) / {worst.pre:.1f}"
-        f" = {1 - worst.stability / 100:.2f}",
-        (worst["at"], 0.2 * worst.pre + 0.8 * worst.post),
-        (-6 if right_half else 6, 0),
-        textcoords="offset points",
-        ha="right" if right_half else "left",
-        va="center",
-        fontsize=7,
-        bbox=BEHIND_TEXT,
-        zorder=4,
-    )
-    ax.set(xlabel=EPOCH, ylabel=ACCURACY)
+    ring: dict[str, Any] = {"facecolor": "none", "edgecolor": "0.2", "linewidth": 1.2}
+    drop = f"({worst.pre:.1f} - {worst.post:.1f}) / {worst.pre:.1f}"
+    words = f"instability {drop} = {1 - worst.stability / 100:.2f}"
+    ax.scatter(worst["at"], worst.post, s=70, label=words, **ring)
+    ax.set(xlabel=NAMES["epoch"], ylabel=NAMES["post"])
     return worst
 
 
-def lines(
-    ax: Axes, frame: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str, log: bool = False
-) -> None:
-    """Draw the mean of `y` at every `x` and its 95% band over seeds, by `label`.
-
-    The axis is fitted to the means: bands of few seeds may leave it.
-
-    Args:
-        ax: The panel.
-        frame: Columns label, method, `x` and `y`.
-        x: The column on the x axis.
-        y: The column on the y axis.
-        xlabel: Label of the x axis.
-        ylabel: Label of the y axis.
-        log: Whether y is logarithmic.
-    """
-    style = looks(frame)
-    for label, group in frame.groupby("label", sort=False):
-        line = stats.band(group, x, y)
-        look = {key: style[label][key] for key in ("color", "linestyle")}
-        ax.plot(line[x], line["mean"], **look, linewidth=1.2, label=label)
-        ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.12, lw=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    means = frame.groupby(["label", x])[y].mean()
-    if log:
-        ax.set(yscale="log", ylim=(means.min() / 1.3, means.max() * 1.3))
-    else:
-        focus(ax, means)
-
-
-def by_rate(ax: Axes, runs: pd.DataFrame, y: str, style: Mapping[str, Look], ylabel: str) -> None:
-    """Draw the mean of `y` and its 95% interval by iterative pruning rate, a line a method.
-
-    The axis is fitted to the means: intervals of few seeds may leave it.
-    """
-    lines = {method: stats.band(g, "rate", y) for method, g in runs.groupby("method", sort=False)}
-    _bands(ax, lines, "rate", style)
-    rate_axis(ax)
-    ax.set_ylabel(ylabel)
-
-
-def inset_by_rate(
-    ax: Axes, runs: pd.DataFrame, y: str, style: Mapping[str, Look], rates: int
-) -> None:
-    """Draw the lowest rates of `by_rate` once more, larger, in the corner that lines leave free."""
-    inside = ax.inset_axes((0.13, 0.12, 0.45, 0.42))
-    low = sorted(runs.rate.unique())[:rates]
-    by_rate(inside, runs[runs.rate.isin(low)], y, style, "")
-    inside.set_xticks(low, [f"{rate:.2g}" for rate in low])
-    inside.set(xlabel="", xlim=(low[0] / 1.2, low[-1] * 1.2))
-    inside.tick_params(labelsize=6)
-
-
-def correlation_by_rate(
-    ax: Axes, estimates: Mapping[float, stats.Estimate], ylabel: str, limit: float = 1.05
-) -> None:
-    """Draw a correlation with its interval at each iterative pruning rate."""
-    rates = list(estimates)
-    values = pd.DataFrame([vars(e) for e in estimates.values()], index=rates)
-    ax.axhline(0, color="0.7", linewidth=0.8)
-    errors = [values.value - values.low, values.high - values.value]
-    ax.errorbar(rates, values.value, errors, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
-    rate_axis(ax)
-    ax.set(ylabel=ylabel, ylim=(-limit, limit))
-
-
-def by_fraction(
-    ax: Axes, runs: pd.DataFrame, y: str, style: Mapping[str, Look], ylabel: str
-) -> None:
-    """Draw the mean of `y` and its 95% interval by the fraction removed, a line a method.
-
-    The axis is logarithmic in the share that is left. It is fitted to the means: intervals of few
-    seeds may leave it.
-
-    Args:
-        ax: The panel.
-        runs: Columns method, `fraction` in percent and `y`; runs at 0 belong to all lines.
-        y: The column.
-        style: By method, as `looks` returns it.
-        ylabel: Axis label.
-    """
-    whole, pruned = runs[runs.fraction == 0], runs[runs.fraction > 0]
-    lines = {}
-    for method, group in pruned.groupby("method", sort=False):
-        line = stats.band(pd.concat([whole, group]), "fraction", y)
-        lines[method] = line.assign(left=100 - line.fraction)
-    _bands(ax, lines, "left", style)
-    removed = np.sort(runs.fraction.unique())
-    ax.set_xscale("log")
-    ax.set_xticks(100 - removed, [f"{fraction:g}" for fraction in removed])
-    ax.minorticks_off()
-    ax.set_xlim(110, 0.9 * (100 - removed[-1]))
-    ax.set(xlabel="weights of the layer removed (%)", ylabel=ylabel)
-
-
-def _bands(ax: Axes, lines: Mapping[str, pd.DataFrame], x: str, style: Mapping[str, Look]) -> None:
-    """Draw a line and a band a method, from frames with columns `x`, mean, low and high."""
-    for method, line in lines.items():
-        look = style[method]
-        plain = {"color": look["color"], "marker": look["marker"], "markersize": 3}
-        ax.plot(line[x], line["mean"], **plain, linewidth=1.2, label=method)
-        ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.15, lw=0)
-    focus(ax, pd.concat([line["mean"] for line in lines.values()]), margin=0.3)
-
-
-def bars_by_rank(ax: Axes, spectra: pd.DataFrame, ranks: int, ylabel: str) -> None:
+def bars_by_rank(ax: Axes, spectra: pd.DataFrame, ranks: int) -> None:
     """Draw the mean eigenvalue, signed, of the leading ranks with its 95% interval, by `label`."""
+    spectra = spectra[spectra["rank"] <= ranks]
     style = looks(spectra)
     width = 0.8 / len(style)
-    for i, (label, group) in enumerate(spectra.groupby("label", sort=False)):
-        line = stats.band(group[group["rank"] <= ranks], "rank", "eigenvalue")
-        ax.bar(
-            line["rank"] + (i - (len(style) - 1) / 2) * width,
-            line["mean"],
-            width,
-            yerr=[line["mean"] - line.low, line.high - line["mean"]],
-            error_kw={"linewidth": 0.6},
-            color=style[label]["color"],
-            hatch=HATCHES[LINES.index(style[label]["linestyle"])],
-            edgecolor="white",
-            linewidth=0.3,
-            label=label,
-        )
+    for i, (label, look) in enumerate(style.items()):
+        line = band(spectra[spectra.label == label], "rank", "eigenvalue")
+        at = line["rank"] + (i - (len(style) - 1) / 2) * width
+        hatch = HATCHES[LINES.index(look["linestyle"])]
+        fill = {"color": look["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+        ax.bar(at, line["mean"], width, label=label, **fill)
+        ax.vlines(at, line.low, line.high, color="black", linewidth=0.6)
     ax.axhline(0, color="0.3", linewidth=0.6)
-    ax.set(xlabel="rank by magnitude", ylabel=ylabel, xticks=range(1, ranks + 1))
-    focus(ax, [0, *spectra[spectra["rank"] <= ranks].groupby(["label", "rank"]).eigenvalue.mean()])
+    ax.set(xlabel=NAMES["rank"], ylabel="eigenvalue", xticks=range(1, ranks + 1))
+    focus(ax, [0, *spectra.groupby(["label", "rank"]).eigenvalue.mean()])

@@ -1,7 +1,7 @@
 """The one look of all figures: colours, line styles, sizes in inches, fonts as in print.
 
 One colour a method throughout (the colour-blind-safe palette of Okabe and Ito). Settings of one
-method are told apart by line style and marker.
+method differ in line style, and all settings of a panel in marker.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from paperlib import stats
 
 Look = dict[str, Any]
 
@@ -27,25 +30,30 @@ PALETTE = {
     "Yours": "#F0E442",
 }
 LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "////", "....", "xxxx")
-MARKERS = ("o", "^", "s", "D")
+MARKERS = ("o", "^", "s", "D", "v", "<")
 PANEL = (3.4, 2.7)
 BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
-STABILITY = "mean stability (%)"
-ACCURACY = "test accuracy (%)"
-BEST = "best test accuracy (%)"
-GAP = "generalization gap (%)"
-EPOCH = "epoch"
-# Axis labels of the measures of a run, by column.
+FEWEST = 3  # seeds for an interval, and different values for a correlation
+# The label of an axis, by the column it shows.
 NAMES = {
-    "mean_stability": STABILITY,
-    "best_accuracy": BEST,
+    "mean_stability": "mean stability (%)",
+    "best_accuracy": "best test accuracy (%)",
     "accuracy": "test accuracy near the end (%)",
-    "gap": GAP,
+    "gap": "generalization gap (%)",
     "curvature": "curvature, Tr(H)",
     "noise": "noise, Tr(C)",
     "tic": "TIC, Tr(C) / Tr(H)",
     "delta_w": r"$\delta_w$ (smallest $|\epsilon|$, loss + 0.1)",
+    "epoch": "epoch",
+    "events": "pruning events",
+    "parameters": "parameters left",
+    "post": "test accuracy (%)",
+    "stability": "stability of an event (%)",
+    "rate": "iterative pruning rate (%)",
+    "left": "weights of the layer removed (%)",
+    "rank": "rank by magnitude",
+    "magnitude": "|eigenvalue|",
+    "epsilon": r"$\epsilon$ along the eigenvector",
 }
 
 
@@ -68,6 +76,7 @@ def use_style() -> None:
             "axes.titlesize": 9,
             "axes.labelsize": 8.5,
             "legend.fontsize": 7,
+            "legend.title_fontsize": 7,
             "legend.frameon": False,
             "pdf.fonttype": 42,
         },
@@ -83,6 +92,17 @@ def panels(
     return figure, axes.tolist()
 
 
+def grid(
+    count: int, columns: int, panel: tuple[float, float] = PANEL, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels, at most `columns` in a row, as a list."""
+    figure, rows = panels(-(-count // columns), min(columns, count), panel, **options)
+    axes = [ax for row in rows for ax in row]
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
+
+
 def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
     """Return colour, line style and marker of every setting.
 
@@ -90,47 +110,52 @@ def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
         frame: Columns method and `by`, in the order of the legend.
         by: The column that names settings; "method" where a line is a method.
     """
-    seen: dict[str, int] = {}
-    out = {}
-    pairs = frame[[by, "method"]].drop_duplicates().to_numpy()
-    for label, method in pairs:
-        nth = seen.get(method, 0)
-        seen[method] = nth + 1
-        out[label] = {
+    settings = frame.drop_duplicates([by, "method"])
+    of_method = settings.groupby("method").cumcount()
+    return {
+        label: {
             "color": PALETTE[method],
             "linestyle": LINES[nth % len(LINES)],
-            "marker": MARKERS[nth % len(MARKERS)],
+            "marker": MARKERS[i % len(MARKERS)],
         }
-    return out
+        for i, (label, method, nth) in enumerate(
+            zip(settings[by], settings.method, of_method, strict=True)
+        )
+    }
 
 
-def focus(ax: Axes, values: Iterable[float], margin: float = 0.12) -> None:
+def focus(ax: Axes, values: Iterable[float]) -> None:
     """Limit the y axis to the given values and a margin, so that early epochs may leave it."""
     series = pd.Series(values, dtype=float).dropna()
     low, high = series.min(), series.max()
-    room = max(high - low, 0.5) * margin
-    ax.set_ylim(low - room, high + room)
+    room = 0.12 * max(high - low, 0.5)
+    is_log = ax.get_yscale() == "log"
+    ax.set_ylim((low / 1.3, high * 1.3) if is_log else (low - room, high + room))
 
 
-def settled(epochs: pd.DataFrame, share: float = 1 / 3) -> pd.Series:
-    """Return mean test accuracies after the first `share` of the epochs, to `focus` an axis on."""
-    late = epochs[epochs.epoch > epochs.epoch.max() * share]
-    return late.groupby(["label", "epoch"]).post.mean()
+def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Return `stats.band` without the intervals of fewer than three seeds, which say nothing."""
+    line = stats.band(frame, x, y)
+    line.loc[line.n < FEWEST, ["low", "high"]] = float("nan")
+    return line
 
 
-def rate_axis(ax: Axes) -> None:
-    """Make x the logarithmic axis of iterative pruning rates."""
-    ax.set_xscale("log")
-    ax.set_xticks([1, 3, 10, 30, 90], ["1", "3", "10", "30", "90"])
-    ax.minorticks_off()
-    ax.set_xlabel("iterative pruning rate (%)")
+def too_few(runs: pd.DataFrame, x: str, y: str) -> bool:
+    """Return whether runs have too few different values of x or y for a correlation."""
+    return bool(runs[[x, y]].nunique().min() < FEWEST)
+
+
+def legend_below(figure: Figure, title: str = "") -> None:
+    """Put one legend of all panels below the figure, in as many columns as fit."""
+    handles: dict[str, Artist] = {}
+    for ax in figure.axes:
+        found, names = ax.get_legend_handles_labels()
+        handles |= dict(zip(names, found, strict=True))
+    columns = max(1, int(figure.get_figwidth() / 1.1))
+    entries = list(handles.values()), list(handles)
+    figure.legend(*entries, loc="outside lower center", ncols=columns, title=title)
 
 
 def p_value(p: float) -> str:
     """Return a p-value as it is read: 0.03, 2e-05."""
     return f"{p:.1g}" if p < 0.01 else f"{p:.2f}"
-
-
-def readable(value: float) -> str:
-    """Return a number of any size in few characters: 0.34, 27.1, 189,175."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -8,12 +8,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy.stats import norm
 
-from paperlib.plots.style import BEHIND_TEXT, PALETTE, readable
+from paperlib.plots.style import BEHIND_TEXT, PALETTE
 
 if TYPE_CHECKING:
     from paperlib.runs import RunRecord
 
-MOMENTS = {"before": ("-", "0.45"), "after": ("--", None), "end": ("-", None)}
+# Moment -> its name, line and colour (None: the method's).
+MOMENTS = {
+    "before": ("before the first event", "-", "0.45"),
+    "after": ("after the last", "--", None),
+    "end": ("at the end", "-", None),
+}
 
 
 def densities(
@@ -26,45 +31,34 @@ def densities(
         columns: Name -> (layers, bins) densities in [-reach, reach], the deepest layer last.
         reach: In standard deviations.
     """
-    for column, (name, rows) in enumerate(columns.items()):
-        layers, bins = rows.shape
-        centers = (np.arange(bins) + 0.5) * 2 * reach / bins - reach
-        for row in range(layers):
+    for column, (name, layers) in enumerate(columns.items()):
+        half_bin = reach / layers.shape[1]
+        centers = np.linspace(half_bin - reach, reach - half_bin, layers.shape[1])
+        for row, layer in enumerate(layers[::-1]):
             ax = figure_axes[row][column]
-            ax.fill_between(centers, rows[layers - 1 - row], color=PALETTE["Prune_S"], alpha=0.5)
+            ax.fill_between(centers, layer, color=PALETTE["Prune_S"], alpha=0.5)
             ax.plot(centers, norm.pdf(centers), color="black", lw=0.8, label="standard normal")
             ax.set(xlim=(-reach, reach), ylim=(0, 1), yticks=[])
-            ax.set_ylabel(f"{layers - row}", rotation=0, labelpad=8)
+            ax.set_ylabel(f"{len(layers) - row}", rotation=0, labelpad=8)
         figure_axes[0][column].set_title(name)
         figure_axes[-1][column].set_xlabel("normalised output (standard deviations)")
     figure_axes[0][0].legend(loc="upper left", fontsize=6)
 
 
-def magnitudes(
-    ax: Axes,
-    edges: np.ndarray,
-    counts: Mapping[str, np.ndarray],
-    names: Mapping[str, str],
-    color: str,
-) -> None:
+def magnitudes(ax: Axes, edges: np.ndarray, counts: Mapping[str, np.ndarray], color: str) -> None:
     """Draw histograms of weight magnitudes on a log axis, in percent of the weights at first.
 
     Args:
         ax: The panel.
         edges: (bins + 1,).
-        counts: (bins,) by moment: "before" the first event, "after" the last, at the "end" of
-            training, which is filled.
-        names: Names of the moments in the legend.
-        color: Of the last two.
+        counts: (bins,) by moment of `MOMENTS`; the last is filled.
+        color: Of the method.
     """
-    whole = counts["before"].sum()
-    for moment, (line, shade) in MOMENTS.items():
-        values, shade = 100 * counts[moment] / whole, shade or color
-        ax.stairs(values, edges, color=shade, ls=line, lw=1.2, label=names[moment])
-        if moment == "end":
-            ax.stairs(values, edges, color=shade, alpha=0.2, fill=True, lw=0)
-    ax.set_xscale("log")
-    ax.set(xlabel="weight magnitude", ylabel="weights (%, a bin)")
+    for moment, (name, line, shade) in MOMENTS.items():
+        percent = 100 * counts[moment] / counts["before"].sum()
+        ax.stairs(percent, edges, color=shade or color, ls=line, lw=1.2, label=name)
+    ax.stairs(percent, edges, color=color, alpha=0.2, fill=True, lw=0)
+    ax.set(xscale="log", xlabel="weight magnitude", ylabel="weights (%, a bin)")
 
 
 def weight_counts(
@@ -83,7 +77,7 @@ def weight_counts(
     found: dict[str, list[RunRecord]] = {}
     for record in records:
         found.setdefault(methods[record.run], []).append(record)
-    edges = next(iter(found.values()))[0].arrays["edges"]
+    edges = record.arrays["edges"]
     counts = {
         method: {m: np.mean([r.arrays[f"{m}.{layer}"] for r in of], axis=0) for m in MOMENTS}
         for method, of in found.items()
@@ -101,13 +95,9 @@ def common_range(
 
 
 def shares(
-    ax: Axes,
-    table: pd.DataFrame,
-    columns: Mapping[str, str],
-    baseline: str,
-    colors: Mapping[str, str],
+    ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], colors: Mapping[str, str]
 ) -> None:
-    """Draw each row of a table in percent of its row `baseline`: a bar a row and column.
+    """Draw each row of a table in percent of its first row: a bar a row and column.
 
     The bars are labelled with the values themselves.
 
@@ -115,31 +105,27 @@ def shares(
         ax: The panel.
         table: A row a thing, a column a measure.
         columns: Column of `table` -> its name on the axis.
-        baseline: The row that is 100%.
         colors: By row.
     """
-    others = [name for name in table.index if name != baseline]
+    whole, baseline = table.iloc[0], table.index[0]
+    others = table.index[1:]
     height = 0.8 / len(others)
-    for group, column in enumerate(columns):
-        for nth, name in enumerate(others):
-            value = table.loc[name, column]
-            share = 100 * value / table.loc[baseline, column]
-            y = group + (nth - (len(others) - 1) / 2) * height
-            label = name if group == 0 else None
-            ax.barh(y, share, 0.92 * height, color=colors[name], label=label)
-            ax.annotate(
-                readable(value),
-                (share if share < 80 else max(share, 100), y),  # beside the line, not on it
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6.5,
-                bbox=BEHIND_TEXT,
-            )
+    for i, name in enumerate(others):
+        values = table.loc[name, list(columns)]
+        at = np.arange(len(columns)) + (i - (len(others) - 1) / 2) * height
+        bars = ax.barh(
+            at, 100 * values / whole[values.index], height, color=colors[name], label=name
+        )
+        labels = [_readable(value) for value in values]
+        ax.bar_label(bars, labels, padding=3, fontsize=6.5, bbox=BEHIND_TEXT)
     ax.axvline(100, color=colors[baseline], lw=1, label=baseline)
-    values = table.loc[baseline]
-    ticks = [f"{name}\n{baseline}: {readable(values[c])}" for c, name in columns.items()]
+    ticks = [f"{name}\n{baseline}: {_readable(whole[c])}" for c, name in columns.items()]
     ax.set_yticks(range(len(columns)), ticks, fontsize=7)
     ax.invert_yaxis()
     ax.margins(x=0.2)
     ax.set(xlabel=f"% of {baseline}", xlim=(0, None))
+
+
+def _readable(value: float) -> str:
+    """Return a number of any size in few characters: 0.34, 27.1, 189,175."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,140 @@
+"""Forms with a dot a run: one measure against another, and one measure by setting."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paperlib import stats
+from paperlib.plots.curves import dynamics
+from paperlib.plots.style import (
+    FEWEST,
+    NAMES,
+    PANEL,
+    Look,
+    band,
+    grid,
+    legend_below,
+    looks,
+    p_value,
+    panels,
+    too_few,
+)
+
+
+def dots(ax: Axes, x: pd.Series, y: pd.Series, look: Look, label: str = "") -> None:
+    """Draw the dots of one setting."""
+    shown = {"color": look["color"], "marker": look["marker"], "label": label}
+    ax.scatter(x, y, s=22, edgecolor="white", linewidth=0.5, zorder=3, **shown)
+
+
+def scatter(
+    ax: Axes, runs: pd.DataFrame, x: str, y: str, style: Mapping[str, Look], title: str = ""
+) -> None:
+    """Draw a dot a run by `label`, and a regression line with its 95% band.
+
+    The title gives Pearson's r and Kendall's tau, or says that fewer than three different values
+    are there. The line needs four runs, and its band seven. The axes are fitted to the dots: the
+    band may leave them.
+
+    Args:
+        ax: The panel.
+        runs: Columns label, `x` and `y`, a row a run. Runs that lack a value are left out.
+        x: The column on the x axis.
+        y: The column on the y axis.
+        style: By label, as `looks` returns it.
+        title: Stands above the correlations.
+    """
+    runs = runs.dropna(subset=[x, y])
+    for label, group in runs.groupby("label", sort=False):
+        dots(ax, group[x], group[y], style[label], label)
+    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    if too_few(runs, x, y):
+        words = f"n = {len(runs)}: fewer than {FEWEST} different values, no correlation"
+    else:
+        r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y])
+        words = (
+            f"r = {r.value:.2f} (p = {p_value(r.p)}), $\\tau$ = {tau.value:.2f}"
+            f" (p = {p_value(tau.p)}), n = {r.n}"
+        )
+        if r.n > FEWEST:
+            limits = ax.get_ylim()
+            ci = 95 if r.n > 2 * FEWEST else None
+            look = {"scatter": False, "color": "0.35", "line_kws": {"linewidth": 1}}
+            sns.regplot(runs, x=x, y=y, ax=ax, ci=ci, seed=0, **look)
+            ax.set(ylim=limits, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    ax.set_title("\n".join(filter(None, [title, words])), fontsize=7.5)
+
+
+def pairs(
+    runs: pd.DataFrame,
+    axes: Iterable[tuple[str, str]],
+    by: str = "network",
+    columns: int = 2,
+) -> Figure:
+    """Draw a scatter for each group of runs and each pair of columns.
+
+    Args:
+        runs: Columns method, label, `by` and those of the pairs, a row a run.
+        axes: The pairs (x, y).
+        by: The column whose values have panels of their own.
+        columns: Panels in a row.
+    """
+    cells = [(name, group, x, y) for name, group in runs.groupby(by, sort=False) for x, y in axes]
+    figure, flat = grid(len(cells), columns)
+    style = looks(runs)
+    for ax, (name, group, x, y) in zip(flat, cells, strict=True):
+        scatter(ax, group, x, y, style, name)
+    legend_below(figure)
+    return figure
+
+
+def tradeoff(epochs: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Draw mean stability against best accuracy, and test accuracy by epoch; a row a network.
+
+    No Pruning is in the second panel only.
+    """
+    networks = runs.network.unique()
+    figure, axes = panels(len(networks), 2, (PANEL[0] + 0.8, PANEL[1]))
+    for (left, right), network in zip(axes, networks, strict=True):
+        mine = runs[runs.network == network]
+        pruned = mine[mine.method != "No Pruning"]
+        scatter(left, pruned, "mean_stability", "best_accuracy", looks(mine))
+        mean_stability = mine.groupby("label", sort=False).mean_stability.mean()
+        names = {label: f"{label} ({value:.1f}%)" for label, value in mean_stability.items()}
+        dynamics(right, epochs[epochs.network == network], names=names)
+        right.set_title(network)
+        # Beside the panel: within it, it would hide how far accuracy falls at the last events.
+        right.legend(title="setting (mean stability)", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def by_setting(
+    ax: Axes, runs: pd.DataFrame, y: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Draw a dot a run by `label`, and to its right the mean with its 95% interval.
+
+    Thin lines join the runs of one seed. An interval needs three seeds.
+
+    Args:
+        ax: The panel.
+        runs: Columns method, label, seed and `y`, a row a run.
+        y: The column.
+        names: Names of labels on the axis, where they differ.
+    """
+    style = looks(runs)
+    wide = runs.pivot(index="seed", columns="label", values=y)[list(style)]
+    means = band(runs, "label", y).set_index("label")
+    at = np.arange(len(style))
+    shift = 0.3 * (np.arange(len(wide)) + 0.5) / len(wide) - 0.3  # equal values stay apart
+    ax.plot(np.add.outer(at, shift), wide.T, color="0.85", lw=0.7, zorder=1)
+    for i, (label, look) in enumerate(style.items()):
+        dots(ax, i + shift, wide[label], look)
+        value, low, high, _ = means.loc[label]
+        error, color = [[value - low], [high - value]], look["color"]
+        ax.errorbar(i + 0.2, value, error, fmt="_", ms=7, color=color, lw=1.2, capsize=2.5)
+    ax.set_xticks(at, [(names or {}).get(label, label) for label in style], fontsize=7)
+    ax.set(xlim=(-0.5, len(at) - 0.5), ylabel=NAMES[y])

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paperlib import stats
+from paperlib.claims.verdicts import ADJUSTED, DELTA, OTHER_DELTA, PREMISE, PRIMARY
 from paperlib.plots.style import BEHIND_TEXT, p_value, panels
-from paperlib.verdicts import ADJUSTED, DELTA, OTHER_DELTA, PREMISE, PRIMARY
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
 UNITS = {

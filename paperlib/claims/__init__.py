@@ -12,62 +12,45 @@
     curvature, noise, delta_w    Tr(H), Tr(C) and delta_w, for T4
     train_loss                   of the epoch at whose end these were measured, for T4
 
-The claims: `claims_2020`, `claims_2018`; how they get their verdicts: `verdicts`. No torch.
+The claims: `tradeoff_2020`, `regularization_2018`; whether they can be tested: `gates`; how they
+get their verdicts: `verdicts`. No torch.
 """
 
-import math
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from paperlib import measures, plans
-from paperlib.claims_2018 import r1, r2, r3, r4
-from paperlib.claims_2020 import VGG, t1, t2, t3, t4, t5
-from paperlib.gates import evaluate
+from paperlib.claims import regularization_2018, tradeoff_2020
+from paperlib.claims.gates import evaluate
+from paperlib.claims.verdicts import Claim, Contrast
 from paperlib.plans import Scale
 from paperlib.runs import Store, StoreError, epochs_frame, runs_frame
-from paperlib.stats import Fitted
 from paperlib.store.records import Entry
-from paperlib.verdicts import DESCRIBED, Claim, Contrast
 
-FIGURES = (
-    *("figure-2", "figure-3", "figure-4", "figure-5", "figure-6", "figure-B2", "figure-C3"),
-    *("figure-D2", "table-C1", "figure-R1", "figure-R3", "figure-R4"),
-)
+CLAIMS = {rule.name: rule for rule in (*tradeoff_2020.RULES, *regularization_2018.RULES)}
 EPOCHS = (
     *("run", "epoch", "trained", "removed", "pre", "post", "train_accuracy", "train_loss"),
     "seconds",
 )
-SUMMARY = ("accuracy", "best_accuracy", "mean_stability", "parameters")
+SUMMARY = ["accuracy", "best_accuracy", "mean_stability", "parameters"]
 # What the failure of a run says whose loss was not finite.
 NOT_FINITE = re.compile(r"loss of .* is (nan|inf|-inf) at epoch")
-CLAIMS = {"T1": t1, "T2": t2, "T3": t3, "T4": t4, "T5": t5, "R1": r1, "R2": r2, "R3": r3, "R4": r4}
-
-
-# The figures whose runs decide a claim, and those that show the same runs.
-CARRIED = {
-    "T1": ("figure-2", "figure-E6"),
-    "T2": (
-        *("figure-2", "figure-3", "figure-4", "figure-B2", "figure-C1", "figure-C2", "figure-C3"),
-        "table-C1",
-    ),
-    "T3": ("figure-5",),
-    "T4": ("figure-6", *(f"figure-E{number}" for number in range(1, 6))),
-    "T5": ("figure-D2",),
-    "R1": ("figure-R1", "figure-R3"),
-    "R2": ("figure-R1", "figure-R2", "figure-R4"),
-    "R3": ("figure-R1", "figure-R2", "figure-R4", "figure-R6"),
-    "R4": ("figure-R1",),
-}
+# Columns of a contrast in frames and JSON.
+ROW = (
+    *("kind", "contrast", "outcome", "n", "dropped", "estimate", "low", "high", "null", "p"),
+    *("sign_flip", "holm", "note"),
+)
 
 
 def carried(figure: str) -> list[str]:
     """Return the names of the claims that a figure carries."""
-    return [name for name, figures in CARRIED.items() if figure in figures]
+    return [name for name, rule in CLAIMS.items() if figure in (*rule.reads, *rule.shown)]
 
 
 def judge(
@@ -78,29 +61,33 @@ def judge(
     """Judge claims by the runs that a store has; nothing is trained.
 
     Args:
-        scale: as for `experiments.plan`, but for the seeds: those that are registered count.
-        store: the default one where None.
-        names: of the claims; all where None.
+        scale: As for `experiments.plan`, but for the seeds: those that are registered count.
+        store: The default one where None.
+        names: Of the claims; all where None.
+
+    Raises:
+        ValueError: A claim is unknown; the message names the valid ones.
     """
     names = list(CLAIMS if names is None else names)
     if unknown := set(names) - set(CLAIMS):
         raise ValueError(f"unknown claim {min(unknown)!r}: one of {', '.join(CLAIMS)}")
-    figures = [figure for figure in FIGURES if any(figure in CARRIED[name] for name in names)]
-    if not figures:
+    if not names:
         return []
+    figures = dict.fromkeys(figure for name in names for figure in CLAIMS[name].reads)
     runs, epochs = load(scale, store, figures)
     gates = evaluate(runs, epochs)
-    return [CLAIMS[name](runs, gates) for name in names]
+    return [CLAIMS[name].judge(runs, gates) for name in names]
 
 
 def load(
-    scale: Scale | str = "small",
-    store: Store | None = None,
-    figures: Iterable[str] = FIGURES,
+    scale: Scale | str, store: Store | None, figures: Iterable[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the registered runs, as the module's docstring says, and the epochs of those done.
 
-    Arguments as for `judge`; figures: those of `FIGURES` that the claims need.
+    Args:
+        scale: As for `judge`.
+        store: As for `judge`.
+        figures: Those that the claims read.
     """
     store, scale = store or Store(), replace(Scale.of(scale), seeds=None)
     found = [plans.plan(figure, scale).assign(figure=figure) for figure in figures]
@@ -114,7 +101,7 @@ def load(
     there = {entry.run for entry in entries}
     epochs = epochs_frame(entries).reindex(columns=EPOCHS)
     summary = runs_frame(entries, epochs).reindex(columns=["run", *SUMMARY])
-    runs = runs.drop(columns=[c for c in SUMMARY if c in runs]).merge(summary, "left", "run")
+    runs = runs.drop(columns=SUMMARY, errors="ignore").merge(summary, "left", "run")
     failed = {run for run in set(length) - there if NOT_FINITE.search(store.failure(run) or "")}
     lost = epochs.run[epochs.trained.astype(bool) & ~np.isfinite(epochs.train_loss)]
     runs["done"] = runs.run.isin(there | failed)
@@ -123,10 +110,14 @@ def load(
 
 
 def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """Add T4's columns. Arrays are read only if all of its runs are there."""
+    """Add T4's columns. Arrays are read only if all of its runs are there.
+
+    delta_w that is never reached counts as one step beyond the last point.
+    """
     names = ["curvature", "noise", "delta_w", "train_loss"]
     runs[names] = np.nan
-    mine = (runs.figure == "figure-6") & (runs.network == VGG)
+    rule = tradeoff_2020.T4
+    mine = runs.figure.isin(rule.figures) & (runs.network == rule.network)
     if not runs.done[mine].all():
         return runs
     losses = epochs.set_index(["run", "epoch"]).train_loss
@@ -148,55 +139,24 @@ def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
     """Return one row a contrast, and one for each claim that has none."""
     rows = []
     for claim in claims:
-        about = {
-            "claim": claim.name,
-            "verdict": claim.verdict,
-            "runs": claim.n,
-            "power": claim.power,
-        }
+        about = {"claim": claim.name, "verdict": claim.verdict, "runs": claim.n}
+        about["power"] = claim.power
         rows += [about | _row(contrast) for contrast in claim.contrasts] or [about]
-    columns = ["claim", "verdict", "runs", "power", *_row(_EMPTY)]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["claim", "verdict", "runs", "power", *ROW])
 
 
 def to_dict(claim: Claim) -> dict[str, Any]:
     """Return all about a claim in JSON's types; None for numbers that there are not."""
-    content: dict[str, Any] = {field.name: getattr(claim, field.name) for field in fields(claim)}
-    content["contrasts"] = [_row(contrast) for contrast in claim.contrasts]
-    content["gates"] = [
-        {f.name: getattr(gate, f.name) for f in fields(gate)} for gate in claim.gates
-    ]
-    return {name: _plain(value) for name, value in content.items()}
-
-
-def _row(contrast: Contrast) -> dict[str, object]:
-    low, high = (np.asarray(limit).item() for limit in contrast.fitted.interval())
-    return {
-        "kind": contrast.kind,
-        "contrast": contrast.name,
-        "outcome": contrast.outcome,
-        "n": contrast.n,
-        "dropped": contrast.dropped,
-        "estimate": np.asarray(contrast.fitted.value).item(),
-        "low": float(low),
-        "high": float(high),
-        "null": contrast.null,
-        "p": contrast.p,
-        "sign_flip": contrast.sign_flip,
-        "holm": contrast.holm,
-        "note": contrast.note,
+    content = vars(claim) | {
+        "contrasts": [_row(contrast) for contrast in claim.contrasts],
+        "gates": [vars(gate) for gate in claim.gates],
     }
+    text = json.dumps(content, default=lambda value: value.item())
+    return json.loads(text, parse_constant=lambda _: None)
 
 
-_EMPTY = Contrast("", DESCRIBED, "", Fitted(math.nan, math.nan, 0), 0, 0)
-
-
-def _plain(value: object) -> object:
-    """Return a value in JSON's types."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _row(contrast: Contrast) -> dict[str, Any]:
+    low, high = (float(limit) for limit in contrast.fitted.interval())
+    of = {"contrast": contrast.name, "estimate": float(contrast.fitted.value)}
+    of |= {"low": low, "high": high}
+    return {name: of[name] if name in of else getattr(contrast, name) for name in ROW}

@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from paperlib.verdicts import Claim
 
 from paperlib import claims, claims_2020, experiments, stats
-from paperlib.verdicts import Claim
 
 FIGURES = {
     "T1": ("figure-2",),

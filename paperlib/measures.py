@@ -76,9 +76,7 @@ def spectra(records: Iterable["RunRecord"]) -> pd.DataFrame:
 
     Columns: run; rank, 1 for the largest magnitude; eigenvalue; magnitude.
     """
-    values = {
-        record.run: pd.Series(record.arrays["eigenvalues"].astype(float)) for record in records
-    }
+    values = {r.run: pd.Series(r.arrays["eigenvalues"].astype(float)) for r in records}
     frame = pd.concat(values, names=["run", "rank"]).rename("eigenvalue").reset_index()
     return frame.assign(rank=frame["rank"] + 1, magnitude=frame.eigenvalue.abs())
 

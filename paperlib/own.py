@@ -5,18 +5,25 @@ the verdict by the rules that the papers' figures are judged by.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 
 from paperlib import experiments
-from paperlib.claims import gates, tradeoff_2020
+from paperlib.claims import gates
 from paperlib.claims.gates import UNPRUNED
+from paperlib.claims.tradeoff_2020 import T1
 from paperlib.claims.verdicts import Claim
 
 FIGURE, LIKE, YOURS = "figure-2", "largest 40", "yours"
 SHOWN = (UNPRUNED, "smallest 4", "smallest 40", LIKE)
-STATEMENT = "Of these settings, the least stable generalizes best."
+
+
+class Yours(T1):
+    """T1 of other settings and networks."""
+
+    name = "yours"
+    statement = "Of these settings, the least stable generalizes best."
+    settings = ()
 
 
 def settings(
@@ -76,13 +83,7 @@ def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> Claim
     columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
     frame = plan.merge(runs[columns].drop_duplicates("run"), "left", on="run")
     frame = frame.assign(figure=FIGURE, done=frame.accuracy.notna(), finite=True)
-    settings = [name for name in frame.setting.unique() if name != UNPRUNED]
-    rule = replace(
-        tradeoff_2020.T1,
-        name="yours",
-        statement=STATEMENT,
-        network=plan.network.iloc[0],
-        settings=(),
-        findings=partial(tradeoff_2020.t1, settings=settings),
-    )
+    rule = Yours()
+    rule.network = plan.network.iloc[0]
+    rule.compared = [name for name in frame.setting.unique() if name != UNPRUNED]
     return rule.judge(frame, gates.evaluate(frame, epochs), secondary=False)

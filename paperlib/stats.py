@@ -18,6 +18,7 @@ from scipy import stats
 
 LEVEL = 0.95
 EXACT_PAIRS = 16  # at most so many for all 2^n sign patterns
+ITERATIONS = 1000  # of REML, which takes far fewer
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,11 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
             interval needs 4 pairs.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(np.nan, np.nan, np.nan, np.nan, n)
+    if not _vary(x, y):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, len(x))
     result = stats.pearsonr(x, y)
-    low, high = result.confidence_interval(LEVEL) if n > 3 else (np.nan, np.nan)
-    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), n)
+    low, high = result.confidence_interval(LEVEL) if len(x) > 3 else (np.nan, np.nan)
+    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), len(x))
 
 
 def kendall(x: ArrayLike, y: ArrayLike, resamples: int = 1000, seed: int = 0) -> Estimate:
@@ -58,19 +58,22 @@ def kendall(x: ArrayLike, y: ArrayLike, resamples: int = 1000, seed: int = 0) ->
     is constant are left out.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(np.nan, np.nan, np.nan, np.nan, n)
+    if not _vary(x, y):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, len(x))
     result = stats.kendalltau(x, y)
     order_x, order_y = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
     values = []
-    for drawn in np.random.default_rng(seed).integers(n, size=(resamples, n)):
+    for drawn in np.random.default_rng(seed).integers(len(x), size=(resamples, len(x))):
         a, b = order_x[np.ix_(drawn, drawn)], order_y[np.ix_(drawn, drawn)]
         ties = np.sqrt((a * a).sum() * (b * b).sum())
         values.append((a * b).sum() / ties if ties > 0 else np.nan)
     tails = 50 * (1 - LEVEL), 50 * (1 + LEVEL)
-    low, high = np.nanpercentile(values, tails) if n > 3 else (np.nan, np.nan)
-    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), n)
+    low, high = np.nanpercentile(values, tails) if len(x) > 3 else (np.nan, np.nan)
+    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), len(x))
+
+
+def _vary(x: np.ndarray, y: np.ndarray) -> bool:
+    return len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
 
 
 def mean(values: ArrayLike) -> Estimate:
@@ -88,11 +91,10 @@ def paired_differences(
 
     frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
     """
+    pairs = list(pairs)
     wide = frame.pivot(index="seed", columns=by, values=value)
-    return {
-        f"{a} - {b}": mean((wide[a] - wide[b]).dropna() if {a, b} <= set(wide) else [])
-        for a, b in pairs
-    }
+    wide = wide.reindex(columns={side for pair in pairs for side in pair})
+    return {f"{a} - {b}": mean((wide[a] - wide[b]).dropna()) for a, b in pairs}
 
 
 def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -152,6 +154,14 @@ def fitted_intercept(values: np.ndarray, covariate: np.ndarray) -> Fitted:
     return Fitted(intercept, np.sqrt(variance * (1 / n + center**2 / squares)), n - 2)
 
 
+def power_of_t(effect: float, fitted: Fitted) -> float:
+    """Return the chance that a 95% interval is above 0 if an effect has the error of `fitted`."""
+    if not fitted.error > 0:
+        return np.nan
+    critical = stats.t.ppf((1 + LEVEL) / 2, fitted.freedom)
+    return float(stats.nct.sf(critical, fitted.freedom, effect / fitted.error))
+
+
 def sign_flip(differences: np.ndarray) -> float:
     """Return exact two-sided p of (n,) differences being symmetric about 0: all 2^n sign patterns.
 
@@ -176,40 +186,32 @@ def holm(p: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-class RandomEffects(NamedTuple):
-    """A random-effects summary: `fitted`, the variance between effects, and I squared (percent)."""
-
-    fitted: Fitted
-    between: float
-    i_squared: float
-
-
-def random_effects(effects: ArrayLike, variances: ArrayLike) -> RandomEffects:
+def random_effects(effects: ArrayLike, variances: ArrayLike) -> tuple[Fitted, float, float]:
     """Summarize (k,) effects with known variances by REML, with Hartung and Knapp's interval.
 
     statsmodels has no REML here: it is the fixed-point iteration of Viechtbauer (2005). t has k - 1
     degrees of freedom; I squared is as Higgins and Thompson (2002) define it from the variance
-    between. All of it is NaN for fewer than 2 effects, or where a variance is not positive.
+    between.
+
+    Returns:
+        The summary, the variance between effects, and I squared in percent. All of it is NaN for
+        fewer than 2 effects, or where a variance is not positive.
     """
     y, v = np.asarray(effects, float), np.asarray(variances, float)
     k = len(y)
     if k < 2 or not (v > 0).all():
-        return RandomEffects(Fitted(np.nan, np.nan, k - 1), np.nan, np.nan)
+        return Fitted(np.nan, np.nan, k - 1), np.nan, np.nan
     between = max(0.0, y.var(ddof=1) - v.mean())
-    for _ in range(1000):
+    for _ in range(ITERATIONS):
         w = 1 / (v + between)
         center = np.average(y, weights=w)
         moment = np.average((y - center) ** 2 - v, weights=w**2)
-        last, between = between, max(0.0, moment + 1 / w.sum())
-        if abs(between - last) < 1e-10 * (between + v.mean()):
-            break
-    w = 1 / (v + between)
-    center = np.average(y, weights=w)
+        between = max(0.0, moment + 1 / w.sum())
     error = math.sqrt(np.average((y - center) ** 2, weights=w) / (k - 1))
     u = 1 / v
     typical = (k - 1) * u.sum() / (u.sum() ** 2 - (u**2).sum())
     i_squared = 100 * between / (between + typical)
-    return RandomEffects(Fitted(float(center), error, k - 1), float(between), float(i_squared))
+    return Fitted(float(center), error, k - 1), float(between), float(i_squared)
 
 
 def permuted_tau(
@@ -236,10 +238,8 @@ def permuted_tau(
     copies = np.broadcast_to(accuracy, (draws, *accuracy.shape))
     drawn = np.random.default_rng(seed).permuted(copies, axis=-1)
     sums = (order * _order(drawn)).sum((-2, -1))
-    lower, higher = (
-        (1 + (side >= 0).sum()) / (draws + 1) for side in (observed - sums, sums - observed)
-    )
-    return float(observed / order.shape[-1]), float(lower), float(higher)
+    lower, higher = 1 + (sums <= observed).sum(), 1 + (sums >= observed).sum()
+    return float(observed / order.shape[-1]), lower / (draws + 1), higher / (draws + 1)
 
 
 def _order(values: np.ndarray) -> np.ndarray:
@@ -252,7 +252,7 @@ def _order(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(difference) > tolerance, np.sign(difference), 0)
 
 
-def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted | None]:
+def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted]:
     """Fit the slopes of `y` on `x` "between" settings and "within" them, in one mixed model.
 
     The model is linear and fitted by REML. Degrees of freedom are by containment: settings - 2
@@ -264,7 +264,7 @@ def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted | None
         x: A column.
 
     Returns:
-        None in place of a slope where the fit did not converge.
+        "between" and "within"; NaN where the fit did not converge.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
 
@@ -272,6 +272,7 @@ def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted | None
     design = frame.assign(between=means - means.mean(), within=frame[x] - means)
     settings, seeds = frame.setting.nunique(), frame.seed.nunique()
     freedom = {"between": settings - 2, "within": len(frame) - settings - seeds}
+    none = dict.fromkeys(freedom, Fitted(np.nan, np.nan, 0))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -284,9 +285,9 @@ def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted | None
             # This method also converges where a variance is 0.
             result = model.fit(reml=True, method="powell")
     except (np.linalg.LinAlgError, ValueError):
-        return dict.fromkeys(freedom)
+        return none
     if not (result.converged and np.isfinite(result.bse[list(freedom)]).all()):
-        return dict.fromkeys(freedom)
+        return none
     return {n: Fitted(float(result.params[n]), float(result.bse[n]), f) for n, f in freedom.items()}
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from paperlib.gates import Gate
 from scipy import integrate
 from scipy import stats as scipy_stats
 
 from benchmarks import claims as simulations
 from paperlib import claims, claims_2020, experiments, verdicts
-from paperlib.gates import Gate
 from paperlib.runs import RunRecord, Store
 
 N = 10

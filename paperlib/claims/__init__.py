@@ -30,8 +30,7 @@ from paperlib.claims import regularization_2018, tradeoff_2020
 from paperlib.claims.gates import evaluate
 from paperlib.claims.verdicts import Claim, Contrast
 from paperlib.plans import Scale
-from paperlib.runs import Store, StoreError, epochs_frame, runs_frame
-from paperlib.store.records import Entry
+from paperlib.runs import Store, StoreError
 
 CLAIMS = {rule.name: rule for rule in (*tradeoff_2020.RULES, *regularization_2018.RULES)}
 EPOCHS = (
@@ -92,17 +91,13 @@ def load(
     store, scale = store or Store(), replace(Scale.of(scale), seeds=None)
     found = [plans.plan(figure, scale).assign(figure=figure) for figure in figures]
     runs = pd.concat(found, ignore_index=True)
-    length = {run: config.epochs for run, config in zip(runs.run, runs.config, strict=True)}
-    entries = [
-        entry
-        for entry in store.find(runs.config).values()
-        if isinstance(entry, Entry) and entry.count == length[entry.run]
-    ]
-    there = {entry.run for entry in entries}
-    epochs = epochs_frame(entries).reindex(columns=EPOCHS)
-    summary = runs_frame(entries, epochs).reindex(columns=["run", *SUMMARY])
-    runs = runs.drop(columns=SUMMARY, errors="ignore").merge(summary, "left", "run")
-    failed = {run for run in set(length) - there if NOT_FINITE.search(store.failure(run) or "")}
+    epochs, summary = store.frames(store.whole(runs.config))
+    lengths = runs.run.map(epochs.run.value_counts())
+    there = set(runs.run[lengths == [config.epochs for config in runs.config]])
+    epochs = epochs.reindex(columns=EPOCHS)
+    runs = runs.merge(summary.reindex(columns=["run", *SUMMARY]), "left", "run")
+    missing = set(runs.run) - there
+    failed = {run for run in missing if NOT_FINITE.search(store.failure(run) or "")}
     lost = epochs.run[epochs.trained.astype(bool) & ~np.isfinite(epochs.train_loss)]
     runs["done"] = runs.run.isin(there | failed)
     runs["finite"] = ~runs.run.isin(failed.union(lost))
@@ -157,6 +152,6 @@ def to_dict(claim: Claim) -> dict[str, Any]:
 
 def _row(contrast: Contrast) -> dict[str, Any]:
     low, high = (float(limit) for limit in contrast.fitted.interval())
-    of = {"contrast": contrast.name, "estimate": float(contrast.fitted.value)}
-    of |= {"low": low, "high": high}
-    return {name: of[name] if name in of else getattr(contrast, name) for name in ROW}
+    estimate = float(contrast.fitted.value)
+    of: dict[str, Any] = {name: getattr(contrast, name, None) for name in ROW}
+    return of | {"contrast": contrast.name, "estimate": estimate, "low": low, "high": high}

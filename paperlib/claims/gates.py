@@ -13,6 +13,7 @@ G1 to G4 are computed for each network of a figure from means over seeds. No gat
 accuracy of two settings. No torch.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -90,7 +91,8 @@ def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
             if setting in means.index:
                 of_setting = _of_setting(setting, config, means.loc[setting])
                 results += [Gate(n, network, figure, setting, *r) for n, r in of_setting.items()]
-        results.append(Gate("G4", network, figure, "", *_doses(configs)))
+        fitting = [config for config in configs if _fits_training_set(config)]
+        results.append(Gate("G4", network, figure, "", *_doses(fitting)))
     return results
 
 
@@ -110,13 +112,12 @@ def _of_setting(setting: str, config: Config, curves: pd.DataFrame) -> dict[str,
     """Return the gates of one setting by name, from its (epochs,) means over seeds."""
     if setting == UNPRUNED:
         return {"G1": _learned(config, curves)}
-    if config.noise is not None:
-        return {"share": _noise_share(setting, config)}
     if config.pruning is None:
         return {}
+    if config.noise is not None:
+        return {"share": _noise_share(int(setting.split()[-1]), config)}
     if not _fits_training_set(config):
-        not_needed = None, np.nan, "not needed of this network"
-        return {"G2": _settled(curves), "G3": not_needed}
+        return {"G2": _settled(curves), "G3": (None, np.nan, "not needed of this network")}
     return {"G2": _recovered(config, curves), "G3": _fitted(curves)}
 
 
@@ -194,13 +195,12 @@ def _fitted(curves: pd.DataFrame) -> Result:
 
 
 def _doses(configs: Iterable[Config]) -> Result:
-    """G4, of all settings of a network that prune filters in training."""
+    """G4, of those settings that prune filters in training."""
     doses = []
     for config in configs:
         pruning = config.pruning
-        if _fits_training_set(config) and config.noise is None:
-            if isinstance(pruning, FilterPruning) and not pruning.scratch:
-                doses.append(100 * pruning.fractions[-1] / len(pruning.epochs[-1]))
+        if config.noise is None and isinstance(pruning, FilterPruning) and not pruning.scratch:
+            doses.append(100 * pruning.fractions[-1] / len(pruning.epochs[-1]))
     if len(doses) < 2:
         return None, np.nan, "no doses are compared"
     number = max(doses) / min(doses)
@@ -211,20 +211,19 @@ def _doses(configs: Iterable[Config]) -> Result:
     return number >= DOSES - ROUNDING, number, text
 
 
-def _noise_share(setting: str, config: Config) -> Result:
+def _noise_share(paper: int, config: Config) -> Result:
     """Return whether noise lasts for the paper's share of the steps from one event to the next.
 
-    setting: its name, which ends with the paper's span in training batches. To the nearest batch,
-    and at least one.
+    paper: the paper's span in training batches. To the nearest batch, and at least one.
     """
-    paper = int(setting.split()[-1])
-    images = images_of(config)
-    assert config.noise is not None and isinstance(config.pruning, FilterPruning)
-    batches = training_batches(config.noise, config.batch, *images)
+    pruning, noise = config.pruning, config.noise
+    assert isinstance(pruning, FilterPruning)
+    assert noise is not None
+    batches = training_batches(noise, config.batch, *images_of(config))
     if paper == 0:
         return None, float(batches), "noise in one pass only"
-    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in config.pruning.epochs)
-    steps = gap * -(-images[0] // config.batch)
+    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in pruning.epochs)
+    steps = gap * math.ceil(images_of(config)[0] / config.batch)
     expected = max(1.0, paper / PAPER_STEPS * steps)
     text = (
         f"noise lasts {batches} of {steps} training batches from event to event, {expected:.1f} "

@@ -17,9 +17,10 @@ A `Rule` is a claim as registered. It judges a frame of runs (`claims.load`) and
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,16 +35,13 @@ LOG_EFFECT = 0.1  # for power: a tenth, where an outcome is a logarithm
 DELTA = {"conv4": 1.0}  # a difference that matters, in points; 0.5 for the other networks
 OTHER_DELTA = 0.5
 FEWEST_NETWORKS = 3
-PRIMARY, SECONDARY, PREMISE, ADJUSTED, DESCRIBED = (
-    "co-primary",
-    "secondary",
-    "premise",
-    "adjusted",
-    "described",
+Kind = Literal["co-primary", "premise", "adjusted", "secondary", "described"]
+DECIDING: tuple[Kind, ...] = ("co-primary", "premise", "adjusted")
+# The primary outcome and the paper's.
+OUTCOMES: tuple[tuple[Kind, str], ...] = (
+    ("co-primary", "accuracy"),
+    ("secondary", "best_accuracy"),
 )
-DECIDING = (PRIMARY, PREMISE, ADJUSTED)
-# The primary outcome and the paper's, which is secondary.
-OUTCOMES = ((PRIMARY, "accuracy"), (SECONDARY, "best_accuracy"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Contrast:
 
     Attributes:
         name: Such as "Prune_L 13% - No Pruning".
-        kind: One of `DECIDING`, which decide, or "secondary" or "described".
+        kind: One of `DECIDING`, or of those that decide nothing.
         outcome: The column that is compared, such as "accuracy" in percent.
         fitted: The estimate; its standard error is NaN where it has no interval.
         n: Pairs of runs, or what else the estimate is of.
@@ -60,17 +58,17 @@ class Contrast:
         sign: 1 or -1, the claim's direction.
         null: The value that the interval must exclude.
         margin: Where not None, the claim is that the difference is smaller than this.
-        p: Of the t test against `null`, two-sided.
+        p: Two-sided, of the t test against `null`. Of a permutation test, which has no interval,
+            twice the smaller one-sided p.
         sign_flip: Exact p of the sign-flip test.
         holm: p of a secondary contrast, corrected by Holm within the claim.
-        p_against: Of a co-primary permutation test, whose `p` is one-sided: p of the other side.
         note: For people.
         pairs: One row a registered pair: its difference, NaN where it is dropped, and the covariate
-            that it is adjusted for, if any. None where the contrast is not paired.
+            that it is adjusted for, if any. Empty where the contrast is not paired.
     """
 
     name: str
-    kind: str
+    kind: Kind
     outcome: str
     fitted: Fitted
     n: int
@@ -81,9 +79,8 @@ class Contrast:
     p: float = math.nan
     sign_flip: float = math.nan
     holm: float = math.nan
-    p_against: float | None = None
     note: str = ""
-    pairs: pd.DataFrame | None = field(default=None, compare=False, repr=False)
+    pairs: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
 
     @property
     def dropped(self) -> int:
@@ -93,22 +90,21 @@ class Contrast:
     @property
     def supported(self) -> bool:
         """Whether its 95% interval excludes the null value in the claim's direction."""
-        if self.p_against is not None:
-            return self.p < (1 - LEVEL) / 2
+        if np.isnan(self.fitted.error):
+            return self.p < 1 - LEVEL and self.sign * self.fitted.value > self.null
         return bool(self.supported_by(self.fitted))
 
     def supported_by(self, fitted: Fitted) -> np.ndarray:
         """Return whether estimates like `fitted` would support the claim."""
+        low, high = fitted.interval(LEVEL if self.margin is None else 0.90)
         if self.margin is not None:
-            low, high = fitted.interval(0.90)
             return (low > -self.margin) & (high < self.margin)
-        low, high = fitted.interval()
         return low > self.null if self.sign > 0 else high < self.null
 
     def contradicted(self, level: float) -> bool:
         """Return whether its interval at this level lies wholly on the other side."""
-        if self.p_against is not None:
-            return self.p_against < (1 - LEVEL) / 2
+        if np.isnan(self.fitted.error):
+            return self.p < 1 - LEVEL and self.sign * self.fitted.value < self.null
         low, high = self.fitted.interval(level)
         if self.margin is not None:
             return bool(low > self.margin or high < -self.margin)
@@ -131,33 +127,27 @@ def paired(
     name: str,
     differences: pd.Series,
     outcome: str = "accuracy",
-    kind: str = PRIMARY,
-    sign: int = 1,
-    null: float = 0.0,
-    margin: float | None = None,
+    kind: Kind = "co-primary",
     covariate: pd.Series | None = None,
-    note: str = "",
+    **how: Any,
 ) -> Contrast:
     """Return the contrast of (registered,) differences by seed; NaN where a pair is dropped.
 
-    covariate: another paired difference. The estimate is then for a difference of 0 in it.
+    covariate: another paired difference. The estimate is then for a difference of 0 in it, and
+        there is no sign-flip test.
+    how: sign, null, margin and note of the contrast.
     """
     pairs = pd.DataFrame({"difference": differences})
-    if covariate is not None:
+    if covariate is None:
+        there = pairs.difference.dropna().to_numpy()
+        fitted = stats.fitted_mean(there)
+        how["sign_flip"] = stats.sign_flip(there - how.get("null", 0))
+    else:
         pairs["covariate"] = covariate
-    there = pairs.dropna()
-    fitted = _fit(there.difference.to_numpy(), there)
-    flipped = math.nan if covariate is not None else stats.sign_flip(there.difference - null)
-    counts = len(there), len(pairs)
-    numbers = {"p": float(fitted.p(null)), "sign_flip": flipped, "note": note, "pairs": pairs}
-    return Contrast(name, kind, outcome, fitted, *counts, sign, null, margin, **numbers)
-
-
-def _fit(values: np.ndarray, pairs: pd.DataFrame) -> Fitted:
-    """Fit (..., pairs) differences: their mean, or the intercept where there is a covariate."""
-    if "covariate" in pairs:
-        return stats.fitted_intercept(values, pairs.covariate.to_numpy())
-    return stats.fitted_mean(values)
+        there, beside = pairs.dropna().to_numpy().T
+        fitted = stats.fitted_intercept(there, beside)
+    how |= {"p": float(fitted.p(how.get("null", 0))), "pairs": pairs}
+    return Contrast(name, kind, outcome, fitted, len(there), len(pairs), **how)
 
 
 def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
@@ -166,13 +156,13 @@ def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
     delta: the difference of accuracies that matters, in points.
     """
     of = {kind: [c for c in contrasts if c.kind == kind] for kind in DECIDING}
-    primary = of[PRIMARY]
-    if not all(c.supported for c in of[PREMISE]):
+    primary = of["co-primary"]
+    if not all(c.supported for c in of["premise"]):
         return "no premise"
     if any(c.dropped > MOST_DROPPED * c.registered for c in primary):
         return "undecided"
     if all(c.supported for c in primary):
-        apart = all(c.supported for c in of[ADJUSTED])
+        apart = all(c.supported for c in of["adjusted"])
         return "supported" if apart else "not apart from training loss"
     if any(c.contradicted(1 - (1 - LEVEL) / len(primary)) for c in primary):
         return "mixed" if any(c.supported for c in primary) else "contradicted"
@@ -192,24 +182,22 @@ def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
     Returns:
         A share of `draws`; NaN for fewer than 2 complete pairs.
     """
-    primary = [c for c in contrasts if c.kind == PRIMARY]
-    adjusted = [c for c in contrasts if c.kind == ADJUSTED]
+    primary = [c for c in contrasts if c.kind == "co-primary"]
+    adjusted = [c for c in contrasts if c.kind == "adjusted"]
     columns = [c.pairs.difference for c in primary] + [c.pairs.covariate for c in adjusted]
     pairs = pd.concat(columns, axis=1, join="inner").dropna().to_numpy()
     n, m = len(pairs), len(primary)
     if n < 2:
         return math.nan
     covariance = np.atleast_2d(np.cov(pairs[:, :m].T))
-    effects = [c.effect for c in primary]
-    rng = np.random.default_rng(0)
-    drawn = rng.multivariate_normal(effects, covariance, (draws, n), check_valid="ignore")
-    supported = np.ones(draws, bool)
-    for i, contrast in enumerate(primary):
-        supported &= contrast.supported_by(stats.fitted_mean(drawn[..., i]))
+    drawn = np.random.default_rng(0).multivariate_normal(
+        [c.effect for c in primary], covariance, (draws, n), check_valid="ignore"
+    )
+    supported = [c.supported_by(stats.fitted_mean(drawn[..., i])) for i, c in enumerate(primary)]
     for i, contrast in enumerate(adjusted):
         fitted = stats.fitted_intercept(drawn[..., i], pairs[:, m + i])
-        supported &= contrast.supported_by(fitted)
-    return float(supported.mean())
+        supported.append(contrast.supported_by(fitted))
+    return float(np.all(supported, axis=0).mean())
 
 
 @dataclass(frozen=True)
@@ -284,7 +272,7 @@ class Part:
         return f"{self.labels[a]} - {self.labels[b]}"
 
     def contrast(
-        self, a: str, b: str, column: str = "accuracy", kind: str = PRIMARY, **how: Any
+        self, a: str, b: str, column: str = "accuracy", kind: Kind = "co-primary", **how: Any
     ) -> Contrast:
         """Return the contrast of setting a less setting b; `how` as `paired` takes it."""
         return paired(self.name(a, b), self.differences(a, b, column), column, kind, **how)
@@ -312,39 +300,51 @@ class Part:
 Findings = Iterator[Gate | Contrast | str]
 
 
-@dataclass(frozen=True)
 class Rule:
-    """A claim as it is registered.
+    """A claim as it is registered; each is a class of its name.
 
     Attributes:
-        name: Such as "T1".
         statement: The claim in a sentence.
         figures: Those whose runs decide it.
         network: Of these runs.
         gates: Names of those that must not fail.
         settings: Those that a profile must have.
-        findings: A generator of what is compared, from the part: gates (the first that fails ends
-            it), then the contrasts that decide, then the others; texts are notes.
         effect: What power is of, for people.
-        power: In place of `power` where contrasts are not paired, from the part and the contrasts.
-        networks: T2's, as figure, network and settings. `findings` takes those as further parts
-            whose gates pass. Where fewer than `FEWEST_NETWORKS` do, the claim is not testable.
+        networks: T2's, as figure, network and settings.
         beside: Figures that secondary contrasts read.
         shown: Figures that show the same runs.
     """
 
-    name: str
     statement: str
     figures: tuple[str, ...]
     network: str
     gates: tuple[str, ...]
-    settings: tuple[str, ...]
-    findings: Callable[..., Findings]
-    effect: str = "1 point"
-    power: Callable[[Part, Sequence[Contrast]], float] | None = None
+    settings: tuple[str, ...] = ()
+    effect = "1 point"
     networks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     beside: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Such as "T1"."""
+        return type(self).__name__
+
+    def _findings(self, part: Part, *networks: Part) -> Findings:
+        """Yield what is found in the runs.
+
+        Gates come first, and the first that fails ends it. Then come the contrasts that decide,
+        then the others. Texts are notes.
+
+        Args:
+            part: The runs of `figures` and `network`.
+            networks: Those of `networks` whose gates pass.
+        """
+        raise NotImplementedError
+
+    def power(self, part: Part, contrasts: Sequence[Contrast]) -> float:
+        """Return the chance that the claim is supported if its `effect` is true."""
+        return power(contrasts)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -360,56 +360,46 @@ class Rule:
             gates: As `gates.evaluate` returns them.
             secondary: Without it, only what decides is computed: no other contrast and no power.
         """
-        part, gates = Part(runs, self.figures, self.network), list(gates)
-        networks = [(Part(runs, (f,), network), settings) for f, network, settings in self.networks]
-        parts = [part, *(network for network, _ in networks)]
-        needed = pd.concat([p.runs for p in parts]).drop_duplicates("run")
-        figures = tuple(dict.fromkeys(figure for p in parts for figure in p.figures))
+        first = Part(runs, self.figures, self.network), self.settings
+        others = [(Part(runs, (f,), network), settings) for f, network, settings in self.networks]
+        needed = pd.concat([part.runs for part, _ in (first, *others)]).drop_duplicates("run")
+        figures = tuple(dict.fromkeys(f for part, _ in (first, *others) for f in part.figures))
         claim = Claim(self.name, self.statement, figures, int(needed.done.sum()), len(needed))
         if claim.done < claim.registered or not claim.registered:
             return claim
-        found = part.gates(gates, self.gates, self.settings)
-        untestable = any(gate.passed is False for gate in found)
+        found: list[Gate] = []
         kept, notes, contrasts = [], [], []
-        for network, settings in networks:
-            its = network.gates(gates, self.gates, settings)
+        for part, settings in (first, *others):
+            found += (its := part.gates(gates, self.gates, settings))
             failed = [gate.gate for gate in its if gate.passed is False]
-            found += its
-            if failed:
-                place = f"{network.network} of {network.figures[0]}"
+            if not failed:
+                kept.append(part)
+            elif part is not first[0]:
+                place = f"{part.network} of {part.figures[0]}"
                 notes.append(f"{place} is left out: {failed[0]} fails")
-            else:
-                kept.append(network)
-        untestable |= bool(networks) and len(kept) < FEWEST_NETWORKS
-        findings = self.findings(part, *kept)
-        while not untestable and (finding := next(findings, None)) is not None:
-            if isinstance(finding, Gate):
-                found.append(finding)
-                untestable = finding.passed is False
+        testable = first[0] in kept and (not others or len(kept) > FEWEST_NETWORKS)
+        findings = self._findings(*kept) if testable else iter(())
+        for finding in findings if secondary else takewhile(_decides, findings):
+            if isinstance(finding, Contrast):
+                contrasts.append(finding)
             elif isinstance(finding, str):
                 notes.append(finding)
-            elif secondary or finding.kind in DECIDING:
-                contrasts.append(finding)
             else:
-                break
+                found.append(finding)
+                if finding.passed is False:
+                    testable = False
+                    break
         claim = replace(claim, gates=tuple(found), notes=tuple(notes))
-        if untestable:
+        if not testable:
             return replace(claim, verdict="not testable")
-        return self._decided(claim, part, contrasts, secondary)
-
-    def _decided(
-        self, claim: Claim, part: Part, contrasts: list[Contrast], with_power: bool
-    ) -> Claim:
-        """Return the claim with its contrasts, corrected by Holm, its verdict and its power."""
-        corrected = stats.holm([c.p if c.kind == SECONDARY else math.nan for c in contrasts])
-        claim = replace(
-            claim,
-            verdict=verdict(contrasts, part.delta),
-            contrasts=tuple(
-                replace(c, holm=float(p)) for c, p in zip(contrasts, corrected, strict=True)
-            ),
-        )
-        if not with_power:
+        holm = stats.holm([c.p if c.kind == "secondary" else math.nan for c in contrasts])
+        contrasts = [replace(c, holm=float(p)) for c, p in zip(contrasts, holm, strict=True)]
+        decided = verdict(contrasts, first[0].delta)
+        claim = replace(claim, verdict=decided, contrasts=tuple(contrasts))
+        if not secondary:
             return claim
-        chance = self.power(part, contrasts) if self.power else power(contrasts)
-        return replace(claim, power=chance, effect=self.effect)
+        return replace(claim, power=self.power(first[0], contrasts), effect=self.effect)
+
+
+def _decides(finding: Gate | Contrast | str) -> bool:
+    return not isinstance(finding, Contrast) or finding.kind in DECIDING

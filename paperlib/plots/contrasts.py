@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paperlib import stats
-from paperlib.claims.verdicts import ADJUSTED, DELTA, OTHER_DELTA, PREMISE, PRIMARY
+from paperlib.claims.verdicts import DECIDING, DELTA, OTHER_DELTA
 from paperlib.plots.style import BEHIND_TEXT, p_value, panels
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
@@ -20,7 +20,6 @@ UNITS = {
     "log_noise": LOGS,
     "delta_w": r"difference of $\delta_w$",
 }
-DECIDING = (PRIMARY, PREMISE, ADJUSTED)
 OUTCOMES = {
     "accuracy": "",
     "best_accuracy": ", best",
@@ -82,7 +81,7 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
         names.append(f"{claim}: {first.verdict} ({first.runs} runs)")
         for row in group[group.kind.notna()].itertuples():
             drawn.append((len(names), claim, first.verdict, row))
-            adjusted = ", adjusted for loss" if row.kind == ADJUSTED else ""
+            adjusted = ", adjusted for loss" if row.kind == "adjusted" else ""
             names.append(f"{row.contrast}{OUTCOMES.get(row.outcome, '')}{adjusted}")
     at = np.arange(len(names))[::-1]
     ax.axvline(0, color="0.5", linewidth=0.8)

@@ -134,9 +134,9 @@ def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
     """Return one row a contrast, and one for each claim that has none."""
     rows = []
     for claim in claims:
-        about = {"claim": claim.name, "verdict": claim.verdict, "runs": claim.n}
-        about["power"] = claim.power
-        rows += [about | _row(contrast) for contrast in claim.contrasts] or [about]
+        about = claim.name, claim.verdict, claim.n, claim.power
+        contrasts = [_row(contrast).values() for contrast in claim.contrasts] or [()]
+        rows += [(*about, *row) for row in contrasts]
     return pd.DataFrame(rows, columns=["claim", "verdict", "runs", "power", *ROW])
 
 
@@ -151,7 +151,7 @@ def to_dict(claim: Claim) -> dict[str, Any]:
 
 
 def _row(contrast: Contrast) -> dict[str, Any]:
-    low, high = (float(limit) for limit in contrast.fitted.interval())
-    estimate = float(contrast.fitted.value)
-    of: dict[str, Any] = {name: getattr(contrast, name, None) for name in ROW}
-    return of | {"contrast": contrast.name, "estimate": estimate, "low": low, "high": high}
+    low, high = contrast.fitted.interval()
+    numbers = {"estimate": contrast.fitted.value, "low": low, "high": high}
+    row = {name: getattr(contrast, name, None) for name in ROW}
+    return row | {"contrast": contrast.name} | {n: float(v) for n, v in numbers.items()}

@@ -9,8 +9,8 @@
 | G5 | the mean stabilities of two pruned settings that are compared differ |
 | share | noise lasts for the paper's share of the time between events |
 
-G1 to G4 are computed for each network of a figure from means over seeds. No gate compares the
-accuracy of two settings. No torch.
+G1 to G4 are computed for each network of a figure from means over seeds, G5 by `verdicts.Part`. No
+gate compares the accuracy of two settings. No torch.
 """
 
 import math
@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from paperlib import stats
 from paperlib.config import Config, FilterPruning
 from paperlib.instability import OUTCOME_EPOCHS
 from paperlib.papers.noise_spans import images_of, training_batches
@@ -94,18 +93,6 @@ def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
         fitting = [config for config in configs if _fits_training_set(config)]
         results.append(Gate("G4", network, figure, "", *_doses(fitting)))
     return results
-
-
-def separation(figure: str, network: str, contrast: str, differences: np.ndarray) -> Gate:
-    """Evaluate G5 of a contrast: whether the mean stabilities of its two settings differ.
-
-    differences: (seeds,) in percent, paired by seed. Their interval must exclude 0.
-    """
-    fitted = stats.fitted_mean(differences[~np.isnan(differences)])
-    low, high = fitted.interval()
-    number = float(fitted.value)
-    text = f"mean stability differs by {number:.2f} [{low:.2f}, {high:.2f}] percent"
-    return Gate("G5", network, figure, contrast, bool(low > 0 or high < 0), number, text)
 
 
 def _of_setting(setting: str, config: Config, curves: pd.DataFrame) -> dict[str, Result]:

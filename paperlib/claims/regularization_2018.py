@@ -56,7 +56,7 @@ class R2(Regularization):
             yield part.lacks("", "the profile has no seeds to choose the dropout by")
         best = max(DROPOUTS, key=lambda setting: np.nan_to_num(chosen[setting].mean().round(9)))
         yield f"dropout at its best: {part.labels[best]}"
-        for kind, outcome in OUTCOMES:
+        for kind, outcome in OUTCOMES.items():
             yield part.contrast(LARGE, best, outcome, kind)
 
 

@@ -59,7 +59,7 @@ class T1(Tradeoff):
         least, most = order[0], order[-1]
         yield part.separation(least, most)
         pairs = (least, most), (least, UNPRUNED)
-        for kind, outcome in OUTCOMES:
+        for kind, outcome in OUTCOMES.items():
             yield from (part.contrast(*pair, outcome, kind) for pair in pairs)
         for a, b in combinations([*order, UNPRUNED], 2):
             if (a, b) not in pairs:
@@ -182,7 +182,7 @@ class T3(Tradeoff):
 
     def _findings(self, part: Part, *networks: Part) -> Findings:
         longest = {noise: f"{noise} {SPANS[-1]}" for noise in NOISE}
-        for kind, outcome in OUTCOMES:
+        for kind, outcome in OUTCOMES.items():
             yield from (part.contrast(s, UNPRUNED, outcome, kind) for s in longest.values())
         spans = np.log10(1 + np.array(SPANS))
         weights = (spans - spans.mean()) / ((spans - spans.mean()) ** 2).sum()
@@ -238,7 +238,7 @@ class T5(Tradeoff):
 
     def _findings(self, part: Part, *networks: Part) -> Findings:
         yield part.contrast(PRUNE_WEIGHTS, UNPRUNED, kind="premise")
-        for kind, outcome in OUTCOMES:
+        for kind, outcome in OUTCOMES.items():
             yield part.contrast(RESTORED, UNPRUNED, outcome, kind)
             yield part.contrast(RESTORED, PRUNE_WEIGHTS, outcome, kind, null=-part.delta)
 

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from paperlib import stats
-from paperlib.claims.gates import Gate, separation
+from paperlib.claims.gates import Gate
 from paperlib.stats import LEVEL, Fitted
 
 MOST_DROPPED = 0.1
@@ -37,11 +37,7 @@ OTHER_DELTA = 0.5
 FEWEST_NETWORKS = 3
 Kind = Literal["co-primary", "premise", "adjusted", "secondary", "described"]
 DECIDING: tuple[Kind, ...] = ("co-primary", "premise", "adjusted")
-# The primary outcome and the paper's.
-OUTCOMES: tuple[tuple[Kind, str], ...] = (
-    ("co-primary", "accuracy"),
-    ("secondary", "best_accuracy"),
-)
+OUTCOMES: dict[Kind, str] = {"co-primary": "accuracy", "secondary": "best_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -282,9 +278,12 @@ class Part:
         return sorted(settings, key=lambda setting: self.values(setting, "mean_stability").mean())
 
     def separation(self, less: str, more: str) -> Gate:
-        """Evaluate G5 of two settings."""
-        differences = self.differences(less, more, "mean_stability").to_numpy()
-        return separation(self.figures[0], self.network, self.name(less, more), differences)
+        """Evaluate G5: whether the mean stabilities of two settings differ, paired by seed."""
+        fitted = self.contrast(less, more, "mean_stability").fitted
+        low, high = fitted.interval()
+        place, name = (self.network, self.figures[0]), self.name(less, more)
+        text = f"mean stability differs by {fitted.value:.2f} [{low:.2f}, {high:.2f}] percent"
+        return Gate("G5", *place, name, bool(low > 0 or high < 0), float(fitted.value), text)
 
     def lacks(self, setting: str, text: str = "the profile has no such setting of its own") -> Gate:
         """Return the gate that fails where the profile lacks what the claim needs."""

@@ -134,9 +134,9 @@ def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
     """Return one row a contrast, and one for each claim that has none."""
     rows = []
     for claim in claims:
-        about = claim.name, claim.verdict, claim.n, claim.power
-        contrasts = [_row(contrast).values() for contrast in claim.contrasts] or [()]
-        rows += [(*about, *row) for row in contrasts]
+        about = {"claim": claim.name, "verdict": claim.verdict, "runs": claim.n}
+        contrasts = [_row(contrast) for contrast in claim.contrasts] or [{}]
+        rows += [about | {"power": claim.power} | contrast for contrast in contrasts]
     return pd.DataFrame(rows, columns=["claim", "verdict", "runs", "power", *ROW])
 
 

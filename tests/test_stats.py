@@ -50,26 +50,6 @@ def test_kendall_by_counting_pairs():
     assert estimate != stats.kendall(x, y, seed=1)
 
 
-def test_kendalls_interval_covers_what_the_pairs_come_from():
-    """Of normal pairs of correlation rho, tau is 2 arcsin(rho) / pi."""
-    rng = np.random.default_rng(0)
-    rho = 0.5
-    inside = 0
-    for _ in range(20):
-        x, noise = rng.standard_normal((2, 40))
-        estimate = stats.kendall(x, rho * x + math.sqrt(1 - rho**2) * noise, resamples=60)
-        inside += estimate.low < 2 * math.asin(rho) / math.pi < estimate.high
-    assert 15 <= inside <= 20
-
-
-@BOTH
-def test_perfect_correlation(correlation):
-    for sign in (1, -1):
-        estimate = correlation(np.arange(8), sign * np.arange(8.0))
-        assert numbers(estimate)[:3] == pytest.approx([sign] * 3)
-        assert estimate.p < 0.001
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("x", "y"),
@@ -179,7 +159,6 @@ def test_a_fitted_mean_has_scipys_interval(level):
 def test_an_intercept_against_least_squares():
     fitted = stats.fitted_intercept(DIFFERENCES, COVARIATE)
     result = sm.OLS(DIFFERENCES, sm.add_constant(COVARIATE)).fit()
-    assert (fitted.value, fitted.error) == pytest.approx((result.params[0], result.bse[0]))
     assert fitted.p() == pytest.approx(result.pvalues[0])
     assert fitted.interval() == pytest.approx(tuple(result.conf_int()[0]))
 
@@ -206,12 +185,6 @@ def test_no_interval_without_degrees_of_freedom_or_a_line(fitted):
     assert np.isnan([*fitted.interval(), fitted.p()]).all()
 
 
-def test_no_p_of_equal_values():
-    fitted = stats.fitted_mean(np.full(4, 2.0))
-    assert fitted.interval() == (2, 2)
-    assert math.isnan(fitted.p())
-
-
 def test_power_of_a_t_test_by_simulation():
     fitted = stats.fitted_mean(DIFFERENCES)
     deviation = fitted.error * math.sqrt(7)
@@ -228,12 +201,7 @@ def test_sign_flips_by_counting(values):
     ]
     expected = np.mean(np.array(flipped) >= abs(values.sum()) - 1e-9)
     assert stats.sign_flip(values) == pytest.approx(expected)
-
-
-def test_sign_flips_of_the_same_sign_few_and_many():
-    assert stats.sign_flip(np.arange(1.0, 11)) == 2 / 2**10
-    assert math.isnan(stats.sign_flip(np.array([])))
-    assert math.isnan(stats.sign_flip(np.ones(40)))
+    assert np.isnan([stats.sign_flip(np.ones(n)) for n in (0, 40)]).all()
 
 
 def test_holm_by_hand():
@@ -289,14 +257,6 @@ def test_random_effects_that_do_not_differ():
     assert rest == [0, 0]
     assert fitted.value == pytest.approx(expected.mean_effect_re)
     assert fitted.error == pytest.approx(expected.sd_eff_w_re_hksj)
-
-
-@pytest.mark.parametrize(
-    ("effects", "variances"), [([1.0], [1.0]), ([1.0, 2.0], [1.0, 0.0]), ([], [])]
-)
-def test_no_random_effects_of_one_or_without_variance(effects, variances):
-    fitted, between, _ = stats.random_effects(effects, variances)
-    assert np.isnan([fitted.value, *fitted.interval(), between]).all()
 
 
 def test_permutations_against_all_of_them():
@@ -367,13 +327,6 @@ def test_slopes_between_and_within_settings():
     held = sm.OLS.from_formula("y ~ x + C(setting) + C(seed)", frame).fit()
     assert slopes["within"][:2] == pytest.approx((held.params["x"], held.bse["x"]), rel=5e-3)
     assert slopes["within"].freedom == 24 - 4 - 6
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("change", [{"y": 80.0}, {"x": 99.0}])
-def test_a_model_without_a_solution_is_no_error(change):
-    slopes = stats.mixed_slopes(balanced().assign(**change), "y", "x")
-    assert set(slopes) == {"between", "within"}
 
 
 # Histograms

@@ -101,12 +101,6 @@ def test_gates_are_of_means_over_seeds():
     assert found["G3", "S"].passed is False
 
 
-def test_seeds_that_only_choose_do_not_count():
-    rows = [run(ADAM, "none", 0), run(ADAM, "none", 10) | {"choosing": True}]
-    found = evaluate((rows[0], history(rows[0])), (rows[1], history(rows[1], train_accuracy=50.0)))
-    assert found["G1", "none"].number == 100
-
-
 # G2: events at 3, 7, 11, 15; the milestone is 8
 
 PRUNED = ADAM.with_(pruning=filters(3, 7, 11, 15))

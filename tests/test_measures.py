@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import optimize
 from torch.func import functional_call, hessian
 
-from paperlib import data, experiments, measures, training
+from paperlib import data, measures, training
 from paperlib.config import Config, ConfigError, FilterPruning, Flatness, Noise
 from paperlib.runs import RunRecord
 
@@ -167,18 +167,6 @@ def test_spectra_and_rises():
     at = rises[(rises.run == FIRST.run) & (rises.direction == 0)].set_index("epsilon").rise
     assert at.to_dict() == pytest.approx({-0.2: 1, -0.1: 0.2, 0: 0, 0.1: 0.05, 0.2: 0.3})
     assert (rises[rises.run == FLAT.run].rise == 0).all()
-
-
-@pytest.mark.parametrize("profile", experiments.PROFILES)
-def test_measured_near_the_end_after_all_events(profile):
-    measured = [c for c in experiments.plan("figure-6", profile).config if c.seed == 0]
-    assert len(measured) == (5 if profile == "smoke" else 6)  # there, 1% and 13% are the same
-    for config in measured:
-        events = config.pruning.epochs if config.pruning else ()
-        last = max((max(epochs) for epochs in events), default=0)
-        assert last < config.flatness.epoch < config.epochs
-        assert config.flatness.epoch >= 0.9 * (config.epochs - 1)
-        assert 0 in config.flatness.epsilons
 
 
 @pytest.mark.parametrize(

@@ -169,14 +169,12 @@ def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
     """Return the chance that paired contrasts support their claim if each has its true `effect`.
 
     Differences are drawn from a normal distribution with the covariance observed, as many as there
-    are complete pairs; seed 0. Covariates stay as they are, and explain nothing.
+    are complete pairs; seed 0. Covariates stay as they are, and explain nothing. NaN for fewer than
+    2 complete pairs.
 
     Args:
         contrasts: The co-primary ones, and the adjusted ones (all or none) in the same order.
         draws: How many sets of differences.
-
-    Returns:
-        A share of `draws`; NaN for fewer than 2 complete pairs.
     """
     primary = [c for c in contrasts if c.kind == "co-primary"]
     adjusted = [c for c in contrasts if c.kind == "adjusted"]
@@ -210,7 +208,7 @@ class Claim:
         contrasts: Empty while the claim is incomplete, and where a gate fails.
         gates: Empty while the claim is incomplete.
         power: The chance of "supported" for a true effect of `effect` at the deviation observed.
-        effect: For people.
+        effect: In words.
         notes: For people.
     """
 
@@ -332,8 +330,8 @@ class Rule:
     def _findings(self, part: Part, *networks: Part) -> Findings:
         """Yield what is found in the runs.
 
-        Gates come first, and the first that fails ends it. Then come the contrasts that decide,
-        then the others. Texts are notes.
+        Gates come first; the first that fails ends it. Then come the contrasts that decide, then
+        the others. Texts are notes.
 
         Args:
             part: The runs of `figures` and `network`.
@@ -378,7 +376,9 @@ class Rule:
                 notes.append(f"{place} is left out: {failed[0]} fails")
         testable = first[0] in kept and (not others or len(kept) > FEWEST_NETWORKS)
         findings = self._findings(*kept) if testable else iter(())
-        for finding in findings if secondary else takewhile(_decides, findings):
+        if not secondary:
+            findings = takewhile(lambda f: getattr(f, "kind", "") in ("", *DECIDING), findings)
+        for finding in findings:
             if isinstance(finding, Contrast):
                 contrasts.append(finding)
             elif isinstance(finding, str):
@@ -398,7 +398,3 @@ class Rule:
         if not secondary:
             return claim
         return replace(claim, power=self.power(first[0], contrasts), effect=self.effect)
-
-
-def _decides(finding: Gate | Contrast | str) -> bool:
-    return not isinstance(finding, Contrast) or finding.kind in DECIDING

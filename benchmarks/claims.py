@@ -30,21 +30,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from paperlib import claims, claims_2020, experiments, stats
-from paperlib.verdicts import Claim
+from paperlib import claims, experiments, stats
+from paperlib.claims.tradeoff_2020 import T2
+from paperlib.claims.verdicts import Claim
 
-FIGURES = {
-    "T1": ("figure-2",),
-    "T2": ("figure-3", *dict.fromkeys(figure for figure, *_ in claims_2020.NETWORKS)),
-    "T3": ("figure-5",),
-    "T4": ("figure-6",),
-    "T5": ("figure-D2",),
-    "R1": ("figure-R1", "figure-R3"),
-    "R2": ("figure-R1", "figure-R4"),
-    "R4": ("figure-R1",),
-}
+CLAIMS = ("T1", "T2", "T3", "T4", "T5", "R1", "R2", "R4")  # R3 is R2
 TRUTHS = (
-    *((claim, truth) for claim in FIGURES for truth in ("no effect", "effect")),
+    *((claim, truth) for claim in CLAIMS for truth in ("no effect", "effect")),
     ("T1", "settings differ"),
     ("T2", "settings differ"),
     ("T2", "networks differ"),
@@ -70,7 +62,8 @@ NO_EFFECTS = {"T5": {"largest 40 weights": 0.5}, "R4": {"smallest 0.9": -1}}
 @cache
 def registered(claim: str) -> pd.DataFrame:
     """The runs of a claim's figures, all there, with their settings' mean stability in percent."""
-    plans = [experiments.plan(f, "small").assign(figure=f) for f in FIGURES[claim]]
+    figures = claims.CLAIMS[claim].reads
+    plans = [experiments.plan(f, "small").assign(figure=f) for f in figures]
     runs = pd.concat(plans, ignore_index=True).drop(columns="config")
     return runs.assign(done=True, finite=True, stability=runs.setting.map(_stability))
 
@@ -103,20 +96,23 @@ def simulate(claim: str, truth: str, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def judged(claim: str, runs: pd.DataFrame, draws: int) -> Claim:
-    """The claim's verdict, without what does not matter to it."""
-    how = {"draws": draws} if claim == "T2" else {}
-    return claims.CLAIMS[claim](runs, (), secondary=False, **how)
+    """Return the claim with its verdict, without what does not matter to that."""
+    rule = type(claims.CLAIMS[claim])()
+    if isinstance(rule, T2):
+        rule.draws = draws
+    return rule.judge(runs, (), secondary=False)
 
 
 def old_verdict(claim: str, runs: pd.DataFrame) -> str:
-    """The verdict that Pearson's r over pooled runs would give; empty where it was not used."""
+    """Return the verdict by Pearson's r over pooled runs; empty where it was not used."""
+    if claim not in ("T1", "T2", "T4"):
+        return ""
     pruned = runs[(runs.network == "VGG11") & ~runs.setting.isin(["none", "scratch"])]
-    if claim in ("T1", "T2"):
-        pruned = pruned[pruned.figure == FIGURES[claim][0]]
-        return stats.verdict(stats.pearson(pruned.mean_stability, pruned.accuracy), -1)
-    if claim == "T4":
-        return stats.verdict(stats.pearson(pruned.mean_stability, np.log(pruned.curvature)), 1)
-    return ""
+    pruned = pruned[pruned.figure == claims.CLAIMS[claim].figures[0]]
+    outcome, sign = (np.log(pruned.curvature), 1) if claim == "T4" else (pruned.accuracy, -1)
+    r = stats.pearson(pruned.mean_stability, outcome)
+    low, high = sorted((sign * r.low, sign * r.high))
+    return "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
 
 
 def verdicts(

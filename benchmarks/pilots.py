@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import pandas as pd
 
-from paperlib import experiments, gates, sweep
+from paperlib import experiments, sweep
+from paperlib.claims import gates
 from paperlib.config import Config
 from paperlib.papers.settings import NO_PRUNING, Setting
 from paperlib.runs import Store

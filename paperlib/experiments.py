@@ -10,7 +10,8 @@ from functools import cached_property
 
 import pandas as pd
 
-from paperlib import claims, gates, measures, sweep
+from paperlib import claims, measures, sweep
+from paperlib.claims import gates
 from paperlib.plans import (  # noqa: F401
     FIGURES,
     PROFILES,

@@ -358,12 +358,14 @@ def find_delta_w(
     loss = Loss.of(model, images, labels, held, chunk)
     directions = _directions(loss, directions)
     unmoved, _ = loss.evaluate(loss.weights)
+    epsilons, losses = [], []
     for n in range(1, round(limit / step) + 1):
-        for direction in directions:
-            for sign in (1, -1):
-                moved, _ = _moved(loss, direction, sign * n * step)
-                if not moved - unmoved < rise:
-                    return n * step
+        for epsilon in (n * step, -n * step):
+            epsilons.append(epsilon)
+            losses.append([_moved(loss, direction, epsilon)[0] for direction in directions])
+        found = delta_w(list(zip(*losses, strict=True)), epsilons, unmoved, rise)
+        if not math.isnan(found):
+            return found
     return math.nan
 
 

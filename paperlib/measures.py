@@ -5,6 +5,7 @@ are those that figures 6 and E1 to E5 are drawn from. They are made of the array
 `training.measured_flatness` describes. Losses are mean cross-entropies in nats.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,32 @@ RISE = 0.1  # nats
 
 
 def delta_w(losses: ArrayLike, epsilons: ArrayLike, loss: float, rise: float = RISE) -> float:
-    """Return the smallest |eps| at which any direction's loss has risen by at least `rise`.
+    """Return the smallest |eps| at which any direction's loss has risen by `rise`.
+
+    The loss is linear between neighbouring points of a side of a direction, from eps = 0 outward.
+    A loss that is not finite has risen at its point.
 
     Args:
-        losses: (D, E), at w + eps v for D directions; NaN counts as risen.
+        losses: (D, E), at w + eps v for D directions.
         epsilons: (E,), of both signs.
         loss: The loss at the weights themselves.
-        rise: The rise that counts, in nats.
+        rise: The rise that counts, in nats; positive.
 
     Returns:
         The distance, or NaN where no loss rises so far.
     """
-    risen = ~(np.asarray(losses, float) - loss < rise).all(0)
-    distances = np.abs(np.asarray(epsilons, float))[risen]
-    return float(distances.min()) if len(distances) else np.nan
+    rises, epsilons = np.asarray(losses, float) - loss, np.asarray(epsilons, float)
+    found = [np.nan]
+    for sign, row in itertools.product((1, -1), rises):
+        outward = np.argsort(sign * epsilons)[(epsilons * sign <= 0).sum() :]
+        distances = np.append(0, sign * epsilons[outward])
+        heights = np.append(0, row[outward])
+        risen = np.flatnonzero(~(heights < rise))
+        if len(risen):
+            last, first = risen[0] - 1, risen[0]
+            step = np.interp(rise, heights[[last, first]], distances[[last, first]])
+            found.append(step if np.isfinite(heights[first]) else distances[first])
+    return float(np.fmin.reduce(found))
 
 
 def tic(covariance_trace: float, eigenvalues: ArrayLike) -> float:
@@ -52,16 +65,10 @@ def flatness(records: Iterable["RunRecord"]) -> pd.DataFrame:
     for record in records:
         arrays = record.arrays
         eigenvalues, noise = arrays["eigenvalues"], float(arrays["noise"])
-        rows.append(
-            {
-                "run": record.run,
-                "curvature": float(eigenvalues.sum(dtype=float)),
-                "noise": noise,
-                "tic": tic(noise, eigenvalues),
-                "delta_w": delta_w(arrays["losses"], arrays["epsilons"], unperturbed(record)),
-            }
-        )
-    return pd.DataFrame(rows)
+        curvature = float(eigenvalues.sum(dtype=float))
+        distance = delta_w(arrays["losses"], arrays["epsilons"], unperturbed(record))
+        rows.append((record.run, curvature, noise, tic(noise, eigenvalues), distance))
+    return pd.DataFrame(rows, columns=["run", "curvature", "noise", "tic", "delta_w"])
 
 
 def spectra(records: Iterable["RunRecord"]) -> pd.DataFrame:
@@ -69,19 +76,9 @@ def spectra(records: Iterable["RunRecord"]) -> pd.DataFrame:
 
     Columns: run; rank, 1 for the largest magnitude; eigenvalue; magnitude.
     """
-    frames = [
-        pd.DataFrame(
-            {
-                "run": record.run,
-                "rank": np.arange(1, len(values) + 1),
-                "eigenvalue": values,
-                "magnitude": np.abs(values),
-            }
-        )
-        for record in records
-        for values in [record.arrays["eigenvalues"].astype(float)]
-    ]
-    return pd.concat(frames, ignore_index=True)
+    values = {r.run: pd.Series(r.arrays["eigenvalues"].astype(float)) for r in records}
+    frame = pd.concat(values, names=["run", "rank"]).rename("eigenvalue").reset_index()
+    return frame.assign(rank=frame["rank"] + 1, magnitude=frame.eigenvalue.abs())
 
 
 def rises(records: Iterable["RunRecord"]) -> pd.DataFrame:
@@ -91,19 +88,12 @@ def rises(records: Iterable["RunRecord"]) -> pd.DataFrame:
     """
     frames = []
     for record in records:
-        losses, epsilons = record.arrays["losses"], record.arrays["epsilons"]
-        directions, points = losses.shape
-        frames.append(
-            pd.DataFrame(
-                {
-                    "run": record.run,
-                    "direction": np.repeat(np.arange(directions), points),
-                    "epsilon": np.tile(epsilons, directions),
-                    "rise": (losses - unperturbed(record)).ravel(),
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
+        along = pd.DataFrame(record.arrays["losses"].T - unperturbed(record))
+        along.insert(0, "epsilon", record.arrays["epsilons"])
+        along.insert(0, "run", record.run)
+        frames.append(along.melt(["run", "epsilon"], var_name="direction", value_name="rise"))
+    frame = pd.concat(frames, ignore_index=True).astype({"direction": int})
+    return frame[["run", "direction", "epsilon", "rise"]]
 
 
 def unperturbed(record: "RunRecord") -> float:

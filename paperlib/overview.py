@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from paperlib import claims, experiments, gates
+from paperlib import claims, experiments
+from paperlib.claims import gates
+from paperlib.claims.verdicts import Claim
 from paperlib.runs import Store
-from paperlib.verdicts import Claim
 
 PAPERS = {"T": "https://arxiv.org/abs/1906.03728", "R": "https://arxiv.org/abs/1805.01930"}
 

@@ -8,12 +8,22 @@ from dataclasses import replace
 
 import pandas as pd
 
-from paperlib import experiments, gates, verdicts
-from paperlib.gates import UNPRUNED
+from paperlib import experiments
+from paperlib.claims import gates
+from paperlib.claims.gates import UNPRUNED
+from paperlib.claims.tradeoff_2020 import T1
+from paperlib.claims.verdicts import Claim
 
 FIGURE, LIKE, YOURS = "figure-2", "largest 40", "yours"
 SHOWN = (UNPRUNED, "smallest 4", "smallest 40", LIKE)
-STATEMENT = "Of these settings, the least stable generalizes best."
+
+
+class Yours(T1):
+    """T1 of other settings and networks."""
+
+    name = "yours"
+    statement = "Of these settings, the least stable generalizes best."
+    settings = ()
 
 
 def settings(
@@ -58,7 +68,7 @@ def settings(
     return plan.reset_index(drop=True)
 
 
-def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> verdicts.Claim:
+def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> Claim:
     """Judge whether the least stable setting beats the most stable one, and no pruning.
 
     Args:
@@ -73,15 +83,7 @@ def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> verdi
     columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
     frame = plan.merge(runs[columns].drop_duplicates("run"), "left", on="run")
     frame = frame.assign(figure=FIGURE, done=frame.accuracy.notna(), finite=True)
-    found = gates.evaluate(frame, epochs)
-    part = verdicts.Part(frame, (FIGURE,), plan.network.iloc[0])
-    claim = verdicts.start("yours", STATEMENT, [part], found, ("G1", "G2", "G3", "G4"))
-    if claim.verdict:
-        return claim
-    order = part.by_stability([name for name in part.labels if name != UNPRUNED])
-    least, most = order[0], order[-1]
-    claim = verdicts.gated(claim, part.separation(least, most))
-    if claim.verdict:
-        return claim
-    contrasts = [part.contrast(least, most), part.contrast(least, UNPRUNED)]
-    return verdicts.finish(claim, contrasts, part.delta)
+    rule = Yours()
+    rule.network = plan.network.iloc[0]
+    rule.compared = [name for name in frame.setting.unique() if name != UNPRUNED]
+    return rule.judge(frame, gates.evaluate(frame, epochs), secondary=False)

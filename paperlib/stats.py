@@ -1,7 +1,7 @@
 """Correlations, means and paired differences, each with its interval. No plotting, no torch.
 
-The tests that decide claims work along the last axis of their arrays, so that many simulated data
-sets cost about as much as one.
+`Fitted` and what follows it decide claims. Where they take several data sets, these are on the
+first axes of an array.
 """
 
 import itertools
@@ -9,15 +9,15 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import stats
 
 LEVEL = 0.95
-EXACT_PAIRS = 20  # at most so many for all 2^n sign patterns
+EXACT_PAIRS = 16  # at most so many for all 2^n sign patterns
 
 
 @dataclass(frozen=True)
@@ -34,103 +34,78 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
 
 
-def verdict(estimate: Estimate, sign: int) -> str:
-    """What an estimate says of a claim that it is positive (sign 1) or negative (sign -1).
-
-    "supported" or "contradicted" where its interval leaves 0 out, else "undecided".
-    """
-    low, high = sorted((sign * estimate.low, sign * estimate.high))
-    return "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
-
-
 def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
-    """Pearson's r with Fisher's z interval and two-sided p.
+    """Return Pearson's r with Fisher's z interval and two-sided p.
 
-    x, y: (n,). All but n is NaN for fewer than 3 pairs or where one side is constant; the
-    interval needs 4 pairs.
+    Args:
+        x: (n,).
+        y: (n,). All but n is NaN for fewer than 3 pairs or where one side is constant; the
+            interval needs 4 pairs.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(np.nan, np.nan, np.nan, np.nan, n)
+    if not _vary(x, y):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, len(x))
     result = stats.pearsonr(x, y)
-    low = high = np.nan
-    if n > 3:
-        low, high = result.confidence_interval(LEVEL)
-    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), n)
+    low, high = result.confidence_interval(LEVEL) if len(x) > 3 else (np.nan, np.nan)
+    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), len(x))
 
 
 def kendall(x: ArrayLike, y: ArrayLike, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """Kendall's tau-b with a percentile bootstrap interval over the pairs, and two-sided p.
+    """Return Kendall's tau-b with two-sided p and a percentile bootstrap interval over the pairs.
 
-    x, y: (n,). NaN as for `pearson`; resamples in which a side is constant are left out.
+    The p-value is exact where there are no ties. NaN as for `pearson`; resamples in which a side
+    is constant are left out.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(np.nan, np.nan, np.nan, np.nan, n)
+    if not _vary(x, y):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, len(x))
     result = stats.kendalltau(x, y)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(n, size=(resamples, n))
     order_x, order_y = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
     values = []
-    for i in drawn:
-        a, b = order_x[np.ix_(i, i)], order_y[np.ix_(i, i)]
+    for drawn in np.random.default_rng(seed).integers(len(x), size=(resamples, len(x))):
+        a, b = order_x[np.ix_(drawn, drawn)], order_y[np.ix_(drawn, drawn)]
         ties = np.sqrt((a * a).sum() * (b * b).sum())
         values.append((a * b).sum() / ties if ties > 0 else np.nan)
-    low, high = np.nanpercentile(values, _tails()) if n > 3 else (np.nan, np.nan)
-    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), n)
+    tails = 50 * (1 - LEVEL), 50 * (1 + LEVEL)
+    low, high = np.nanpercentile(values, tails) if len(x) > 3 else (np.nan, np.nan)
+    return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), len(x))
+
+
+def _vary(x: np.ndarray, y: np.ndarray) -> bool:
+    return len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
 
 
 def mean(values: ArrayLike) -> Estimate:
-    """Mean with Student's t interval, of (n,) values; the interval needs two, p is against 0."""
+    """Return the mean of (n,) values with Student's t interval, which needs two; p is against 0."""
     values = np.asarray(values, float)
-    n = len(values)
-    if n < 2:
-        return Estimate(float(values.mean()) if n else np.nan, np.nan, np.nan, np.nan, n)
-    center, error = values.mean(), stats.sem(values)
-    half = error * stats.t.ppf((1 + LEVEL) / 2, n - 1)
-    p = stats.ttest_1samp(values, 0).pvalue if error > 0 else np.nan
-    return Estimate(float(center), float(center - half), float(center + half), float(p), n)
-
-
-def paired_difference(frame: pd.DataFrame, value: str, by: str, a: str, b: str) -> Estimate:
-    """Mean of value at `by == a` minus value at `by == b`, paired by seed, with its t interval.
-
-    frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
-    """
-    wide = frame[frame[by].isin([a, b])].pivot(index="seed", columns=by, values=value)
-    return mean((wide[a] - wide[b]).dropna()) if {a, b} <= set(wide) else mean([])
+    fitted = fitted_mean(values)
+    low, high = fitted.interval()
+    return Estimate(float(fitted.value), float(low), float(high), float(fitted.p()), len(values))
 
 
 def paired_differences(
     frame: pd.DataFrame, value: str, by: str, pairs: Iterable[tuple[str, str]]
 ) -> dict[str, Estimate]:
-    """`paired_difference` of each pair (a, b), by "a - b"."""
-    return {f"{a} - {b}": paired_difference(frame, value, by, a, b) for a, b in pairs}
+    """Return the mean of `value` at `by == a` minus that at `by == b` of each pair, by "a - b".
+
+    frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
+    """
+    pairs = list(pairs)
+    wide = frame.pivot(index="seed", columns=by, values=value)
+    wide = wide.reindex(columns={side for pair in pairs for side in pair})
+    return {f"{a} - {b}": mean((wide[a] - wide[b]).dropna()) for a, b in pairs}
 
 
 def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """Mean of `y` with its t interval at every `x`: columns `x`, mean, low, high, n."""
-    rows = [{x: at, **_named(mean(group))} for at, group in frame.groupby(x)[y]]
+    """Return the mean of `y` with its t interval at every `x`: columns `x`, mean, low, high, n."""
+    means = [(at, mean(group)) for at, group in frame.groupby(x)[y]]
+    rows = [(at, m.value, m.low, m.high, m.n) for at, m in means]
     return pd.DataFrame(rows, columns=[x, "mean", "low", "high", "n"])
 
 
-def summary(runs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
-    """Mean and standard deviation over seeds, and n, by `label`.
-
-    columns: column of `runs` -> its name in the table.
-    """
-    groups = runs.groupby("label", sort=False)
-    parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
-    table = pd.concat(parts, axis=1)
-    table["n", ""] = groups.size()
-    return table
-
-
 def pooled_t_test(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
-    """Two-sided t test with pooled variance: (t, p); NaN where a side has fewer than 2 values."""
-    if min(len(a), len(b)) < 2:
+    """Return t and two-sided p with pooled variance; NaN where a side has fewer than 2 values."""
+    if min(np.size(a), np.size(b)) < 2:
         return np.nan, np.nan
     result = stats.ttest_ind(a, b, equal_var=True)
     return float(result.statistic), float(result.pvalue)
@@ -139,26 +114,23 @@ def pooled_t_test(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
 class Fitted(NamedTuple):
     """An estimate, its standard error and the degrees of freedom of its t; arrays or numbers."""
 
-    value: ArrayLike
-    error: ArrayLike
+    value: Any
+    error: Any
     freedom: float
 
-    def interval(self, level: float = LEVEL) -> tuple[ArrayLike, ArrayLike]:
-        """Student's t interval: (low, high), NaN without degrees of freedom."""
-        half = _quantile(self.freedom, (1 + level) / 2) * self.error
+    def interval(self, level: float = LEVEL) -> tuple[Any, Any]:
+        """Return Student's t interval: (low, high), NaN without degrees of freedom."""
+        half = stats.t.ppf((1 + level) / 2, self.freedom) * self.error
         return self.value - half, self.value + half
 
-    def p(self, null: float = 0.0) -> ArrayLike:
-        """Two-sided p of the t test against `null`; NaN where the standard error is 0."""
-        if self.freedom < 1:
-            return self.value * np.nan
-        with np.errstate(divide="ignore", invalid="ignore"):
-            t = (np.asarray(self.value) - null) / np.where(self.error, self.error, np.nan)
-        return 2 * special.stdtr(self.freedom, -np.abs(t))
+    def p(self, null: float = 0.0) -> Any:
+        """Return two-sided p of the t test against `null`; NaN where the standard error is 0."""
+        t = (self.value - null) / np.where(self.error > 0, self.error, np.nan)
+        return 2 * stats.t.sf(np.abs(t), self.freedom)
 
 
 def fitted_mean(values: np.ndarray) -> Fitted:
-    """The mean of (..., n) values along the last axis, with its standard error."""
+    """Return the mean of (..., n) values along the last axis, with its standard error."""
     n = values.shape[-1]
     if n < 2:
         value = values.mean(-1) if n else np.full(values.shape[:-1], np.nan)
@@ -167,36 +139,43 @@ def fitted_mean(values: np.ndarray) -> Fitted:
 
 
 def fitted_intercept(values: np.ndarray, covariate: np.ndarray) -> Fitted:
-    """The intercept of the least-squares line of (..., n) values on a (n,) covariate."""
+    """Return the intercept of the least-squares line of (..., n) values on a (n,) covariate."""
     n = len(covariate)
     if n < 3 or np.ptp(covariate) == 0:
         value = np.full(values.shape[:-1], np.nan)
         return Fitted(value, value, n - 2)
-    design = np.stack([np.ones(n), covariate], axis=1)
-    coefficients = values @ np.linalg.pinv(design).T
-    residuals = values - coefficients @ design.T
+    center = covariate.mean()
+    squares = ((covariate - center) ** 2).sum()
+    slope = values @ (covariate - center) / squares
+    intercept = values.mean(-1) - slope * center
+    residuals = values - intercept[..., None] - slope[..., None] * covariate
     variance = (residuals**2).sum(-1) / (n - 2)
-    leverage = np.linalg.inv(design.T @ design)[0, 0]
-    return Fitted(coefficients[..., 0][()], np.sqrt(variance * leverage), n - 2)
+    return Fitted(intercept, np.sqrt(variance * (1 / n + center**2 / squares)), n - 2)
+
+
+def power_of_t(effect: float, fitted: Fitted) -> float:
+    """Return the chance that a 95% interval is above 0 if an effect has the error of `fitted`."""
+    if not fitted.error > 0:
+        return np.nan
+    critical = stats.t.ppf((1 + LEVEL) / 2, fitted.freedom)
+    return float(stats.nct.sf(critical, fitted.freedom, effect / fitted.error))
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """Exact two-sided p of (n,) differences being symmetric about 0: all 2^n sign patterns.
+    """Return exact two-sided p of (n,) differences being symmetric about 0: all 2^n sign patterns.
 
-    NaN for no differences, or more than `EXACT_PAIRS`.
+    NaN for fewer than 2 differences, or more than `EXACT_PAIRS`.
     """
-    n = len(differences)
-    if not 0 < n <= EXACT_PAIRS:
+    if not 2 <= len(differences) <= EXACT_PAIRS:
         return np.nan
-    sums = np.zeros(1)
-    for difference in differences:
-        sums = np.concatenate([sums + difference, sums - difference])
-    tolerance = 1e-9 * np.abs(differences).sum()
-    return float((np.abs(sums) >= abs(np.sum(differences)) - tolerance).mean())
+    result = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    return float(result.pvalue)
 
 
 def holm(p: ArrayLike) -> np.ndarray:
-    """Holm's adjusted p-values of (m,) p-values; those that are NaN stay so and do not count."""
+    """Return Holm's adjusted p-values of (m,) p-values; those that are NaN stay so."""
     from statsmodels.stats.multitest import multipletests
 
     adjusted = np.array(p, float)
@@ -206,40 +185,34 @@ def holm(p: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-class RandomEffects(NamedTuple):
-    """A random-effects summary: `fitted`, the variance between effects, and I squared (percent)."""
+def random_effects(effects: ArrayLike, variances: ArrayLike) -> tuple[Fitted, float, float]:
+    """Summarize (k,) effects with known variances by REML, with Hartung and Knapp's interval.
 
-    fitted: Fitted
-    between: float
-    i_squared: float
+    statsmodels has no REML here: it is the fixed-point iteration of Viechtbauer (2005). t has k - 1
+    degrees of freedom; I squared is as Higgins and Thompson (2002) define it from the variance
+    between.
 
-
-def random_effects(effects: ArrayLike, variances: ArrayLike) -> RandomEffects:
-    """Summary of (k,) effects with known variances: REML, with Hartung and Knapp's interval.
-
-    REML by the fixed-point iteration of Viechtbauer (2005); t with k - 1 degrees of freedom; I
-    squared as Higgins and Thompson (2002) define it from the variance between. All of it is NaN
-    for fewer than 2 effects, or where a variance is not positive.
+    Returns:
+        The summary, the variance between effects, and I squared in percent. All of it is NaN for
+        fewer than 2 effects, or where a variance is not positive.
     """
     y, v = np.asarray(effects, float), np.asarray(variances, float)
     k = len(y)
     if k < 2 or not (v > 0).all():
-        return RandomEffects(Fitted(np.nan, np.nan, k - 1), np.nan, np.nan)
+        return Fitted(np.nan, np.nan, k - 1), np.nan, np.nan
     between = max(0.0, y.var(ddof=1) - v.mean())
     for _ in range(1000):
         w = 1 / (v + between)
-        center = (w * y).sum() / w.sum()
-        moment = (w**2 * ((y - center) ** 2 - v)).sum() / (w**2).sum()
+        center = np.average(y, weights=w)
+        moment = np.average((y - center) ** 2 - v, weights=w**2)
         last, between = between, max(0.0, moment + 1 / w.sum())
-        if abs(between - last) < 1e-10 * (between + v.mean()):
+        if abs(between - last) < 1e-12 * (between + v.mean()):
             break
-    w = 1 / (v + between)
-    center = (w * y).sum() / w.sum()
-    error = math.sqrt((w * (y - center) ** 2).sum() / ((k - 1) * w.sum()))
+    error = math.sqrt(np.average((y - center) ** 2, weights=w) / (k - 1))
     u = 1 / v
     typical = (k - 1) * u.sum() / (u.sum() ** 2 - (u**2).sum())
     i_squared = 100 * between / (between + typical)
-    return RandomEffects(Fitted(float(center), error, k - 1), float(between), float(i_squared))
+    return Fitted(float(center), error, k - 1), float(between), float(i_squared)
 
 
 def permuted_tau(
@@ -247,83 +220,89 @@ def permuted_tau(
 ) -> tuple[float, float, float]:
     """Test that targets with a lower stability have a higher accuracy, at all rates together.
 
-    stability, accuracy: (rates, seeds, targets); NaN for all targets of a seed that is left out.
     The statistic is the sum over rates of Kendall's tau between the targets' means over seeds.
     Accuracies are permuted among targets within rate and seed; stabilities are held.
 
-    Returns the statistic, and the shares of `draws`, the data among them, with one at most and at
-    least as high: one-sided p-values for a negative and for a positive link. Ties count in both.
+    Args:
+        stability: (rates, seeds, targets).
+        accuracy: (rates, seeds, targets); NaN for all targets of a seed that is left out.
+        draws: How many permutations.
+        seed: Of the permutations.
+
+    Returns:
+        The statistic, and the shares of `draws`, the data among them, with one at most and at
+        least as high: one-sided p-values for a negative and for a positive link. Ties count in
+        both.
     """
-    pairs = list(itertools.combinations(range(accuracy.shape[-1]), 2))
-    order = _order(stability, pairs)
-    observed = (order * _order(accuracy, pairs)).sum()
-    rng = np.random.default_rng(seed)
-    lower = higher = 1
-    for chunk in np.diff(np.linspace(0, draws, draws // 1000 + 2).astype(int)):
-        drawn = rng.permuted(np.broadcast_to(accuracy, (chunk, *accuracy.shape)), axis=-1)
-        sums = (order * _order(drawn, pairs)).sum((-2, -1))
-        lower += (sums <= observed).sum()
-        higher += (sums >= observed).sum()
-    return float(observed / len(pairs)), float(lower / (draws + 1)), float(higher / (draws + 1))
+    order = _order(stability)
+    observed = (order * _order(accuracy)).sum()
+    copies = np.broadcast_to(accuracy, (draws, *accuracy.shape))
+    drawn = np.random.default_rng(seed).permuted(copies, axis=-1)
+    sums = (order * _order(drawn)).sum((-2, -1))
+    lower, higher = 1 + (sums <= observed).sum(), 1 + (sums >= observed).sum()
+    return float(observed / order.shape[-1]), lower / (draws + 1), higher / (draws + 1)
 
 
-def _order(values: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
-    """How the means over seeds of each pair are ordered: (..., rates, pairs) of -1, 0 and 1."""
+def _order(values: np.ndarray) -> np.ndarray:
+    """Return how each pair of targets' means is ordered: (..., rates, pairs) of -1, 0 and 1."""
     there = ~np.isnan(values).any(-1, keepdims=True)
     sums = np.where(there, values, 0).sum(-2)
-    first, second = np.transpose(pairs)
+    first, second = np.transpose(list(itertools.combinations(range(values.shape[-1]), 2)))
     difference = sums[..., first] - sums[..., second]
     tolerance = 1e-9 * np.abs(sums).max(-1, keepdims=True)
     return np.where(np.abs(difference) > tolerance, np.sign(difference), 0)
 
 
-def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted | None]:
-    """Slopes of `y` on `x` "between" settings and "within" them, in one linear mixed model.
+def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted]:
+    """Fit the slopes of `y` on `x` "between" settings and "within" them, in one mixed model.
 
-    frame: one row a run, columns setting and seed, which have crossed random intercepts. The model
-    is fitted by REML. Degrees of freedom are by containment: settings - 2 between, and runs -
-    settings - seeds within. None in place of a slope where the fit did not converge.
+    The model is linear and fitted by REML. Degrees of freedom are by containment: settings - 2
+    between, and runs - settings - seeds within.
+
+    Args:
+        frame: One row a run, with columns setting and seed, which have crossed random intercepts.
+        y: A column.
+        x: A column.
+
+    Returns:
+        "between" and "within"; NaN where the fit did not converge.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
 
     means = frame.groupby("setting")[x].transform("mean")
-    design = pd.DataFrame(
-        {"intercept": 1.0, "between": means - means.mean(), "within": frame[x] - means}
-    )
-    formula = {name: f"0 + C({name})" for name in ("setting", "seed")}
+    design = frame.assign(between=means - means.mean(), within=frame[x] - means)
     settings, seeds = frame.setting.nunique(), frame.seed.nunique()
     freedom = {"between": settings - 2, "within": len(frame) - settings - seeds}
+    none = dict.fromkeys(freedom, Fitted(np.nan, np.nan, 0))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = MixedLM.from_formula(
                 f"{y} ~ between + within",
                 groups=np.ones(len(frame)),
-                vc_formula=formula,
-                data=design.assign(**{y: frame[y], "setting": frame.setting, "seed": frame.seed}),
+                vc_formula={name: f"0 + C({name})" for name in ("setting", "seed")},
+                data=design,
             )
             # This method also converges where a variance is 0.
             result = model.fit(reml=True, method="powell")
     except (np.linalg.LinAlgError, ValueError):
-        return dict.fromkeys(freedom)
-    slopes = {
-        name: Fitted(float(result.params[name]), float(result.bse[name]), freedom[name])
-        for name in freedom
-    }
-    sound = result.converged and all(np.isfinite(slope.error) for slope in slopes.values())
-    return slopes if sound else dict.fromkeys(freedom)
-
-
-def kendall_tau(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
-    """Kendall's tau of (n,) values with its two-sided p, which is exact where there are no ties."""
-    result = stats.kendalltau(x, y)
-    return float(result.statistic), float(result.pvalue)
+        return none
+    if not (result.converged and np.isfinite(result.bse[list(freedom)]).all()):
+        return none
+    return {n: Fitted(float(result.params[n]), float(result.bse[n]), f) for n, f in freedom.items()}
 
 
 def distance_to_normal(densities: np.ndarray, reach: float) -> np.ndarray:
-    """Total variation distance of (rows, bins) densities in [-reach, reach] to a standard normal.
+    """Return the total variation distance of densities in [-reach, reach] to a standard normal.
 
-    From 0, the same, to 1, nothing in common. Returns (rows,).
+    From 0, the same, to 1, nothing in common.
+
+    Args:
+        densities: (rows, bins).
+        reach: Of the bins, on both sides.
+
+    Returns:
+        (rows,).
     """
     edges = np.linspace(-reach, reach, densities.shape[1] + 1)
     expected = np.diff(stats.norm.cdf(edges))
@@ -332,28 +311,17 @@ def distance_to_normal(densities: np.ndarray, reach: float) -> np.ndarray:
 
 
 def histogram_quantile(counts: np.ndarray, edges: np.ndarray, q: float = 0.5) -> float:
-    """The q-quantile of what a histogram counted, on a log scale within its bin.
+    """Return the q-quantile of what a histogram counted, on a log scale within its bin.
 
-    counts: (bins,), edges: (bins + 1,), positive. NaN where nothing was counted.
+    Args:
+        counts: (bins,).
+        edges: (bins + 1,), positive.
+        q: The share of the counts below.
+
+    Returns:
+        NaN where nothing was counted.
     """
     below = np.concatenate([[0], np.cumsum(counts)])
     if below[-1] == 0:
         return np.nan
     return float(np.exp(np.interp(q * below[-1], below, np.log(edges))))
-
-
-def _quantile(freedom: float, q: float) -> float:
-    return float(special.stdtrit(freedom, q)) if freedom >= 1 else np.nan
-
-
-def _named(estimate: Estimate) -> dict[str, float]:
-    return {
-        "mean": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-        "n": estimate.n,
-    }
-
-
-def _tails() -> tuple[float, float]:
-    return 50 * (1 - LEVEL), 50 * (1 + LEVEL)

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paperlib import stats
+from paperlib.claims.verdicts import DECIDING, DELTA, OTHER_DELTA
 from paperlib.plots.style import BEHIND_TEXT, p_value, panels
-from paperlib.verdicts import ADJUSTED, DELTA, OTHER_DELTA, PREMISE, PRIMARY
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
 # Outcomes in other units than points of test accuracy: unit, and what a row's name adds.
@@ -41,7 +41,7 @@ def forest(claims: pd.DataFrame) -> Figure:
     Returns:
         The figure, a panel a unit.
     """
-    shown = claims[claims.kind.isin((PRIMARY, PREMISE, ADJUSTED)) | claims.kind.isna()]
+    shown = claims[claims.kind.isin(DECIDING) | claims.kind.isna()]
     is_log = shown.outcome.isin(UNITS)
     units = {unit: shown[is_log == (unit == LOGS)] for unit in (POINTS, LOGS)}
     units = {unit: rows for unit, rows in units.items() if len(rows)}
@@ -73,7 +73,7 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
                 _interval(ax, y, row.estimate, row.low, row.high, color)
                 if unit == POINTS:
                     ax.fill_between([-delta, delta], y - 0.5, y + 0.5, color="0.9", lw=0, zorder=0)
-            adjusted = ", adjusted for loss" if row.kind == ADJUSTED else ""
+            adjusted = ", adjusted for loss" if row.kind == "adjusted" else ""
             names.append(f"{row.contrast}{UNITS.get(row.outcome, ('', ''))[1]}{adjusted}")
     _rows(ax, names)
     for i, color in headings.items():

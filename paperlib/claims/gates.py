@@ -9,17 +9,17 @@
 | G5 | the mean stabilities of two pruned settings that are compared differ |
 | share | noise lasts for the paper's share of the time between events |
 
-G1 to G4 are computed for each network of a figure from means over seeds. No gate compares the
-accuracy of two settings. No torch.
+G1 to G4 are computed for each network of a figure from means over seeds, G5 by `verdicts.Part`. No
+gate compares the accuracy of two settings. No torch.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 
-from paperlib import stats
 from paperlib.config import Config, FilterPruning
 from paperlib.instability import OUTCOME_EPOCHS
 from paperlib.papers.noise_spans import images_of, training_batches
@@ -37,15 +37,23 @@ ROUNDING = 1e-9  # of means over seeds
 PAPER_STEPS = 40 * 391  # of the paper's training, from one event of noise to the next
 
 UNPRUNED = "none"
-CURVES = ("pre", "post", "train_accuracy", "train_loss", "removed")
+CURVES = ["pre", "post", "train_accuracy", "train_loss", "removed"]
+
+Result = tuple[bool | None, float, str]
 
 
 @dataclass(frozen=True)
 class Gate:
     """One gate's result.
 
-    passed: None where the gate does not apply. setting: empty where it is about all. number: what
-    was measured, in the unit that `text` says; NaN where nothing was.
+    Attributes:
+        gate: Its name.
+        network: Of the runs.
+        figure: Of the runs.
+        setting: Empty where the gate is about all settings.
+        passed: None where the gate does not apply.
+        number: The measured one, in the unit that `text` says; NaN where nothing was measured.
+        text: For people.
     """
 
     gate: str
@@ -58,60 +66,50 @@ class Gate:
 
 
 def table(results: Iterable[Gate]) -> pd.DataFrame:
-    """One row a result, for people: columns as the fields of `Gate`, passed in words."""
+    """Return one row a result, for people: columns as the fields of `Gate`, passed in words."""
     words = {True: "passed", False: "failed", None: "not applicable"}
     rows = [asdict(gate) | {"passed": words[gate.passed]} for gate in results]
     return pd.DataFrame(rows, columns=list(Gate.__dataclass_fields__))
 
 
 def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
-    """G1 to G4 and the share of noise, for each network of each figure.
+    """Evaluate G1 to G4 and the share of noise, for each network of each figure.
 
     Args:
-        runs: one row a run that a figure has: figure, network, setting, run, config and choosing
+        runs: One row a run that a figure has: figure, network, setting, run, config and choosing
             (seeds that only choose dropout are left out).
-        epochs: one row an epoch, keyed by run; runs that are not there are left out of the means.
+        epochs: One row an epoch, keyed by run; runs that are not there are left out of the means.
     """
     epochs = epochs.drop_duplicates(["run", "epoch"])[["run", "epoch", *CURVES]]
     results = []
     for (figure, network), group in runs[~runs.choosing].groupby(["figure", "network"], sort=False):
         configs = group.drop_duplicates("setting").set_index("setting").config
-        means = (
-            group[["run", "setting"]]
-            .merge(epochs, on="run")
-            .groupby(["setting", "epoch"])[list(CURVES)]
-            .mean()
-        )
+        found = group[["run", "setting"]].merge(epochs, on="run")
+        means = found.groupby(["setting", "epoch"])[CURVES].mean()
         for setting, config in configs.items():
-            if setting not in means.index:
-                continue
-            curves = means.loc[setting]
-            found = []
-            if setting == UNPRUNED:
-                found.append(("G1", *_learned(config, curves)))
-            elif config.pruning is not None and config.noise is None:
-                found += [("G2", *_recovered(config, curves)), ("G3", *_fitted(config, curves))]
-            elif config.noise is not None:
-                found.append(("share", *_noise_share(setting, config)))
-            results += [Gate(name, network, figure, setting, *rest) for name, *rest in found]
-        results.append(Gate("G4", network, figure, "", *_doses(configs)))
+            if setting in means.index:
+                of_setting = _of_setting(setting, config, means.loc[setting])
+                results += [Gate(n, network, figure, setting, *r) for n, r in of_setting.items()]
+        fitting = [config for config in configs if _fits_training_set(config)]
+        results.append(Gate("G4", network, figure, "", *_doses(fitting)))
     return results
 
 
-def separation(figure: str, network: str, contrast: str, differences: np.ndarray) -> Gate:
-    """G5 of a contrast: whether the mean stabilities of its two settings differ.
+def _of_setting(setting: str, config: Config, curves: pd.DataFrame) -> dict[str, Result]:
+    """Return the gates of one setting by name, from its (epochs,) means over seeds."""
+    if setting == UNPRUNED:
+        return {"G1": _learned(config, curves)}
+    if config.pruning is None:
+        return {}
+    if config.noise is not None:
+        return {"share": _noise_share(int(setting.split()[-1]), config)}
+    if not _fits_training_set(config):
+        return {"G2": _settled(curves), "G3": (None, np.nan, "not needed of this network")}
+    return {"G2": _recovered(config, curves), "G3": _fitted(curves)}
 
-    differences: (seeds,) in percent, paired by seed. Their interval must exclude 0.
-    """
-    fitted = stats.fitted_mean(differences[~np.isnan(differences)])
-    low, high = fitted.interval()
-    number = float(fitted.value)
-    text = f"mean stability differs by {number:.2f} [{low:.2f}, {high:.2f}] percent"
-    return Gate("G5", network, figure, contrast, bool(low > 0 or high < 0), number, text)
 
-
-def fits_training_set(config: Config) -> bool:
-    """Whether a network must learn its training images exactly: G3 and the first form of G2.
+def _fits_training_set(config: Config) -> bool:
+    """Return whether a network must learn its training images exactly: G3 and G2's first form.
 
     That is vgg11_bn, and resnet18 by Adam, without augmentation: all but the networks of SGD,
     Table F1 and conv4.
@@ -120,28 +118,25 @@ def fits_training_set(config: Config) -> bool:
     return network and config.optimizer == "adam" and not config.augment
 
 
-def _learned(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+def _learned(config: Config, curves: pd.DataFrame) -> Result:
     """G1, of the unpruned network."""
     if config.augment:
         return None, np.nan, "the training images are augmented"
-    if not config.milestones:
-        number = curves.train_accuracy.iloc[-LAST_EPOCHS:].mean()
-        text = f"{number:.2f}% training accuracy in the last {LAST_EPOCHS} epochs"
-        needed = LEARNED_WITHOUT_MILESTONES
-    else:
-        by = int(LEARNED_BY * config.epochs + ROUNDING)
+    if config.milestones:
+        by, needed = int(LEARNED_BY * config.epochs + ROUNDING), LEARNED
         number = curves.train_accuracy[curves.index < by].max()
         text = f"{number:.2f}% training accuracy by epoch {by} of {config.epochs}"
-        needed = LEARNED
+    else:
+        needed = LEARNED_WITHOUT_MILESTONES
+        number = curves.train_accuracy.iloc[-LAST_EPOCHS:].mean()
+        text = f"{number:.2f}% training accuracy in the last {LAST_EPOCHS} epochs"
     passed = bool(number >= needed - ROUNDING)
     return passed, float(number), f"{text}, at least {needed:g}% needed"
 
 
-def _recovered(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, str]:
-    """G2, of one pruned setting."""
-    if not fits_training_set(config):
-        return _settled(curves)
-    if config.pruning.scratch:
+def _recovered(config: Config, curves: pd.DataFrame) -> Result:
+    """G2, of one pruned setting of a network that learns its training images exactly."""
+    if isinstance(config.pruning, FilterPruning) and config.pruning.scratch:
         return None, np.nan, "pruned before training"
     milestone = min(config.milestones, default=0)
     events = curves.index[(curves.removed > 0) & (curves.index >= milestone)]
@@ -163,7 +158,7 @@ def _recovered(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float
     return number >= RECOVERED_EVENTS - ROUNDING, number, text
 
 
-def _settled(curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+def _settled(curves: pd.DataFrame) -> Result:
     """G2 where training images are not learned exactly: test accuracy no longer rises."""
     outcome = curves.post.iloc[-1 - OUTCOME_EPOCHS : -1].mean()
     before = curves.post.iloc[-1 - 2 * OUTCOME_EPOCHS : -1 - OUTCOME_EPOCHS].mean()
@@ -175,10 +170,8 @@ def _settled(curves: pd.DataFrame) -> tuple[bool | None, float, str]:
     return bool(number <= STILL_RISING + ROUNDING), number, text
 
 
-def _fitted(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, str]:
+def _fitted(curves: pd.DataFrame) -> Result:
     """G3, of one pruned setting."""
-    if not fits_training_set(config):
-        return None, np.nan, "not needed of this network"
     accuracy, loss = curves.train_accuracy.iloc[-1], curves.train_loss.iloc[-1]
     text = (
         f"ends at {accuracy:.2f}% training accuracy, at least {LEARNED:g}% needed, and a training "
@@ -188,16 +181,13 @@ def _fitted(config: Config, curves: pd.DataFrame) -> tuple[bool | None, float, s
     return passed, float(accuracy), text
 
 
-def _doses(configs: pd.Series) -> tuple[bool | None, float, str]:
-    """G4, of all settings of a network that prune filters in training."""
-    doses = [
-        100 * config.pruning.fractions[-1] / len(config.pruning.epochs[-1])
-        for config in configs
-        if fits_training_set(config)
-        and isinstance(config.pruning, FilterPruning)
-        and not config.pruning.scratch
-        and config.noise is None
-    ]
+def _doses(configs: Iterable[Config]) -> Result:
+    """G4, of those settings that prune filters in training."""
+    doses = []
+    for config in configs:
+        pruning = config.pruning
+        if config.noise is None and isinstance(pruning, FilterPruning) and not pruning.scratch:
+            doses.append(100 * pruning.fractions[-1] / len(pruning.epochs[-1]))
     if len(doses) < 2:
         return None, np.nan, "no doses are compared"
     number = max(doses) / min(doses)
@@ -205,22 +195,22 @@ def _doses(configs: pd.Series) -> tuple[bool | None, float, str]:
         f"{min(doses):.2g} to {max(doses):.2g}% of the last layer an event, a factor of "
         f"{number:.1f}, at least {DOSES:g} needed"
     )
-    return bool(number >= DOSES - ROUNDING), float(number), text
+    return number >= DOSES - ROUNDING, number, text
 
 
-def _noise_share(setting: str, config: Config) -> tuple[bool | None, float, str]:
-    """Whether noise lasts for the paper's share of the steps from one event to the next.
+def _noise_share(paper: int, config: Config) -> Result:
+    """Return whether noise lasts for the paper's share of the steps from one event to the next.
 
-    setting: its name, which ends with the paper's span in training batches. To the nearest batch,
-    and at least one.
+    paper: the paper's span in training batches. To the nearest batch, and at least one.
     """
-    paper = int(setting.split()[-1])
-    images = images_of(config)
-    batches = training_batches(config.noise, config.batch, *images)
-    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in config.pruning.epochs)
-    steps = gap * -(-images[0] // config.batch)
+    pruning, noise = config.pruning, config.noise
+    assert isinstance(pruning, FilterPruning)
+    assert noise is not None
+    batches = training_batches(noise, config.batch, *images_of(config))
     if paper == 0:
         return None, float(batches), "noise in one pass only"
+    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in pruning.epochs)
+    steps = gap * math.ceil(images_of(config)[0] / config.batch)
     expected = max(1.0, paper / PAPER_STEPS * steps)
     text = (
         f"noise lasts {batches} of {steps} training batches from event to event, {expected:.1f} "

@@ -1,0 +1,90 @@
+"""The claims of arXiv 1805.01930, R1 to R4: as `claims.tradeoff_2020`. No torch."""
+
+import numpy as np
+
+from paperlib.claims.gates import UNPRUNED
+from paperlib.claims.verdicts import OUTCOMES, Findings, Part, Rule
+
+CONV4 = "conv4"
+LARGE, SMALL = "largest 0.9", "smallest 0.9"
+FRACTIONS = ("0.5", "0.7", "0.8", "0.9", "0.95", "0.98")
+DROPOUTS = ("dropout 0.25/0", "dropout 0/0.5", "dropout 0.25/0.5")  # the lowest rates first
+
+
+class Regularization(Rule):
+    """A claim about conv4."""
+
+    network = CONV4
+
+
+class R1(Regularization):
+    """Prune_L - Prune_S > 0 and Prune_L - No Pruning > 0; then each fraction of R-3."""
+
+    statement = "Pruning large weights instead of small ones improves generalization."
+    figures = ("figure-R1",)
+    beside = ("figure-R3",)
+    gates = ("G1", "G2")
+    settings = (LARGE, SMALL, UNPRUNED)
+
+    def _findings(self, part: Part, *networks: Part) -> Findings:
+        for other in (SMALL, UNPRUNED):
+            yield part.contrast(LARGE, other)
+        fractions = Part(part.everything, self.beside, CONV4)
+        if missing := (~fractions.runs.done).sum():
+            yield f"secondary contrasts wait for {missing} runs of figure-R3"
+            return
+        for other in (SMALL, UNPRUNED):
+            yield part.contrast(LARGE, other, "best_accuracy", "secondary")
+        for fraction in FRACTIONS:
+            for other in (f"smallest {fraction}", UNPRUNED):
+                if {f"largest {fraction}", other} <= set(fractions.labels):
+                    yield fractions.contrast(f"largest {fraction}", other, kind="secondary")
+
+
+class R2(Regularization):
+    """Prune_L - the best dropout > 0. Seeds of their own choose it; on a tie the lower rates."""
+
+    statement = "So pruned, the network classifies more accurately than with dropout at its best."
+    figures = ("figure-R1", "figure-R4")
+    shown: tuple[str, ...] = ("figure-R2",)
+    gates = ("G2",)
+    settings: tuple[str, ...] = (LARGE, *DROPOUTS)
+
+    def _findings(self, part: Part, *networks: Part) -> Findings:
+        chosen = {s: part.values(s, "accuracy", choosing=True) for s in DROPOUTS}
+        if any(accuracies.empty for accuracies in chosen.values()):
+            yield part.lacks("", "the profile has no seeds to choose the dropout by")
+        best = max(DROPOUTS, key=lambda setting: np.nan_to_num(chosen[setting].mean().round(9)))
+        yield f"dropout at its best: {part.labels[best]}"
+        for kind, outcome in OUTCOMES.items():
+            yield part.contrast(LARGE, best, outcome, kind)
+
+
+class R3(R2):
+    """R2, at the size that is arithmetic: 84.9% fewer parameters at width 1."""
+
+    statement = "It does so with 85% fewer parameters."
+    shown = ("figure-R2", "figure-R6")
+    settings = (*R2.settings, UNPRUNED)
+
+    def _findings(self, part: Part, *networks: Part) -> Findings:
+        yield from super()._findings(part)
+        left, whole = (part.values(s, "parameters").mean() for s in (LARGE, UNPRUNED))
+        yield f"{100 * (1 - left / whole):.1f}% fewer parameters"
+
+
+class R4(Regularization):
+    """Prune_S and No Pruning are equivalent, within delta (a point)."""
+
+    statement = "Pruning 90% of the weights, the small ones, leaves accuracy about unchanged."
+    figures = ("figure-R1",)
+    gates = ("G2",)
+    settings = (SMALL, UNPRUNED)
+    effect = "none, within 1 point"
+
+    def _findings(self, part: Part, *networks: Part) -> Findings:
+        yield part.contrast(SMALL, UNPRUNED, margin=part.delta)
+        yield part.contrast(SMALL, UNPRUNED, "best_accuracy", "secondary")
+
+
+RULES = (R1(), R2(), R3(), R4())

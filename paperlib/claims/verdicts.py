@@ -1,0 +1,400 @@
+"""How a claim gets its verdict: contrasts, their intervals, and the first rule that applies.
+
+| verdict | when |
+| --- | --- |
+| incomplete | fewer runs than registered: nothing else is computed |
+| not testable | a gate of the claim fails |
+| no premise | the effect that the claim explains is not there |
+| supported | every co-primary 95% interval excludes its null value in the claim's direction |
+| not apart from training loss | so, but not once adjusted for training loss (T4) |
+| contradicted | a co-primary interval at level 1 - .05/m, of m, lies wholly on the other side |
+| mixed | so, but another co-primary is supported |
+| negligible | every co-primary 90% interval of accuracies lies within delta of 0 |
+| undecided | otherwise, or where more than one pair in ten has a run whose loss was not finite |
+
+A `Rule` is a claim as registered. It judges a frame of runs (`claims.load`) and gives a `Claim`. A
+`Part` of that frame, the runs of one network, makes contrasts, which are paired by seed. No torch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from paperlib import stats
+from paperlib.claims.gates import Gate
+from paperlib.stats import LEVEL, Fitted
+
+MOST_DROPPED = 0.1
+POWER_DRAWS = 2000
+LOG_EFFECT = 0.1  # for power: a tenth, where an outcome is a logarithm
+DELTA = {"conv4": 1.0}  # a difference that matters, in points; 0.5 for the other networks
+OTHER_DELTA = 0.5
+FEWEST_NETWORKS = 3
+Kind = Literal["co-primary", "premise", "adjusted", "secondary", "described"]
+DECIDING: tuple[Kind, ...] = ("co-primary", "premise", "adjusted")
+OUTCOMES: dict[Kind, str] = {"co-primary": "accuracy", "secondary": "best_accuracy"}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One comparison, with its numbers.
+
+    Attributes:
+        name: Such as "Prune_L 13% - No Pruning".
+        kind: One of `DECIDING`, or of those that decide nothing.
+        outcome: The column that is compared, such as "accuracy" in percent.
+        fitted: The estimate; its standard error is NaN where it has no interval.
+        n: Pairs of runs, or what else the estimate is of.
+        registered: How many were planned.
+        sign: 1 or -1, the claim's direction.
+        null: The value that the interval must exclude.
+        margin: Where not None, the claim is that the difference is smaller than this.
+        p: Two-sided, of the t test against `null`. Of a permutation test, which has no interval,
+            twice the smaller one-sided p.
+        sign_flip: Exact p of the sign-flip test.
+        holm: p of a secondary contrast, corrected by Holm within the claim.
+        note: For people.
+        pairs: One row a registered pair: its difference, NaN where it is dropped, and the covariate
+            that it is adjusted for, if any. Empty where the contrast is not paired.
+    """
+
+    name: str
+    kind: Kind
+    outcome: str
+    fitted: Fitted
+    n: int
+    registered: int
+    sign: int = 1
+    null: float = 0.0
+    margin: float | None = None
+    p: float = math.nan
+    sign_flip: float = math.nan
+    holm: float = math.nan
+    note: str = ""
+    pairs: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
+
+    @property
+    def dropped(self) -> int:
+        """Pairs without a number, since a run's loss was not finite."""
+        return self.registered - self.n
+
+    @property
+    def supported(self) -> bool:
+        """Whether its 95% interval excludes the null value in the claim's direction."""
+        if np.isnan(self.fitted.error):
+            return self.p < 1 - LEVEL and self.sign * self.fitted.value > self.null
+        return bool(self.supported_by(self.fitted))
+
+    def supported_by(self, fitted: Fitted) -> np.ndarray:
+        """Return whether estimates like `fitted` would support the claim."""
+        low, high = fitted.interval(LEVEL if self.margin is None else 0.90)
+        if self.margin is not None:
+            return (low > -self.margin) & (high < self.margin)
+        return low > self.null if self.sign > 0 else high < self.null
+
+    def contradicted(self, level: float) -> bool:
+        """Return whether its interval at this level lies wholly on the other side."""
+        if np.isnan(self.fitted.error):
+            return self.p < 1 - LEVEL and self.sign * self.fitted.value < self.null
+        low, high = self.fitted.interval(level)
+        if self.margin is not None:
+            return bool(low > self.margin or high < -self.margin)
+        return bool(high < self.null if self.sign > 0 else low > self.null)
+
+    def within(self, delta: float) -> bool:
+        """Return whether it is of accuracies and its 90% interval lies within delta of 0."""
+        low, high = self.fitted.interval(0.90)
+        return self.outcome == "accuracy" and bool(low > -delta and high < delta)
+
+    @property
+    def effect(self) -> float:
+        """The true effect that power is of: a point, a tenth, or none where that is the claim."""
+        if self.margin is not None or self.null:
+            return 0.0
+        return self.sign * (LOG_EFFECT if self.outcome.startswith("log_") else 1.0)
+
+
+def paired(
+    name: str,
+    differences: pd.Series,
+    outcome: str = "accuracy",
+    kind: Kind = "co-primary",
+    covariate: pd.Series | None = None,
+    **how: Any,
+) -> Contrast:
+    """Return the contrast of (registered,) differences by seed; NaN where a pair is dropped.
+
+    covariate: another paired difference. The estimate is then for a difference of 0 in it, and
+        there is no sign-flip test.
+    how: sign, null, margin and note of the contrast.
+    """
+    pairs = pd.DataFrame({"difference": differences})
+    if covariate is None:
+        there = pairs.difference.dropna().to_numpy()
+        fitted = stats.fitted_mean(there)
+        how["sign_flip"] = stats.sign_flip(there - how.get("null", 0))
+    else:
+        pairs["covariate"] = covariate
+        there, beside = pairs.dropna().to_numpy().T
+        fitted = stats.fitted_intercept(there, beside)
+    how |= {"p": float(fitted.p(how.get("null", 0))), "pairs": pairs}
+    return Contrast(name, kind, outcome, fitted, len(there), len(pairs), **how)
+
+
+def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
+    """Return the first verdict that applies to a claim whose runs and gates are there.
+
+    delta: the difference of accuracies that matters, in points.
+    """
+    of = {kind: [c for c in contrasts if c.kind == kind] for kind in DECIDING}
+    primary = of["co-primary"]
+    if not all(c.supported for c in of["premise"]):
+        return "no premise"
+    if any(c.dropped > MOST_DROPPED * c.registered for c in primary):
+        return "undecided"
+    if all(c.supported for c in primary):
+        apart = all(c.supported for c in of["adjusted"])
+        return "supported" if apart else "not apart from training loss"
+    if any(c.contradicted(1 - (1 - LEVEL) / len(primary)) for c in primary):
+        return "mixed" if any(c.supported for c in primary) else "contradicted"
+    return "negligible" if all(c.within(delta) for c in primary) else "undecided"
+
+
+def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
+    """Return the chance that paired contrasts support their claim if each has its true `effect`.
+
+    Differences are drawn from a normal distribution with the covariance observed, as many as there
+    are complete pairs; seed 0. Covariates stay as they are, and explain nothing. NaN for fewer than
+    2 complete pairs.
+
+    Args:
+        contrasts: The co-primary ones, and the adjusted ones (all or none) in the same order.
+        draws: How many sets of differences.
+    """
+    primary = [c for c in contrasts if c.kind == "co-primary"]
+    adjusted = [c for c in contrasts if c.kind == "adjusted"]
+    columns = [c.pairs.difference for c in primary] + [c.pairs.covariate for c in adjusted]
+    pairs = pd.concat(columns, axis=1, join="inner").dropna().to_numpy()
+    n, m = len(pairs), len(primary)
+    if n < 2:
+        return math.nan
+    covariance = np.atleast_2d(np.cov(pairs[:, :m].T))
+    drawn = np.random.default_rng(0).multivariate_normal(
+        [c.effect for c in primary], covariance, (draws, n), check_valid="ignore"
+    )
+    supported = [c.supported_by(stats.fitted_mean(drawn[..., i])) for i, c in enumerate(primary)]
+    for i, contrast in enumerate(adjusted):
+        fitted = stats.fitted_intercept(drawn[..., i], pairs[:, m + i])
+        supported.append(contrast.supported_by(fitted))
+    return float(np.all(supported, axis=0).mean())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, the runs it is judged by, and its verdict.
+
+    Attributes:
+        name: Such as "T1".
+        statement: The claim in a sentence.
+        figures: Those whose runs decide it.
+        done: Runs that are there.
+        registered: Runs that there must be.
+        verdict: See the module.
+        contrasts: Empty while the claim is incomplete, and where a gate fails.
+        gates: Empty while the claim is incomplete.
+        power: The chance of "supported" for a true effect of `effect` at the deviation observed.
+        effect: In words.
+        notes: For people.
+    """
+
+    name: str
+    statement: str
+    figures: tuple[str, ...]
+    done: int
+    registered: int
+    verdict: str = "incomplete"
+    contrasts: tuple[Contrast, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    power: float = math.nan
+    effect: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> str:
+        """Runs that are there of those registered, such as "39 of 40"."""
+        return f"{self.done} of {self.registered}"
+
+
+class Part:
+    """The runs of one network in some figures, by setting.
+
+    Attributes:
+        delta: The difference of accuracies that matters, in points.
+        labels: Of settings, for people.
+    """
+
+    def __init__(self, runs: pd.DataFrame, figures: Sequence[str], network: str) -> None:
+        """Take the part of `runs`, a frame as `claims.load` returns it."""
+        self.figures, self.network = tuple(figures), network
+        self.everything = runs
+        self.runs = runs[runs.figure.isin(figures) & (runs.network == network)]
+        self.delta = DELTA.get(network, OTHER_DELTA)
+        self.labels = dict(zip(self.runs.setting, self.runs.label, strict=True))
+
+    def values(self, setting: str, column: str, choosing: bool = False) -> pd.Series:
+        """Return a column of a setting by seed; NaN where the loss was not finite.
+
+        choosing: of the seeds that only choose dropout, instead of all others.
+        """
+        runs = self.runs[(self.runs.setting == setting) & (self.runs.choosing == choosing)]
+        runs = runs.drop_duplicates("seed").set_index("seed")
+        return runs[column].where(runs.finite).astype(float)
+
+    def differences(self, a: str, b: str, column: str = "accuracy") -> pd.Series:
+        """Return (registered,) differences of two settings, for the seeds that both have."""
+        first, second = self.values(a, column), self.values(b, column)
+        seeds = first.index.intersection(second.index)
+        return first.loc[seeds] - second.loc[seeds]
+
+    def name(self, a: str, b: str) -> str:
+        """Return the name of their difference, such as "Prune_L 13% - No Pruning"."""
+        return f"{self.labels[a]} - {self.labels[b]}"
+
+    def contrast(
+        self, a: str, b: str, column: str = "accuracy", kind: Kind = "co-primary", **how: Any
+    ) -> Contrast:
+        """Return the contrast of setting a less setting b; `how` as `paired` takes it."""
+        return paired(self.name(a, b), self.differences(a, b, column), column, kind, **how)
+
+    def by_stability(self, settings: Sequence[str]) -> list[str]:
+        """Sort settings from the least to the most stable, by mean stability over all seeds."""
+        return sorted(settings, key=lambda setting: self.values(setting, "mean_stability").mean())
+
+    def separation(self, less: str, more: str) -> Gate:
+        """Evaluate G5: whether the mean stabilities of two settings differ, paired by seed."""
+        fitted = self.contrast(less, more, "mean_stability").fitted
+        low, high = fitted.interval()
+        place, name = (self.network, self.figures[0]), self.name(less, more)
+        text = f"mean stability differs by {fitted.value:.2f} [{low:.2f}, {high:.2f}] percent"
+        return Gate("G5", *place, name, bool(low > 0 or high < 0), float(fitted.value), text)
+
+    def lacks(self, setting: str, text: str = "the profile has no such setting of its own") -> Gate:
+        """Return the gate that fails where the profile lacks what the claim needs."""
+        return Gate("settings", self.network, self.figures[0], setting, False, math.nan, text)
+
+    def gates(self, found: Iterable[Gate], names: Sequence[str], settings: Iterable[str]) -> list:
+        """Return those gates of `names` that are this part's, and one for each setting it lacks."""
+        mine = [g for g in found if g.gate in names and g.network == self.network]
+        mine = [g for g in mine if g.figure in self.figures]
+        return mine + [self.lacks(setting) for setting in settings if setting not in self.labels]
+
+
+Findings = Iterator[Gate | Contrast | str]
+
+
+class Rule:
+    """A claim as it is registered; each is a class of its name.
+
+    Attributes:
+        statement: The claim in a sentence.
+        figures: Those whose runs decide it.
+        network: Of these runs.
+        gates: Names of those that must not fail.
+        settings: Those that a profile must have.
+        effect: What power is of, for people.
+        networks: T2's, as figure, network and settings.
+        beside: Figures that secondary contrasts read.
+        shown: Figures that show the same runs.
+    """
+
+    statement: str
+    figures: tuple[str, ...]
+    network: str
+    gates: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    effect = "1 point"
+    networks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    beside: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Such as "T1"."""
+        return type(self).__name__
+
+    def _findings(self, part: Part, *networks: Part) -> Findings:
+        """Yield what is found in the runs.
+
+        Gates come first; the first that fails ends it. Then come the contrasts that decide, then
+        the others. Texts are notes.
+
+        Args:
+            part: The runs of `figures` and `network`.
+            networks: Those of `networks` whose gates pass.
+        """
+        raise NotImplementedError
+
+    def power(self, part: Part, contrasts: Sequence[Contrast]) -> float:
+        """Return the chance that the claim is supported if its `effect` is true."""
+        return power(contrasts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The figures whose runs it reads."""
+        figures = [*self.figures, *(figure for figure, *_ in self.networks), *self.beside]
+        return tuple(dict.fromkeys(figures))
+
+    def judge(self, runs: pd.DataFrame, gates: Iterable[Gate], secondary: bool = True) -> Claim:
+        """Judge the claim.
+
+        Args:
+            runs: As `claims.load` returns them.
+            gates: As `gates.evaluate` returns them.
+            secondary: Without it, only what decides is computed: no other contrast and no power.
+        """
+        first = Part(runs, self.figures, self.network), self.settings
+        others = [(Part(runs, (f,), network), settings) for f, network, settings in self.networks]
+        needed = pd.concat([part.runs for part, _ in (first, *others)]).drop_duplicates("run")
+        figures = tuple(dict.fromkeys(f for part, _ in (first, *others) for f in part.figures))
+        claim = Claim(self.name, self.statement, figures, int(needed.done.sum()), len(needed))
+        if claim.done < claim.registered or not claim.registered:
+            return claim
+        found: list[Gate] = []
+        kept, notes, contrasts = [], [], []
+        for part, settings in (first, *others):
+            found += (its := part.gates(gates, self.gates, settings))
+            failed = [gate.gate for gate in its if gate.passed is False]
+            if not failed:
+                kept.append(part)
+            elif part is not first[0]:
+                place = f"{part.network} of {part.figures[0]}"
+                notes.append(f"{place} is left out: {failed[0]} fails")
+        testable = first[0] in kept and (not others or len(kept) > FEWEST_NETWORKS)
+        findings = self._findings(*kept) if testable else iter(())
+        if not secondary:
+            findings = takewhile(lambda f: getattr(f, "kind", "") in ("", *DECIDING), findings)
+        for finding in findings:
+            if isinstance(finding, Contrast):
+                contrasts.append(finding)
+            elif isinstance(finding, str):
+                notes.append(finding)
+            else:
+                found.append(finding)
+                if finding.passed is False:
+                    testable = False
+                    break
+        claim = replace(claim, gates=tuple(found), notes=tuple(notes))
+        if not testable:
+            return replace(claim, verdict="not testable")
+        holm = stats.holm([c.p if c.kind == "secondary" else math.nan for c in contrasts])
+        contrasts = [replace(c, holm=float(p)) for c, p in zip(contrasts, holm, strict=True)]
+        decided = verdict(contrasts, first[0].delta)
+        claim = replace(claim, verdict=decided, contrasts=tuple(contrasts))
+        if not secondary:
+            return claim
+        return replace(claim, power=self.power(first[0], contrasts), effect=self.effect)

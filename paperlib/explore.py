@@ -68,7 +68,7 @@ class Explorer(widgets.VBox):
         self.y = widgets.Dropdown(options=measured, description="y")
         self.network = widgets.Dropdown(options=list(runs.network.unique()), description="network")
         self.profile = widgets.Dropdown(options=list(runs.profile.unique()), description="profile")
-        self.run = widgets.Dropdown(description="run")
+        self.run = widgets.Select(description="run", rows=6)
         self.picture, self.words = widgets.Image(format="png"), widgets.HTML()
         choices = [self.profile, self.network, self.x, self.y, self.run]
         rows = [widgets.HBox(choices[:2]), widgets.HBox(choices[2:4]), self.run]

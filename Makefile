@@ -34,8 +34,10 @@ test: $(READY) lint
 notebooks: $(READY)
 	$(BIN)/paperlib notebooks --write
 
-# The website, in build/site. It shows the outputs that the notebooks have; nothing is run.
+# The website, in build/site. It shows the outputs that the notebooks have, and offers the files in
+# figures/; where `make figures` has drawn none, they are drawn first.
 site: $(READY)
+	test -d figures/demo || $(BIN)/paperlib figures
 	rm -rf docs/api
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet \
 		-c docs -d build/doctrees . build/site

@@ -18,6 +18,8 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import pytest
 
+from paperlib.experiments import FIGURES
+
 psutil = pytest.importorskip("psutil", reason="no psutil: pip install 'paperlib[test]'")
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no playwright: pip install 'paperlib[browser]'"
@@ -228,6 +230,12 @@ def test_links_of_the_site_lead_somewhere(site):
                     broken.append((name, href))
     assert len(parsed) > 20
     assert not broken
+
+
+def test_the_page_of_every_figure_offers_pdf_and_csv(site):
+    for name in {figure.notebook for figure in FIGURES.values()}:
+        hrefs = Links((SITE / f"notebooks/{name}.html").read_text()).hrefs
+        assert {".pdf", ".csv"} <= {Path(href).suffix for href in hrefs}, name
 
 
 def background(page) -> float:

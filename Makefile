@@ -34,8 +34,10 @@ test: $(READY) lint
 notebooks: $(READY)
 	$(BIN)/paperlib notebooks --write
 
-# The website, in build/site. It shows the outputs that the notebooks have; nothing is run.
+# The website, in build/site. It shows the outputs that the notebooks have, and offers the files in
+# figures/; where `make figures` has drawn none, they are drawn first.
 site: $(READY)
+	test -d figures/demo || $(BIN)/paperlib figures
 	rm -rf docs/api
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet \
 		-c docs -d build/doctrees . build/site
@@ -63,6 +65,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 		sys.exit(v < (3, 11) and "paperlib needs Python 3.11 or newer, this is %d.%d" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), once: some minutes and 7 GB, most of it PyTorch"
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@

@@ -1,7 +1,6 @@
 """The website: the whole checkout is Sphinx's source folder, so a link between two files works on
 GitHub and here alike. `make site` builds it, without a network and without running a notebook."""
 
-import csv
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,18 +29,8 @@ extensions = [
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # else a page with widgets loads scripts from elsewhere
-myst_enable_extensions = ["amsmath", "dollarmath", "substitution"]
+myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
-
-# docs/index.md shows the verdicts and the picture that are committed.
-COMMITTED = ROOT / "figures/small"
-CLAIMS = [*(f"T{number}" for number in range(1, 6)), *(f"R{number}" for number in range(1, 5))]
-myst_substitutions = dict.fromkeys(CLAIMS, "not judged yet") | {"picture": ""}
-if (COMMITTED / "claims.csv").exists():
-    rows = csv.DictReader((COMMITTED / "claims.csv").read_text().splitlines())
-    myst_substitutions |= {row["claim"]: row["verdict"] for row in rows}
-if (COMMITTED / "figure-2.png").exists():
-    myst_substitutions["picture"] = "![Stability and accuracy](/figures/small/figure-2.png)"
 
 highlight_language = "none"  # of blocks in docstrings that name no language
 default_role = "py:obj"  # `name` in a docstring is a link where there is such a name

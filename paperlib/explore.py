@@ -66,7 +66,7 @@ class Explorer(widgets.VBox):
         self.place = widgets.Dropdown(options=options, description="runs of")
         self.x = widgets.Dropdown(options=measured, description="x")
         self.y = widgets.Dropdown(options=measured[1:] + measured[:1], description="y")
-        self.run = widgets.Dropdown(description="run")
+        self.run = widgets.Select(description="run", rows=6)
         self.picture, self.words = widgets.Image(format="png"), widgets.HTML()
         choices = [self.place, self.x, self.y, self.run]
         super().__init__([*choices, self.picture, self.words])

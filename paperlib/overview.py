@@ -94,7 +94,11 @@ def judged(
     return Judged(scale, tuple(claims.judge(scale, store)))
 
 
-PAGES = {"README.md": "notebooks/", "docs/evidence.md": "../notebooks/"}
+PAGES = {
+    "README.md": "notebooks/",
+    "docs/index.md": "../notebooks/",
+    "docs/evidence.md": "../notebooks/",
+}
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 
 

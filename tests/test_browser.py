@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import pytest
+
+from paperlib.experiments import FIGURES
 
 psutil = pytest.importorskip("psutil", reason="no psutil: pip install 'paperlib[test]'")
 playwright = pytest.importorskip(
@@ -89,6 +92,8 @@ def lab(tmp_path_factory):
     token = os.urandom(16).hex()
     variables = {
         "PYTHONPATH": str(ROOT),
+        "PAPERLIB_PROFILE": "auto",
+        "PAPERLIB_RESULTS": str(ROOT / "results"),
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
         "JUPYTER_DATA_DIR": str(folder / "data"),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
@@ -146,13 +151,15 @@ def run_all(page, address: str) -> None:
         page.wait_for_timeout(500)
 
 
-def shown(page, selector: str) -> list[str]:
-    """The addresses of the images; every one must have pixels."""
-    images = page.locator(selector).evaluate_all(
-        "images => images.map(i => [i.currentSrc || i.src, i.complete && i.naturalWidth > 0])"
-    )
-    assert not [source[:200] for source, has_pixels in images if not has_pixels]
-    return [source for source, _ in images]
+def shown(page, selector: str, before: Sequence[str] = ()) -> list[str]:
+    """The addresses of the images, once all have pixels and they differ from those before."""
+    images = page.locator(selector)
+    loaded = "all => all.every(i => i.complete && i.naturalWidth > 0) ? all.map(i => i.src) : []"
+    until = time.monotonic() + SHOWN_SECONDS
+    while not (addresses := images.evaluate_all(loaded)) or addresses == before:
+        assert time.monotonic() < until, f"no new images: {addresses}"
+        page.wait_for_timeout(200)
+    return addresses
 
 
 @pytest.mark.parametrize(
@@ -163,20 +170,14 @@ def test_notebook_runs_in_jupyterlab(page, lab, path, pictures):
     assert len(shown(page, IMAGES)) >= pictures
 
 
-@pytest.mark.skipif(
-    not (ROOT / "notebooks/explore.ipynb").exists(), reason="no notebooks/explore.ipynb"
-)
-def test_a_dropdown_changes_the_picture(page, lab):
+def test_every_choice_of_explore_changes_the_picture(page, lab):
     run_all(page, lab("explore.ipynb"))
-    page.locator(IMAGES).first.wait_for()
-    before = shown(page, IMAGES)
-    dropdown = page.locator(".widget-dropdown select").first
-    index = dropdown.evaluate("select => select.selectedIndex")
-    dropdown.select_option(index=0 if index else 1)
-    until = time.monotonic() + NOTEBOOK_SECONDS
-    while not (after := shown(page, IMAGES)) or after == before:
-        assert time.monotonic() < until, "the picture has not changed"
-        page.wait_for_timeout(200)
+    picture = shown(page, IMAGES)
+    for name in ("x", "y", "run", "runs of"):
+        choice = page.locator(f".jupyter-widgets:has(> label:text-is('{name}')) > select")
+        chosen = choice.evaluate("select => select.selectedIndex")
+        choice.select_option(index=0 if chosen else 1)
+        picture = shown(page, IMAGES, picture)
 
 
 class Links(HTMLParser):
@@ -229,6 +230,12 @@ def test_links_of_the_site_lead_somewhere(site):
                     broken.append((name, href))
     assert len(parsed) > 20
     assert not broken
+
+
+def test_the_page_of_every_figure_offers_pdf_and_csv(site):
+    for name in {figure.notebook for figure in FIGURES.values()}:
+        hrefs = Links((SITE / f"notebooks/{name}.html").read_text()).hrefs
+        assert {".pdf", ".csv"} <= {Path(href).suffix for href in hrefs}, name
 
 
 def background(page) -> float:

@@ -49,7 +49,7 @@ def test_environment_matches_pyproject():
     assert conda.keys() - BY_HAND == expected.keys()
     for name, minimum in expected.items():
         assert conda[name] == f"{name}{minimum}"
-    assert conda["python"] == "python>=3.11"
+    assert conda["python"] == "python=3.12"
     assert {"pip": ["--editable ."]} in environment["dependencies"]
 
 

@@ -24,6 +24,7 @@ TRIES = 3
 CELL_SECONDS = 3600
 # Numbers of the display that differ from one execution to the next.
 STYLER = re.compile(r"\bT_([0-9a-f]{5})(?=[_\"' ])")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -164,7 +165,7 @@ def _rewrite(path: Path, write: bool) -> dict[str, object]:
 def cleaned(notebook: Any) -> Any:
     """Return an executed notebook without all that differs from one execution to the next.
 
-    Left out are stderr, timings, widgets' states, the kernel's version and addresses; random names
+    Left out are stderr, timings, widgets, the kernel's version and addresses; random names
     in pandas' tables are numbered.
     """
     notebook.metadata.pop("widgets", None)
@@ -173,7 +174,11 @@ def cleaned(notebook: Any) -> Any:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             names: dict[str, str] = {}
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
             for output in cell.outputs:
                 if "text" in output:
                     output["text"] = _plain(output["text"], cell.id, names)

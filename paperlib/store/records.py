@@ -25,7 +25,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from paperlib import measures
 from paperlib.config import Config, from_dict, to_dict
 
 # Raised while a damaged Parquet, npz or JSON file is read. A ConfigError is a ValueError.
@@ -71,10 +70,6 @@ class RunRecord:
         """The parameters left at the end: all less those held at zero; NaN if unknown."""
         return parameters_left(self.provenance)
 
-    def summary(self) -> pd.Series:
-        """Return the run's row of `measures.summarize`."""
-        return measures.summarize(self.epochs.assign(run=self.run)).iloc[0]
-
 
 def parameters_left(provenance: Mapping[str, Any]) -> float:
     """Count the parameters left at the end: all less those held at zero; NaN if unknown."""
@@ -116,6 +111,11 @@ class Entry:
         """Whether arrays belong to it and were not left out."""
         return self.content.get("arrays") is not None
 
+    @property
+    def worth(self) -> tuple[int, bool]:
+        """Larger for the better one of two records of a run."""
+        return self.count, self.has_arrays
+
     def check(self) -> None:
         """Raise ValueError if numbers, provenance or configuration are not the original ones."""
         if (held := from_dict(self.content["config"]).identity) != self.run:
@@ -146,14 +146,14 @@ class Entry:
 
     def same_numbers(self, other: "Entry") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
-        arrays = self.content.get("arrays"), other.content.get("arrays")
-        if None not in arrays and arrays[0] != arrays[1]:
+        if (
+            self.has_arrays
+            and other.has_arrays
+            and self.content["arrays"] != other.content["arrays"]
+        ):
             return False
-        mine, others = (
-            digest({name: column for name, column in entry.columns.items() if name != "seconds"})
-            for entry in (self, other)
-        )
-        return mine == others
+        mine, others = (entry.columns | {"seconds": np.empty(0)} for entry in (self, other))
+        return digest(mine) == digest(others)
 
 
 def digest(columns: Mapping[str, np.ndarray]) -> str:
@@ -266,8 +266,7 @@ def write_many(
         }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
     table = pa.concat_tables(tables, promote_options="permissive")
-    size = ROW_GROUP if arrays else None
-    pq.write_table(table, file, compression="zstd", row_group_size=size)
+    pq.write_table(table, file, compression="zstd", row_group_size=ROW_GROUP if arrays else None)
 
 
 def read_many(file: Any) -> dict[str, Entry | StoreError]:
@@ -280,27 +279,16 @@ def read_many(file: Any) -> dict[str, Entry | StoreError]:
     names = [name for name in parquet.schema_arrow.names if name != "arrays"]
     if missing := [name for name in ("run", "about", "columns") if name not in names]:
         raise ValueError(f"it has no column {missing[0]}: not a file of runs")
-    table = parquet.read(columns=names)
-    starts = np.flatnonzero(table["about"].is_valid().to_numpy())
-    heads = table.select(["run", "about", "columns"]).take(pa.array(starts)).to_pylist()
     found: dict[str, Entry | StoreError] = {}
-    numbers = {}
-    for name in set(names) - {"run", "about", "columns", "checksum"}:
-        nothing = pa.scalar(0).cast(table[name].type)
-        numbers[name] = table[name].fill_null(nothing).to_numpy()
-    for head, start, stop in zip(heads, starts, [*starts[1:], len(table)], strict=True):
-        run = head["run"]
+    for run, rows in parquet.read(columns=names).to_pandas().groupby("run"):
         try:
-            kinds = json.loads(head["columns"])
-            columns = {
-                name: numbers[name][start:stop].astype(kind, copy=False)
-                for name, kind in kinds.items()
-            }
-            entry = Entry(run, head["about"], columns)
+            kinds = json.loads(rows["columns"].iloc[0])
+            columns = {name: rows[name].to_numpy().astype(kind) for name, kind in kinds.items()}
+            entry = Entry(str(run), rows["about"].iloc[0], columns)
             entry.check()
-            found[run] = entry
+            found[entry.run] = entry
         except UNREADABLE as error:
-            found[run] = DamagedRecord(f"run {run} is damaged: {error}")
+            found[str(run)] = DamagedRecord(f"run {run} is damaged: {error}")
     return found
 
 

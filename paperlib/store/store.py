@@ -3,7 +3,6 @@
     STORE/records/IDENTITY.parquet, .npz   the records, see `records`
     STORE/failed/IDENTITY.json             why a run failed
     STORE/checkpoints/, claims/            unfinished runs, see `checkpoints` and `lease`
-    STORE/progress/IDENTITY                the number of epochs done of a run that is being trained
     STORE/data/                            decoded images
 
 The files of many runs in results/ are a second, read-only layer. A run that has no record in
@@ -18,8 +17,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from functools import cache, lru_cache
+from contextlib import suppress
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,9 @@ from paperlib.store.records import (
     parameters_left,
     write_whole,
 )
+
+# Parts of the configuration that are columns of `Store.runs`.
+PLAIN = ("data", "model", "width", "optimizer", "learning_rate", "epochs", "precision", "seed")
 
 
 class Mismatch(StoreError):
@@ -80,44 +82,34 @@ class Store:
         Every record is checked, its arrays too. Runs without a record are left out. If two
         configurations have one identity, as of two folders of one name, both are compared.
         """
-
-        @cache
-        def data_checksum(spec: str) -> str | None:
-            return provenance.data_checksum(spec, self.path / "data")
-
-        layer = self._layer()
-        found: dict[str, Entry | StoreError] = {}
+        checksum = cache(partial(provenance.known_checksum, root=self.path / "data"))
+        layer, found = self._layer(), dict[str, Entry | StoreError]()
         for item in runs:
             run = _identity(item)
-            entry = found.get(run) or self._find(run, layer)
+            entry = found.get(run)
+            try:
+                entry = entry or records.read(self._file(run)) or layer.get(run)
+            except DamagedRecord as error:
+                entry = layer.get(run, error)
             if isinstance(item, Config) and isinstance(entry, Entry):
                 try:
-                    now = {
-                        "data": data_checksum(item.data),
-                        "source": provenance.code_checksum(item),
-                    }
-                    entry = self._compared(entry, item, now) or entry
+                    now = {"data": checksum(item.data), "source": provenance.code_checksum(item)}
+                    self._compare(item, entry, now)
+                except Mismatch as error:
+                    entry = error
                 except ValueError as error:
-                    entry = self._mismatch(item, str(error))
+                    entry = Mismatch(f"the record of {item.title} is refused: {error}")
             if entry is not None:
                 found[run] = entry
         return found
 
-    def _find(self, run: str, layer: dict[str, Entry]) -> Entry | StoreError | None:
-        try:
-            return records.read(self._file(run)) or layer.get(run)
-        except DamagedRecord as error:
-            return layer.get(run, error)
-
-    def _compared(self, entry: Entry, config: Config, now: Mapping[str, Any]) -> Mismatch | None:
-        problem = provenance.difference(config, entry.content["provenance"], now)
-        return self._mismatch(config, problem) if problem else None
-
-    def _mismatch(self, config: Config, problem: str) -> Mismatch:
-        return Mismatch(
-            f"the record of {config.title} in {self.path} is refused: {problem}. Choose another "
-            "run folder with --runs, or remove the record"
-        )
+    def _compare(self, config: Config, entry: Entry, now: Mapping[str, Any]) -> None:
+        """Raise Mismatch unless a record is of the data and code of these checksums."""
+        if problem := provenance.difference(config, entry.content["provenance"], now):
+            raise Mismatch(
+                f"the record of {config.title} in {self.path} is refused: {problem}. Choose "
+                "another run folder with --runs, or remove the record"
+            )
 
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
         """Return the identities of those of `runs` that have a whole record. Raises Mismatch."""
@@ -167,17 +159,12 @@ class Store:
         if not entry.has_arrays:
             return None
         path = self._file(entry.run).with_suffix(".npz")
-        try:
+        with suppress(OSError, ValueError):
             return entry.check_arrays(path.read_bytes())
-        except (OSError, ValueError) as error:
-            problem = f"{path}: {error}"
-        for path in self._results():
-            if entry.run in _results_file(path, *_stamp(path)):
-                try:
-                    return records.read_arrays(path, entry)
-                except UNREADABLE as error:
-                    problem = f"{path}: {error}"
-        raise DamagedRecord(problem)
+        for file in self._results():
+            with suppress(*UNREADABLE):
+                return records.read_arrays(file, entry)
+        raise DamagedRecord(f"{path} is damaged or missing, and {self.results} has no other")
 
     def own(self) -> list[str]:
         """Return the runs with a record in the store itself, damaged ones too."""
@@ -226,10 +213,8 @@ class Store:
         entry, arrays = records.serialized(record)
         there = self.find([record.run]).get(record.run)
         if isinstance(there, Entry):
-            mismatch = self._compared(there, record.config, record.provenance)
-            if mismatch is not None:
-                raise mismatch
-            if _worth(entry) < _worth(there):
+            self._compare(record.config, there, record.provenance)
+            if entry.worth < there.worth:
                 raise StoreError(f"a better record of run {record.run} is in {self.path} already")
         self.put(entry, arrays)
 
@@ -247,14 +232,15 @@ class Store:
         """
         ours = self.find([entry.run]).get(entry.run)
         if not isinstance(ours, Entry):
-            self.put(entry, arrays)
-            return "new" if ours is None else "mended"
-        if entry.count == ours.count and not entry.same_numbers(ours):
+            outcome = "new" if ours is None else "mended"
+        elif entry.count == ours.count and not entry.same_numbers(ours):
             return "different"
-        if _worth(entry) > _worth(ours):
-            self.put(entry, arrays)
-            return "better"
-        return "same" if entry.count == ours.count else "shorter"
+        elif entry.worth > ours.worth:
+            outcome = "better"
+        else:
+            return "same" if entry.count == ours.count else "shorter"
+        self.put(entry, arrays)
+        return outcome
 
     # Failures
 
@@ -292,7 +278,8 @@ class Store:
         """Return all whole records of the layer below; of two of one run the last file's."""
         layer: dict[str, Entry] = {}
         for path in self._results():
-            layer |= _results_file(path, *_stamp(path))
+            state = path.stat()
+            layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return layer
 
 
@@ -310,11 +297,6 @@ def _results_file(path: Path, size: int, modified: int, changed: int) -> dict[st
     return {run: entry for run, entry in found.items() if isinstance(entry, Entry)}
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
-
-
 class _LeftOut(dict):
     """The arrays of a run that was exported without them: a request for one says so."""
 
@@ -330,32 +312,20 @@ def _identity(run: str | Config) -> str:
     return run if isinstance(run, str) else run.identity
 
 
-def _worth(entry: Entry) -> tuple[int, bool]:
-    return entry.count, entry.has_arrays
-
-
-def by_identity(
-    configs: Iterable[Config], root: str | os.PathLike | None = None
-) -> dict[str, Config]:
+def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
     """Return configurations by identity; equal runs appear once.
 
-    Args:
-        configs: The configurations.
-        root: The data folder.
-
     Raises:
-        StoreError: Two configurations of one identity name folders of images that differ.
+        StoreError: Two configurations of one identity name different folders of images.
     """
     known: dict[str, Config] = {}
     for config in configs:
         first = known.setdefault(config.identity, config)
         if first.data != config.data:
-            one, other = (provenance.known_checksum(c.data, root) for c in (first, config))
-            if one is None or one != other:
-                raise StoreError(
-                    f"{first.data!r} and {config.data!r} hold different images, and a run is known "
-                    "by the last part of the path only: rename one of them"
-                )
+            raise StoreError(
+                f"a run is known by the last part of the path of its images: rename one of "
+                f"{first.data!r} and {config.data!r}"
+            )
     return known
 
 
@@ -375,14 +345,12 @@ def runs_frame(entries: Iterable[Entry], epochs: pd.DataFrame) -> pd.DataFrame:
     entries = list(entries)
     if not entries:
         return pd.DataFrame({"run": []})
-    plain = ("data", "model", "width", "optimizer", "learning_rate", "epochs", "precision", "seed")
-    default = {field.name: field.default for field in fields(Config) if field.name in plain}
     rows = []
     for entry in entries:
         config, about = entry.content["config"], entry.content["provenance"]
         rows.append(
             {"run": entry.run}
-            | {name: config.get(name, default[name]) for name in plain}
+            | {name: config.get(name, getattr(Config, name)) for name in PLAIN}
             | {"device": about.get("device"), "parameters": parameters_left(about)}
         )
     about = pd.DataFrame(rows)

@@ -100,7 +100,7 @@ def test_one_that_wants_to_be_alone_comes_last():
 )
 def test_devices(monkeypatch, asked, jobs, per_device, gpus, expected):
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
-    assert workers.devices(asked, jobs, per_device, cores=5) == expected
+    assert workers.devices(asked, jobs, per_device, 5, 9) == expected
 
 
 @pytest.mark.parametrize(

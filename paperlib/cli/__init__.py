@@ -1,27 +1,16 @@
 """The command line: `paperlib`, or `python -m paperlib`. Nothing but arguments."""
 
 import json
-import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
 
 from paperlib import __version__, claims, experiments, overview, runs, sweep
-from paperlib.cli.options import (
-    EXECUTION,
-    FAILED,
-    JSON,
-    STORE,
-    Asked,
-    Names,
-    execution,
-    of_figures,
-    options,
-)
+from paperlib.cli import options
+from paperlib.cli.options import EXECUTION, FAILED, JSON, STORE, Asked, Names, of_figures
 from paperlib.cli.records import runs_group
 from paperlib.config import Config
 from paperlib.experiments import Scale
@@ -42,7 +31,7 @@ def cli(settings: dict[str, bool], verbose: bool) -> None:
 
 @cli.command("figures")
 @of_figures(None, "small where all runs are there, else demo")
-@options(*EXECUTION)
+@options.given(*EXECUTION)
 @click.option("--fresh", is_flag=True, help="train all runs, without looking into results/")
 def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, **how: Any) -> None:
     """Draw figures (all, or NAME ...) into figures/PROFILE: missing runs, then notebooks.
@@ -62,7 +51,7 @@ def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, 
         for name in names or experiments.FIGURES
     }
     failed, left = "", []
-    with execution(**how) as given:
+    with options.execution(**how) as given:
         try:
             sweep.execute(_queue(scales), store, **given)
         except sweep.SweepError as error:
@@ -93,11 +82,11 @@ def _queue(scales: dict[str, Scale]) -> list[Config]:
 
 @cli.command("sweep")
 @of_figures("small")
-@options(*EXECUTION)
+@options.given(*EXECUTION)
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
     """Do the runs of figures (NAME ... in that order, or all by worth), without the notebooks."""
     configs = experiments.queue(Scale(**asked), names)
-    with execution(**how) as given:
+    with options.execution(**how) as given:
         done = sweep.execute(configs, store, **given)
     left = len(sweep.missing(configs, store)) if how["minutes"] else 0
     told = f", {left} left" if left else ""
@@ -163,26 +152,6 @@ def claims_command(
         shown += ["p", "sign_flip", "holm", "power"]
         click.echo()
         click.echo(frame[shown].to_string(index=False, float_format="{:.3g}".format, na_rep=""))
-
-
-@cli.command("notebooks")
-@click.argument("paths", nargs=-1, metavar="[FILE]...", type=click.Path(exists=True))
-@click.option("--write", is_flag=True, help="write them back; otherwise tell which would change")
-@STORE
-def notebooks_command(paths: tuple[str, ...], write: bool, store: str | None) -> None:
-    """Execute notebooks (all, or FILE ...) from the records, and write them with their outputs.
-
-    The same versions and records give the same bytes.
-    """
-    from paperlib.sweep import notebooks
-
-    if store:
-        os.environ["PAPERLIB_RUNS"] = str(Path(store).absolute())
-    found = [Path(path) for path in paths] or sorted(notebooks.notebooks_path().rglob("*.ipynb"))
-    frame = notebooks.rewrite([p for p in found if ".ipynb_checkpoints" not in p.parts], write)
-    click.echo(frame.fillna({"error": ""}).to_string(index=False))
-    if frame.error.notna().any() or (frame.changed.any() and not write):
-        raise SystemExit(FAILED)
 
 
 @cli.command("data")

@@ -30,7 +30,7 @@ EXECUTION = (
 )
 
 
-def options(*options: Callable) -> Callable:
+def given(*options: Callable) -> Callable:
     """Decorate a command with options, in this order."""
 
     def decorate(command: Callable) -> Callable:
@@ -66,7 +66,7 @@ def of_figures(profile: str | None, shown: bool | str = True) -> Callable:
             asked = {name: rest.pop(name) for name in Scale.__dataclass_fields__}
             command(asked=asked, store=runs.Store(store), **rest)
 
-        return options(*decorators)(wrapped)
+        return given(*decorators)(wrapped)
 
     return decorate
 

@@ -72,13 +72,12 @@ def export(
     entries = [entry.portable(arrays) for entry in store.entries(runs)]
     if not entries:
         raise StoreError(f"there are no runs to export in {store.path}")
-    sink = io.BytesIO()
-    records.write_many(sink, entries, store.arrays if arrays else None)
-    found = records.read_many(io.BytesIO(sink.getvalue()))
-    if problems := [str(error) for error in found.values() if isinstance(error, StoreError)]:
-        raise StoreError(f"cannot export: {problems[0]}")
-    write_whole(Path(file).expanduser(), sink.getvalue())
-    return len(found)
+    content = records.packed(entries, store.arrays if arrays else None)
+    for error in records.read_many(io.BytesIO(content)).values():
+        if isinstance(error, StoreError):
+            raise StoreError(f"cannot export: {error}")
+    write_whole(Path(file).expanduser(), content)
+    return len(entries)
 
 
 def merge(store: Store, source: Path) -> pd.DataFrame:
@@ -92,24 +91,18 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
         StoreError: `source` is neither.
     """
     source = Path(source).expanduser()
-    other = Store(source, source / "no results")
-    if source.is_dir():
-        found = other.find(other.own())
-        if not found:
-            raise StoreError(f"{source} is no run store, or an empty one")
-    else:
-        try:
-            found = records.read_many(source)
-        except UNREADABLE as error:
-            raise StoreError(f"cannot import {source}: {error}") from error
+    path, results = (source, None) if source.is_dir() else (source.parent / "no runs", source)
+    other = Store(path, results or source / "no results")
+    found = other.find(other.identities())
+    if not found:
+        raise StoreError(f"{source} is no run store or file of runs, or an empty one")
     rows = []
     for run, entry in sorted(found.items()):
         try:
             if not isinstance(entry, Entry):
                 raise entry
-            arrays = other.arrays(entry) if source.is_dir() else records.read_arrays(source, entry)
-            outcome = store.add(entry, arrays)
-        except (*UNREADABLE, DamagedRecord) as error:
+            outcome = store.add(entry, other.arrays(entry))
+        except DamagedRecord as error:
             outcome = f"damaged: {error}"
         rows.append({"run": run, "outcome": outcome})
     return pd.DataFrame(rows)

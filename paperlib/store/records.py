@@ -111,11 +111,6 @@ class Entry:
         """Whether arrays belong to it and were not left out."""
         return self.content.get("arrays") is not None
 
-    @property
-    def worth(self) -> tuple[int, bool]:
-        """Larger for the better one of two records of a run."""
-        return self.count, self.has_arrays
-
     def check(self) -> None:
         """Raise ValueError if numbers, provenance or configuration are not the original ones."""
         if (held := from_dict(self.content["config"]).identity) != self.run:
@@ -146,14 +141,9 @@ class Entry:
 
     def same_numbers(self, other: "Entry") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
-        if (
-            self.has_arrays
-            and other.has_arrays
-            and self.content["arrays"] != other.content["arrays"]
-        ):
-            return False
-        mine, others = (entry.columns | {"seconds": np.empty(0)} for entry in (self, other))
-        return digest(mine) == digest(others)
+        arrays = {entry.content["arrays"] for entry in (self, other) if entry.has_arrays}
+        numbers = {digest(e.columns | {"seconds": np.empty(0)}) for e in (self, other)}
+        return len(arrays) < 2 and len(numbers) == 1
 
 
 def digest(columns: Mapping[str, np.ndarray]) -> str:
@@ -245,13 +235,10 @@ def write_whole(path: Path, content: bytes) -> None:
 # Many runs
 
 
-def write_many(
-    file: Any, entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None] | None
-) -> None:
-    """Write runs to one file.
+def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None] | None) -> bytes:
+    """Return the content of one file of many runs.
 
     Args:
-        file: A path or an open file.
         entries: The runs. A column whose type differs between runs gets one that holds both.
         arrays: Gives a run's npz file; None leaves all out.
     """
@@ -265,8 +252,9 @@ def write_many(
             "arrays": pa.array([arrays(entry) if arrays else None, *rest], pa.binary()),
         }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
-    table = pa.concat_tables(tables, promote_options="permissive")
-    pq.write_table(table, file, compression="zstd", row_group_size=ROW_GROUP if arrays else None)
+    table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP if arrays else None)
+    return sink.getvalue()
 
 
 def read_many(file: Any) -> dict[str, Entry | StoreError]:
@@ -277,8 +265,8 @@ def read_many(file: Any) -> dict[str, Entry | StoreError]:
     """
     parquet = pq.ParquetFile(file)
     names = [name for name in parquet.schema_arrow.names if name != "arrays"]
-    if missing := [name for name in ("run", "about", "columns") if name not in names]:
-        raise ValueError(f"it has no column {missing[0]}: not a file of runs")
+    if not {"run", "about", "columns"} <= set(names):
+        raise ValueError("it has no columns run, about and columns: not a file of runs")
     found: dict[str, Entry | StoreError] = {}
     for run, rows in parquet.read(columns=names).to_pandas().groupby("run"):
         try:

@@ -16,11 +16,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +55,8 @@ class Store:
 
     Args:
         path: The folder; None is PAPERLIB_RUNS, or `runs` in the checkout.
-        results: The folder of the read-only layer; None is PAPERLIB_RESULTS, or `results`.
+        results: The read-only layer: a file of many runs, or a folder of such files; None is
+            PAPERLIB_RESULTS, or `results`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Store:
         Every record is checked, its arrays too. Runs without a record are left out. If two
         configurations have one identity, as of two folders of one name, both are compared.
         """
-        checksum = cache(partial(provenance.known_checksum, root=self.path / "data"))
+        checksum = cache(lambda spec: provenance.known_checksum(spec, self.path / "data"))
         layer, found = self._layer(), dict[str, Entry | StoreError]()
         for item in runs:
             run = _identity(item)
@@ -94,22 +94,17 @@ class Store:
             if isinstance(item, Config) and isinstance(entry, Entry):
                 try:
                     now = {"data": checksum(item.data), "source": provenance.code_checksum(item)}
-                    self._compare(item, entry, now)
-                except Mismatch as error:
-                    entry = error
+                    problem = provenance.difference(item, entry.content["provenance"], now)
                 except ValueError as error:
-                    entry = Mismatch(f"the record of {item.title} is refused: {error}")
+                    problem = str(error)
+                if problem:
+                    entry = Mismatch(
+                        f"the record of {item.title} in {self.path} is refused: {problem}. Choose "
+                        "another run folder with --runs, or remove the record"
+                    )
             if entry is not None:
                 found[run] = entry
         return found
-
-    def _compare(self, config: Config, entry: Entry, now: Mapping[str, Any]) -> None:
-        """Raise Mismatch unless a record is of the data and code of these checksums."""
-        if problem := provenance.difference(config, entry.content["provenance"], now):
-            raise Mismatch(
-                f"the record of {config.title} in {self.path} is refused: {problem}. Choose "
-                "another run folder with --runs, or remove the record"
-            )
 
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
         """Return the identities of those of `runs` that have a whole record. Raises Mismatch."""
@@ -206,17 +201,9 @@ class Store:
         """Write a record, whole or not at all. A note of the run's earlier failure is removed.
 
         Raises:
-            StoreError: It cannot be written, or a better record of the run is there: one of more
-                epochs, or with arrays that this one lacks.
-            Mismatch: A record of other data or code is there.
+            StoreError: It cannot be written.
         """
-        entry, arrays = records.serialized(record)
-        there = self.find([record.run]).get(record.run)
-        if isinstance(there, Entry):
-            self._compare(record.config, there, record.provenance)
-            if entry.worth < there.worth:
-                raise StoreError(f"a better record of run {record.run} is in {self.path} already")
-        self.put(entry, arrays)
+        self.put(*records.serialized(record))
 
     def put(self, entry: Entry, arrays: bytes | None) -> None:
         """Write a record's files in place of those that are there. Raises StoreError."""
@@ -227,20 +214,16 @@ class Store:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
-            The outcome: "new", "mended" (ours was damaged), "better" (ours was shorter, or lacked
-            its arrays), "same", "shorter", or "different" (it has other numbers than ours).
+            The outcome: "new", "mended" (ours was damaged), "better" (ours lacked its arrays),
+            "same", or "different" (it has other numbers than ours, which stay).
         """
         ours = self.find([entry.run]).get(entry.run)
-        if not isinstance(ours, Entry):
-            outcome = "new" if ours is None else "mended"
-        elif entry.count == ours.count and not entry.same_numbers(ours):
+        if isinstance(ours, Entry) and not entry.same_numbers(ours):
             return "different"
-        elif entry.worth > ours.worth:
-            outcome = "better"
-        else:
-            return "same" if entry.count == ours.count else "shorter"
+        if isinstance(ours, Entry) and entry.has_arrays <= ours.has_arrays:
+            return "same"
         self.put(entry, arrays)
-        return outcome
+        return "better" if isinstance(ours, Entry) else "mended" if ours else "new"
 
     # Failures
 
@@ -272,11 +255,13 @@ class Store:
         return self.path / "failed" / f"{run}.json"
 
     def _results(self) -> list[Path]:
-        return [] if self.results is None else sorted(self.results.glob("*.parquet"))
+        if self.results is None or self.results.is_file():
+            return [self.results] if self.results else []
+        return sorted(self.results.glob("*.parquet"))
 
-    def _layer(self) -> dict[str, Entry]:
-        """Return all whole records of the layer below; of two of one run the last file's."""
-        layer: dict[str, Entry] = {}
+    def _layer(self) -> dict[str, Entry | StoreError]:
+        """Return the records of the layer below, as `find`; of two of one run the last file's."""
+        layer: dict[str, Entry | StoreError] = {}
         for path in self._results():
             state = path.stat()
             layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
@@ -284,17 +269,13 @@ class Store:
 
 
 @lru_cache(maxsize=32)
-def _results_file(path: Path, size: int, modified: int, changed: int) -> dict[str, Entry]:
-    """Read a file of results once a process, for as long as it does not change."""
+def _results_file(path: Path, *state: int) -> dict[str, Entry | StoreError]:
+    """Read a file of results once a process, for as long as its size and times are these."""
     try:
-        found = records.read_many(path)
+        return records.read_many(path)
     except UNREADABLE as error:
         warnings.warn(f"{path} cannot be read and is left out: {error}", stacklevel=2)
         return {}
-    for problem in found.values():
-        if isinstance(problem, DamagedRecord):
-            warnings.warn(f"{path}: {problem}; it is left out", stacklevel=2)
-    return {run: entry for run, entry in found.items() if isinstance(entry, Entry)}
 
 
 class _LeftOut(dict):

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
-
-LEAVE_SECONDS = 3.0  # that a client has to leave a cluster
-CLOSE_SECONDS = 15.0  # and a cluster of ours to close
+from contextlib import contextmanager
+from typing import Any
 
 
 class ClusterError(RuntimeError):
@@ -32,26 +30,17 @@ def connected(address: str, gpu: bool = False) -> Iterator[Executor]:
     if not processes and kind not in ("tcp", "tls"):
         raise ValueError(f"a cluster is tcp://HOST:PORT or local:N, got {address!r}")
     try:
-        import dask
         import distributed
     except ImportError as error:
         hint = "pip install 'distributed>=2024.8'"
         raise ClusterError(f"--cluster needs Dask, which is not installed: {hint}") from error
     resources = {"resources": {"GPU": 1}} if gpu else {}
-    cluster = None
+    options: dict[str, Any] = {"address": address, "timeout": "10s"}
+    if processes:
+        options = {"n_workers": processes, "threads_per_worker": 1, "silence_logs": 50, **resources}
     try:
-        with dask.config.set({"distributed.comm.timeouts.connect": "10s"}):
-            if processes:
-                options = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": 50}
-                cluster = distributed.LocalCluster(n_workers=processes, **options, **resources)
-            client = distributed.Client(cluster or address)
+        client = distributed.Client(**options)
     except (OSError, TimeoutError) as error:
         raise ClusterError(f"no cluster answers at {address}: {error}") from error
-    try:
+    with client:
         yield client.get_executor(pure=False, **resources)
-    finally:
-        with suppress(TimeoutError, OSError):
-            client.close(timeout=LEAVE_SECONDS)
-        if cluster is not None:
-            with suppress(TimeoutError, OSError):
-                cluster.close(timeout=CLOSE_SECONDS)

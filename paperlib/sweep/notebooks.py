@@ -1,10 +1,9 @@
-"""Notebooks in batch: figures by papermill, and notebooks written back with their outputs."""
+"""Notebooks in batch, by papermill."""
 
 import os
-import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
@@ -21,11 +20,7 @@ from paperlib import plans
 from paperlib.runs import Store, figures_path
 
 PARALLEL = 2  # two notebooks keep two cores busy
-CELL_SECONDS = 3600
 OVERVIEWS = ("index", "claims")  # notebooks about all figures, without runs of their own
-# Numbers of the display that differ from one execution to the next.
-STYLER = re.compile(r"\bT_([0-9a-f]{5})(?=[_\"' ])")
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class ThisKernel(AsyncKernelManager):
@@ -84,14 +79,14 @@ def _executed(scales: Mapping[str, plans.Scale]) -> list[dict[str, Any]]:
         out = figures_path() / scale.profile / "notebooks" / f"{notebook}.ipynb"
         path = notebooks_path() / f"{notebook}.ipynb"
         jobs[notebook] = partial(execute, path, out, asdict(scale))
-    done = _in_parallel(jobs)
+    done = in_parallel(jobs)
     return [
         {"figures": notebook, "profile": scale.profile, **done[notebook]}
         for notebook, scale in scales.items()
     ]
 
 
-def _in_parallel(jobs: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def in_parallel(jobs: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Return the result of each job by name. The kernels are processes of their own."""
     with ThreadPoolExecutor(PARALLEL) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
@@ -115,77 +110,3 @@ def execute(notebook: Path, out: Path, parameters: dict[str, object]) -> dict[st
     except RuntimeError as failure:
         error = f"the kernel died: {failure}"
     return {"seconds": time.perf_counter() - start, "file": str(out), "error": error}
-
-
-def rewrite(paths: Iterable[Path], write: bool) -> pd.DataFrame:
-    """Execute notebooks as they are, and write them back with their outputs.
-
-    The same versions give the same bytes: timings, addresses and random names are left out.
-
-    Args:
-        paths: of the notebooks.
-        write: otherwise nothing is written.
-
-    Returns:
-        One row a notebook: file, changed (whether its bytes change) and error (or None).
-    """
-    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # no dates in the figures' files
-    done = _in_parallel({str(path): partial(_rewrite, path, write) for path in paths})
-    rows = [{"file": path, **result} for path, result in done.items()]
-    return pd.DataFrame(rows, columns=["file", "changed", "error"])
-
-
-def _rewrite(path: Path, write: bool) -> dict[str, object]:
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    before = path.read_text(encoding="utf-8")
-    notebook = nbformat.reads(before, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=CELL_SECONDS,
-        kernel_manager_class=ThisKernel,
-        resources={"metadata": {"path": str(path.parent)}},
-        store_widget_state=False,
-    )
-    try:
-        client.execute()
-    except CellExecutionError as failure:
-        return {"changed": False, "error": f"{failure.ename}: {failure.evalue}"}
-    except RuntimeError as failure:
-        return {"changed": False, "error": f"the kernel died: {failure}"}
-    after = nbformat.writes(cleaned(notebook), version=4) + "\n"
-    if write and after != before:
-        path.write_text(after, encoding="utf-8")
-    return {"changed": after != before, "error": None}
-
-
-def cleaned(notebook: Any) -> Any:
-    """Return an executed notebook without all that differs from one execution to the next.
-
-    Left out are stderr, timings, widgets' states, the kernel's version and addresses; random names
-    in pandas' tables are numbered.
-    """
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata["language_info"] = type(notebook)(name="python")
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            names: dict[str, str] = {}
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-            for output in cell.outputs:
-                if "text" in output:
-                    output["text"] = _plain(output["text"], cell.id, names)
-                for kind, content in output.get("data", {}).items():
-                    if isinstance(content, str) and not kind.startswith("image/"):
-                        output["data"][kind] = _plain(content, cell.id, names)
-    return notebook
-
-
-def _plain(text: str, cell: str, names: dict[str, str]) -> str:
-    """Return a text without addresses; random names are numbered, and kept in `names`."""
-    return STYLER.sub(
-        lambda match: names.setdefault(match[0], f"T_{cell}_{len(names) + 1}"),
-        ADDRESS.sub("", text),
-    )

@@ -52,12 +52,9 @@ def show_command(run: str, as_json: bool, store: str | None) -> None:
 @runs_group.command("export")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @of_figures(None)
-@click.option("--no-arrays", is_flag=True, help="leave out what was measured in runs")
-def export_command(
-    file: Path, names: Names, asked: Asked, store: runs.Store, no_arrays: bool
-) -> None:
+def export_command(file: Path, names: Names, asked: Asked, store: runs.Store) -> None:
     """Write runs, all or those of figures or a profile, to one Parquet FILE, as results/ holds."""
-    count = archive.export(store, file, _chosen(store, names, asked), not no_arrays)
+    count = archive.export(store, file, _chosen(store, names, asked))
     click.echo(f"{count} runs in {file}, {_megabytes([file])}")
 
 

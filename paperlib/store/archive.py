@@ -55,9 +55,7 @@ def describe(store: Store, start: str) -> dict:
     return {"run": run, "title": title, **entry.content, "rows": rows}
 
 
-def export(
-    store: Store, file: Path, runs: Iterable[str | Config] | None = None, arrays: bool = True
-) -> int:
+def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None) -> int:
     """Write runs to one Parquet file, and read it again to check it.
 
     The file keeps only the last part of a path to images, as identities do.
@@ -69,10 +67,10 @@ def export(
         KeyError, DamagedRecord, Mismatch: As `Store.read`.
         StoreError: There are no runs, or the file cannot be written.
     """
-    entries = [entry.portable(arrays) for entry in store.entries(runs)]
+    entries = [entry.portable() for entry in store.entries(runs)]
     if not entries:
         raise StoreError(f"there are no runs to export in {store.path}")
-    content = records.packed(entries, store.arrays if arrays else None)
+    content = records.packed(entries, store.arrays)
     for error in records.read_many(io.BytesIO(content)).values():
         if isinstance(error, StoreError):
             raise StoreError(f"cannot export: {error}")

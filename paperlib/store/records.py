@@ -83,7 +83,7 @@ class Entry:
     Attributes:
         run: The run's identity.
         about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
-            provenance, and `arrays` of the npz file; `arrays` is null where that was left out.
+            provenance, and `arrays` of the npz file, if there is one.
         columns: One number an epoch, by name.
     """
 
@@ -108,7 +108,7 @@ class Entry:
 
     @property
     def has_arrays(self) -> bool:
-        """Whether arrays belong to it and were not left out."""
+        """Whether arrays belong to it."""
         return self.content.get("arrays") is not None
 
     def check(self) -> None:
@@ -127,23 +127,18 @@ class Entry:
             raise ValueError(f"the arrays of run {self.run} do not match their checksum")
         return content
 
-    def portable(self, arrays: bool) -> "Entry":
-        """Return the same record with only the last part of a path to images.
-
-        Args:
-            arrays: False notes that its arrays were left out.
-        """
+    def portable(self) -> "Entry":
+        """Return the same record with only the last part of a path to images."""
         config = to_dict(from_dict(self.content["config"]).portable)
-        about = self.content | {"config": config}
-        if self.has_arrays and not arrays:
-            about |= {"arrays": None}
-        return Entry(self.run, json.dumps(about), self.columns)
+        return Entry(self.run, json.dumps(self.content | {"config": config}), self.columns)
 
     def same_numbers(self, other: "Entry") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
-        arrays = {entry.content["arrays"] for entry in (self, other) if entry.has_arrays}
-        numbers = {digest(e.columns | {"seconds": np.empty(0)}) for e in (self, other)}
-        return len(arrays) < 2 and len(numbers) == 1
+        mine, others = (
+            (digest(entry.columns | {"seconds": np.empty(0)}), entry.content.get("arrays"))
+            for entry in (self, other)
+        )
+        return mine == others
 
 
 def digest(columns: Mapping[str, np.ndarray]) -> str:
@@ -235,12 +230,12 @@ def write_whole(path: Path, content: bytes) -> None:
 # Many runs
 
 
-def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None] | None) -> bytes:
+def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None]) -> bytes:
     """Return the content of one file of many runs.
 
     Args:
         entries: The runs. A column whose type differs between runs gets one that holds both.
-        arrays: Gives a run's npz file; None leaves all out.
+        arrays: Gives a run's npz file.
     """
     tables = []
     for entry in sorted(entries, key=lambda entry: entry.run):
@@ -249,11 +244,11 @@ def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None] | N
         heads = {
             "about": pa.array([entry.about, *rest], pa.string()),
             "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
-            "arrays": pa.array([arrays(entry) if arrays else None, *rest], pa.binary()),
+            "arrays": pa.array([arrays(entry), *rest], pa.binary()),
         }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
     table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP if arrays else None)
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     return sink.getvalue()
 
 

@@ -140,8 +140,6 @@ class Store:
         if content is not None:
             with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 arrays = dict(stored)
-        elif "arrays" in entry.content:
-            arrays = _LeftOut(entry.run)
         config = from_dict(entry.content["config"])
         return RunRecord(config, entry.epochs, arrays, entry.content["provenance"])
 
@@ -191,9 +189,7 @@ class Store:
         """Raise StoreError if records cannot be written here."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path) as file:
-                file.write(bytes(4096))
-                file.flush()
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise StoreError(f"cannot write to the run store {self.path}: {error}") from error
 
@@ -214,16 +210,14 @@ class Store:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
-            The outcome: "new", "mended" (ours was damaged), "better" (ours lacked its arrays),
-            "same", or "different" (it has other numbers than ours, which stay).
+            The outcome: "new", "mended" (ours was damaged), "same", or
+             "different" (it has other numbers than ours, which stay).
         """
         ours = self.find([entry.run]).get(entry.run)
-        if isinstance(ours, Entry) and not entry.same_numbers(ours):
-            return "different"
-        if isinstance(ours, Entry) and entry.has_arrays <= ours.has_arrays:
-            return "same"
+        if isinstance(ours, Entry):
+            return "same" if entry.same_numbers(ours) else "different"
         self.put(entry, arrays)
-        return "better" if isinstance(ours, Entry) else "mended" if ours else "new"
+        return "mended" if ours else "new"
 
     # Failures
 
@@ -276,17 +270,6 @@ def _results_file(path: Path, *state: int) -> dict[str, Entry | StoreError]:
     except UNREADABLE as error:
         warnings.warn(f"{path} cannot be read and is left out: {error}", stacklevel=2)
         return {}
-
-
-class _LeftOut(dict):
-    """The arrays of a run that was exported without them: a request for one says so."""
-
-    def __init__(self, run: str) -> None:
-        super().__init__()
-        self.run = run
-
-    def __missing__(self, name: str) -> np.ndarray:
-        raise StoreError(f"the arrays of run {self.run} were left out when it was exported")
 
 
 def _identity(run: str | Config) -> str:

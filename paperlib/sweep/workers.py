@@ -166,12 +166,7 @@ def is_death(error: BaseException) -> bool:
 
 
 def default_jobs() -> int:
-    """Return PAPERLIB_JOBS, or one process a core this process may use."""
-    given = os.environ.get("PAPERLIB_JOBS", "")
-    if given and not (given.isascii() and given.isdigit() and int(given) > 0):
-        raise ValueError(f"PAPERLIB_JOBS must be a positive number, got {given!r}")
-    if given:
-        return int(given)
+    """Return one process a core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

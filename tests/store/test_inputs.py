@@ -40,14 +40,8 @@ def checksums(config: Config) -> dict[str, str | None]:
 
 def refused(store: Store, config: Config, named: str) -> bool:
     """Whether no way of taking a record for a configuration gives it; the error names `named`."""
-    for take in (
-        store.read,
-        store.__contains__,
-        lambda config: store.whole([config]),
-        lambda config: store.frames([config]),
-        lambda config: store.epochs([config]),
-        lambda config: archive.export(store, store.path / "x.parquet", [config]),
-    ):
+    uses = (store.read, store.__contains__, lambda c: store.whole([c]), lambda c: store.runs([c]))
+    for take in (*uses, lambda c: archive.export(store, store.path / "x.parquet", [c])):
         with pytest.raises(Mismatch) as error:
             take(config)
         assert named in str(error.value)
@@ -65,13 +59,11 @@ def test_folders_of_one_name(store, tmp_path):
     assert same(store.read(mine.identity), original)  # by its name it is just that record
     with pytest.raises(Mismatch):
         store.whole([mine, other])
-    with pytest.raises(Mismatch):
-        store.write(record(other, **checksums(other)))
     with pytest.raises(StoreError, match="photos"):
         by_identity([mine, other])
+    assert list(by_identity([mine, mine])) == [mine.identity]
     copy = photos(tmp_path / "copy" / "photos", 50)  # elsewhere, and the same images
     assert same(store.read(copy), original)
-    assert list(by_identity([mine, copy, mine])) == [mine.identity]
 
 
 @pytest.mark.parametrize("change", ["content", "added", "removed", "renamed", "class"])
@@ -117,7 +109,7 @@ def test_a_path_that_ends_alike(path, store, tmp_path, monkeypatch):
     store.write(record(config, **checksums(config)))
     alike = config.with_(data=f"images:{path}")
     assert alike.identity == config.identity
-    assert refused(store, alike, "no images at")
+    assert refused(store, alike, "photos")
     (tmp_path / "a" / "photos").rename(tmp_path / "photos")
     if path == "photos":
         assert alike in store
@@ -193,19 +185,3 @@ for value in (1, 2, 1):
     first, second, again = subprocess.run(run, capture_output=True, text=True).stdout.split()
     assert first == again == hashlib.sha256(b"def f(conv):\n    return 1\n").hexdigest()
     assert second == hashlib.sha256(b"def f(conv):\n    return 2\n").hexdigest()
-
-
-def test_a_known_checksum_needs_no_torch(store, tmp_path):
-    config = photos(tmp_path / "photos", 50)
-    store.write(record(config, data=provenance.known_checksum(config.data, store.path / "data")))
-    code = f"""
-import sys
-from paperlib.config import Config
-from paperlib.runs import Store
-from tests.store.helpers import PRUNED
-store = Store({str(store.path)!r})
-assert PRUNED.with_(data={config.data!r}) in store
-assert "torch" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

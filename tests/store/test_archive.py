@@ -80,15 +80,6 @@ def test_damaged_results_are_named(below):
         assert RUN not in below
 
 
-def test_an_exported_file_is_a_tidy_frame(below):
-    frame = pd.read_parquet(below.results / "all.parquet")
-    for seed in range(3):
-        config = PRUNED.with_(seed=seed)
-        mine = frame[frame.run == config.identity]
-        assert mine.post.tolist() == record(config).epochs.post.tolist()
-        assert json.loads(mine.about.dropna().item())["config"].get("seed", 0) == seed
-
-
 def test_columns_that_differ_between_runs(tmp_path):
     store, configs = Store(tmp_path / "a", tmp_path), [PRUNED.with_(seed=seed) for seed in range(4)]
     for config, kind in zip(configs, (np.int32, np.float32, bool, None), strict=True):

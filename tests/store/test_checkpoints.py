@@ -1,8 +1,6 @@
 """Checkpoints: a run that was stopped ends with the numbers of one that never was."""
 
-import os
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -245,31 +243,6 @@ def test_ten_kills_at_random_moments(tmp_path):
     assert not list((store.path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_killed_while_writing_a_checkpoint(function, store):
-    code = f"""
-import os, signal
-from paperlib import training
-from paperlib.store import checkpoints
-from paperlib.runs import Store
-from tests.store.test_checkpoints import VGG
-checkpoints.SECONDS, checkpoints.SHARE = 0.0, float("inf")
-real, calls = os.{function}, []
-def third(*arguments):
-    calls.append(arguments)
-    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 else real(*arguments)
-os.{function} = third
-import torch
-torch.set_num_threads(1)
-training.run(VGG, Store({str(store.path)!r}), "cpu")
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert checkpoints.progress(store.path, VGG.identity) == 2
-    assert len(list((store.path / "checkpoints").iterdir())) == 2
-    assert same(run(VGG, store, "cpu"), run(VGG, None, "cpu"))
-    assert not list((store.path / "checkpoints").iterdir())
-
-
 def test_killed_between_record_and_removal(store, always, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "discard", lambda *arguments: None)
@@ -439,10 +412,3 @@ assert "torch" not in sys.modules
     assert tensors["row.train_loss"].dtype == np.float64
     assert tensors["row.epoch"].tolist() == [0, 1, 2]
     assert tensors["pruner.passes"] == 3 * 4  # of training, none for the histograms before it
-
-
-def test_a_signal_is_not_caught(store, always, monkeypatch):
-    """Ctrl-C while a checkpoint is written stops the run."""
-    monkeypatch.setattr(checkpoints, "write_whole", lambda *a: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        run(VGG, store, "cpu")

@@ -101,20 +101,6 @@ def test_a_path_without_the_images(instead, store, tmp_path):
     assert refused(store, config, str(folder))
 
 
-@pytest.mark.parametrize("path", ["/nowhere/photos", "photos", "~/photos"])
-def test_a_path_that_ends_alike(path, store, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    config = photos(tmp_path / "a" / "photos", 50)
-    store.write(record(config, **checksums(config)))
-    alike = config.with_(data=f"images:{path}")
-    assert alike.identity == config.identity
-    assert refused(store, alike, "photos")
-    (tmp_path / "a" / "photos").rename(tmp_path / "photos")
-    if path == "photos":
-        assert alike in store
-
-
 def test_named_data_need_no_images(store):
     configs = [PRUNED.with_(seed=seed) for seed in range(3)]
     for config, data in zip(configs, (CIFAR10, None, "0" * 32), strict=True):
@@ -155,21 +141,6 @@ def test_records_that_were_imported(store, tmp_path):
     mine = Store(tmp_path / "mine")
     archive.merge(mine, tmp_path / "results" / "all.parquet")
     assert mine.read(config).config == config.portable
-
-
-def test_source_checksum(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").write_text("")
-    for name, spec in (("mine.py", "mine:score"), ("pack/deep.py", "pack.deep:Net")):
-        (tmp_path / name).write_text("raise RuntimeError\n")
-        expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
-        assert provenance.source_checksum(spec) == expected
-        both = Config(model=spec, pruning=FilterPruning((0.5,), ((3,),), score=spec))
-        twice = hashlib.sha256(f"{expected}/{expected}".encode()).hexdigest()
-        assert provenance.code_checksum(both) == twice
-    for spec in ("l2", "vgg11_bn", "nowhere:score", "nowhere.deep:score", "sys:exit"):
-        assert provenance.source_checksum(spec) is None
 
 
 def test_a_function_of_a_notebook():

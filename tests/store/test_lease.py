@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,22 +152,6 @@ def test_of_another_host(tmp_path, quick, wait):
         assert time.monotonic() - start >= 0.8 * quick
 
 
-def test_one_at_a_time_among_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "POLL_SECONDS", 0.001)
-    inside, most = [], []
-
-    def work(_):
-        with claim(tmp_path, RUN):
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0.001)
-            inside.pop()
-
-    with ThreadPoolExecutor(8) as executor:
-        list(executor.map(work, range(40)))
-    assert most == [1] * 40
-
-
 @pytest.mark.parametrize("content", [b"{", b"[]", bytes(100), b"filelock/2\npid=1\n"])
 def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
     claimed_elsewhere(tmp_path).write_bytes(content)
@@ -178,50 +161,6 @@ def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
 
 
 # Runs
-
-AT_ONCE = """
-import os, sys, time
-import torch
-from paperlib import training
-from paperlib.runs import Store
-from tests.store.test_lease import QUICK
-
-torch.set_num_threads(1)
-path, processes = sys.argv[1], int(sys.argv[2])
-configs = [QUICK, QUICK.with_(seed=1)]
-
-def work():
-    for config in configs:
-        with open(f"{path}/trained-{config.seed}", "a") as file:
-            look = lambda moment: print(moment.epoch, file=file, flush=True)
-            record = training.run(config, Store(f"{path}/runs"), "cpu", look)
-        with open(f"{path}/got-{config.seed}", "a") as file:
-            print(record.epochs.post.tolist(), record.epochs.seconds.tolist(), file=file)
-
-start = time.time() + 0.5
-children = []
-for _ in range(processes):
-    child = os.fork()
-    if not child:
-        time.sleep(start - time.time())
-        work()
-        os._exit(0)
-    children.append(child)
-assert not any(os.waitpid(child, 0)[1] for child in children)
-"""
-
-
-def test_processes_that_want_the_same_runs(tmp_path):
-    processes = 3
-    command = [sys.executable, "-c", AT_ONCE, str(tmp_path), str(processes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for seed in (0, 1):
-        assert (tmp_path / f"trained-{seed}").read_text().split() == ["0", "1", "2", "3"]
-        got = (tmp_path / f"got-{seed}").read_text().splitlines()
-        assert len(got) == processes
-        assert len(set(got)) == 1
-    assert len(Store(tmp_path / "runs").runs()) == 2
 
 
 def test_a_run_that_is_claimed(tmp_path):

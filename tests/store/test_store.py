@@ -188,29 +188,6 @@ def test_a_killed_writer(store, function, at, again):
     assert same(new, store.read(RUN))
 
 
-def test_two_writers(store):
-    """Of records that differ one stays, whole, or is known to be damaged."""
-    start = f"import sys; sys.argv[1:] = [{str(store.path)!r}, 'fsync', '0', {{}}]\n"
-    loop = KILLED.replace("Store(sys", "for _ in range(30): Store(sys")
-    writers = [
-        subprocess.Popen([sys.executable, "-c", start.format(repr(seed)) + loop])
-        for seed in ("7", "8")
-    ]
-    originals = [record(PRUNED.with_(seed=seed)) for seed in (7, 8)]
-    for one in originals:
-        one.config = PRUNED
-    seen = 0
-    while any(writer.poll() is None for writer in writers):
-        try:
-            read = store.read(RUN)
-        except (KeyError, DamagedRecord):
-            continue
-        seen += 1
-        assert any(read.epochs.equals(one.epochs) and same(read, one) for one in originals)
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert seen > 0
-
-
 @pytest.mark.parametrize("below", ["runs", "a/b"])
 def test_a_store_that_cannot_be_written(tmp_path, below):
     (tmp_path / "file").write_text("")

@@ -20,6 +20,7 @@ from nbclient.exceptions import CellExecutionError
 from paperlib.sweep.notebooks import ThisKernel, in_parallel, notebooks_path
 
 CELL_SECONDS = 3600
+WIDGET = "application/vnd.jupyter.widget-view+json"
 # Numbers of the display that differ from one execution to the next.
 STYLER = re.compile(r"\bT_([0-9a-f]{5})(?=[_\"' ])")
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -68,7 +69,7 @@ def _rewrite(path: Path, write: bool) -> dict[str, object]:
 def cleaned(notebook: Any) -> Any:
     """Return an executed notebook without all that differs from one execution to the next.
 
-    Left out are stderr, timings, widgets' states, the kernel's version and addresses; random names
+    Left out are stderr, timings, widgets, the kernel's version and addresses; random names
     in pandas' tables are numbered.
     """
     notebook.metadata.pop("widgets", None)
@@ -77,7 +78,11 @@ def cleaned(notebook: Any) -> Any:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             names: dict[str, str] = {}
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
             for output in cell.outputs:
                 if "text" in output:
                     output["text"] = _plain(output["text"], cell.id, names)

@@ -70,9 +70,9 @@ def strike(process: subprocess.Popen, whom: str) -> bool:
     try:
         parent = psutil.Process(process.pid)
         children = parent.children(recursive=True)
-    except psutil.NoSuchProcess:
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    except psutil.NoSuchProcess:  # or a zombie
         return False
-    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     if whom == "worker" and not workers:
         return False
     targets = {"all": [parent, *children], "parent": [parent], "worker": workers[:1]}[whom]

@@ -1,8 +1,7 @@
 """How long many stored runs take to open: `python -m benchmarks.sweep`.
 
-Cold: no index, every record is read and checked. Warm: by the index. Again: the same store object,
-as in a notebook whose cell is run a second time. Names in _cpu: this process's own seconds, which
-a machine that others use leaves alone.
+Every record is read and checked. Again: the same store object, as in a notebook whose cell is run
+a second time. Names in _cpu: this process's own seconds, whatever else the machine does.
 """
 
 import argparse
@@ -81,24 +80,17 @@ def compare(count: int, epochs: int) -> dict[str, float]:
             for i, config in enumerate(configurations(count)):
                 store.write(record(config, epochs, arrays=i % 10 == 0))
         written = time.perf_counter() - start
-        time.sleep(2.5)  # younger files are not taken into the index
-        rows = []
-        for _ in range(2):
-            command = [sys.executable, "-c", OPEN, str(store.path), str(count)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            rows.append(json.loads(done.stdout))
-        (cold, cold_cpu, *_), (warm, warm_cpu, again, again_cpu, lines) = rows
+        command = [sys.executable, "-c", OPEN, str(store.path), str(count)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        first, first_cpu, again, again_cpu, lines = json.loads(done.stdout)
         return {
             "runs": count,
             "epochs": lines,
             "write": written,
-            "cold": cold,
-            "cold_cpu": cold_cpu,
-            "warm": warm,
-            "warm_cpu": warm_cpu,
+            "first": first,
+            "first_cpu": first_cpu,
             "again": again,
             "again_cpu": again_cpu,
-            "index_MB": (store.path / "index.parquet").stat().st_size / 1e6,
         }
     finally:
         shutil.rmtree(folder)

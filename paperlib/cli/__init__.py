@@ -1,55 +1,39 @@
 """The command line: `paperlib`, or `python -m paperlib`. Nothing but arguments."""
 
 import json
-import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
 
 from paperlib import __version__, claims, experiments, overview, runs, sweep
-from paperlib.cli.options import (
-    EXECUTION,
-    FAILED,
-    JSON,
-    STORE,
-    VERBOSE,
-    Asked,
-    Names,
-    execution,
-    of_figures,
-    options,
-)
+from paperlib.cli import options
+from paperlib.cli.options import EXECUTION, FAILED, JSON, STORE, Asked, Names, of_figures
 from paperlib.cli.records import runs_group
+from paperlib.config import Config
 from paperlib.experiments import Scale
 from paperlib.sweep import costs
-from paperlib.sweep.states import by_figure, table
+from paperlib.sweep.states import by_figure
 
 WRONG = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.pass_context
-@VERBOSE
-def cli(context: click.Context) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="show the trace of an error")
+@click.pass_obj
+def cli(settings: dict[str, bool], verbose: bool) -> None:
     """Two papers on neural-network pruning: their runs, their figures, their claims."""
+    settings["verbose"] = verbose
 
 
 @cli.command("figures")
 @of_figures(None, "small where all runs are there, else demo")
-@options(*EXECUTION)
+@options.given(*EXECUTION)
 @click.option("--fresh", is_flag=True, help="train all runs, without looking into results/")
-def figures_command(
-    names: Names,
-    asked: Asked,
-    store: runs.Store,
-    fresh: bool,
-    **how: Any,
-) -> None:
+def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, **how: Any) -> None:
     """Draw figures (all, or NAME ...) into figures/PROFILE: missing runs, then notebooks.
 
     Without --profile, a figure is drawn at profile small if all of its runs are there (results/
@@ -59,19 +43,24 @@ def figures_command(
 
     if fresh:
         store.results = store.path / "no results"
-    asked["profile"] = asked["profile"] or ("demo" if fresh else "auto")
+        asked["profile"] = asked["profile"] or "demo"
+    overview_scale = None if names else Scale(**asked | {"profile": asked["profile"] or "small"})
+    asked["profile"] = asked["profile"] or "auto"
     scales = {
         name: experiments.resolve(name, **asked, store=store)
         for name in names or experiments.FIGURES
     }
-    failed = None
-    with execution(**how) as given:
+    failed, left = "", []
+    with options.execution(**how) as given:
         try:
             sweep.execute(_queue(scales), store, **given)
         except sweep.SweepError as error:
             failed = str(error)
-    left = [] if not how["minutes"] else _undone(scales, store)
-    frame = notebooks.figures({n: s for n, s in scales.items() if n not in left}, store)
+    if how["minutes"]:
+        plans = {name: experiments.plan(name, scale) for name, scale in scales.items()}
+        left = [name for name, plan in plans.items() if sweep.missing(plan.config, store)]
+    drawn = {name: scale for name, scale in scales.items() if name not in left}
+    frame = notebooks.figures(drawn, store, overview_scale)
     click.echo(frame.fillna({"error": ""}).to_string(index=False, float_format="{:.0f}".format))
     click.echo(f"figures are in {runs.figures_path()}")
     if left:
@@ -82,53 +71,40 @@ def figures_command(
         raise SystemExit(FAILED)
 
 
-def _queue(scales: dict[str, Scale]) -> dict[str, Any]:
-    """Return the runs of figures by identity; in the order of worth if they are all figures."""
-    ordered = []
+def _queue(scales: dict[str, Scale]) -> list[Config]:
+    """Return the runs of figures; in the order of worth if they are all figures."""
+    ordered: list[Config] = []
     for scale in dict.fromkeys(scales.values()):
         names = [name for name in scales if scales[name] == scale]
         ordered += experiments.queue(scale, () if len(names) == len(experiments.FIGURES) else names)
-    return sweep.unique(ordered)
-
-
-def _undone(scales: dict[str, Scale], store: runs.Store) -> list[str]:
-    plans = {name: experiments.plan(name, scale) for name, scale in scales.items()}
-    found = by_figure(plans, store)
-    return [name for name in found if any(s.state in sweep.TO_RUN for s in found[name])]
+    return ordered
 
 
 @cli.command("sweep")
 @of_figures("small")
-@options(*EXECUTION)
+@options.given(*EXECUTION)
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
     """Do the runs of figures (NAME ... in that order, or all by worth), without the notebooks."""
-    configs = sweep.unique(experiments.queue(Scale(**asked), names))
-    with execution(**how) as given:
+    configs = experiments.queue(Scale(**asked), names)
+    with options.execution(**how) as given:
         done = sweep.execute(configs, store, **given)
-    left = len(sweep.missing(configs.values(), store)) if how["minutes"] else 0
+    left = len(sweep.missing(configs, store)) if how["minutes"] else 0
     told = f", {left} left" if left else ""
-    click.echo(f"{done} runs done, {len(configs) - left} in {store.path}{told}")
+    click.echo(f"{done} runs done, {len(sweep.unique(configs)) - left} in {store.path}{told}")
 
 
 @cli.command("status")
 @of_figures("small")
-@click.option("--json", "as_json", is_flag=True, help="as JSON, with every run")
-@click.pass_context
+@JSON
+@click.option("-v", "every", is_flag=True, help="why each run would or would not be run")
 def status_command(
-    context: click.Context,
-    names: Names,
-    asked: Asked,
-    store: runs.Store,
-    as_json: bool,
+    names: Names, asked: Asked, store: runs.Store, as_json: bool, every: bool
 ) -> None:
-    """Show which runs of which figure are there, and the hours that missing ones will take.
-
-    With -v, show why each run would or would not be run.
-    """
+    """Show which runs of which figure are there, and the hours that missing ones will take."""
     scale = Scale(**asked)
     plans = {name: experiments.plan(name, scale) for name in names or experiments.FIGURES}
     found = by_figure(plans, store)
-    frame = table(found, costs.speeds(store))
+    frame = costs.table(found, costs.speeds(store))
     if as_json:
         rows = json.loads(frame.to_json(orient="records"))
         for row in rows:
@@ -139,10 +115,8 @@ def status_command(
         click.echo(json.dumps(rows, indent=1))
         return
     click.echo(frame.to_string(index=False, float_format="{:.2f}".format, na_rep="?"))
-    every = context.find_root().obj.get("verbose")
-    shown = {state.run: state for mine in found.values() for state in mine}
-    for state in shown.values():
-        if every or state.state in ("partial", "failed", "damaged", "changed"):
+    for state in {state.run: state for mine in found.values() for state in mine}.values():
+        if every or state.state not in ("done", "missing"):
             why = f"{state.why}: {state.error}" if state.error else state.why
             click.echo(f"{state.state}: {state.config.title}: {why}")
 
@@ -180,30 +154,9 @@ def claims_command(
         click.echo(frame[shown].to_string(index=False, float_format="{:.3g}".format, na_rep=""))
 
 
-@cli.command("notebooks")
-@click.argument("paths", nargs=-1, metavar="[FILE]...", type=click.Path(exists=True))
-@click.option("--write", is_flag=True, help="write them back; otherwise tell which would change")
-@options(STORE, VERBOSE)
-def notebooks_command(paths: tuple[str, ...], write: bool, store: str | None) -> None:
-    """Execute notebooks (all, or FILE ...) from the records, and write them with their outputs.
-
-    The same versions and records give the same bytes.
-    """
-    from paperlib.sweep import notebooks
-
-    if store:
-        os.environ["PAPERLIB_RUNS"] = str(Path(store).absolute())
-    found = [Path(path) for path in paths] or sorted(notebooks.notebooks_path().rglob("*.ipynb"))
-    frame = notebooks.rewrite([p for p in found if ".ipynb_checkpoints" not in p.parts], write)
-    click.echo(frame.fillna({"error": ""}).to_string(index=False))
-    if frame.error.notna().any() or (frame.changed.any() and not write):
-        raise SystemExit(FAILED)
-
-
 @cli.command("data")
 @click.argument("spec")
 @STORE
-@VERBOSE
 def data_command(spec: str, store: str | None) -> None:
     """Load a data set (digits, cifar10, cifar100, images:PATH) and say what is in it."""
     from paperlib import data
@@ -222,9 +175,9 @@ cli.add_command(runs_group)
 
 def main() -> None:
     """Run the command line; an error is one line and exit code 2, with its trace at -v."""
-    context: dict[str, bool] = {}
+    settings: dict[str, bool] = {}
     try:
-        cli(obj=context, standalone_mode=False)
+        cli(obj=settings, standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("paperlib: stopped; what is done is kept", err=True)
         sys.exit(130)
@@ -232,7 +185,7 @@ def main() -> None:
         error.show()
         sys.exit(WRONG)
     except (ValueError, RuntimeError, OSError) as error:
-        if context.get("verbose"):
+        if settings.get("verbose"):
             traceback.print_exc()
         click.echo(f"paperlib: {error}", err=True)
         sys.exit(FAILED if isinstance(error, sweep.SweepError) else WRONG)

@@ -7,11 +7,10 @@ import click
 import pandas as pd
 
 from paperlib import experiments, runs
-from paperlib.cli.options import FAILED, JSON, STORE, VERBOSE, Asked, Names, of_figures
+from paperlib.cli.options import FAILED, JSON, STORE, Asked, Names, of_figures
 from paperlib.experiments import Scale
 from paperlib.plans import is_setting
 from paperlib.store import archive
-from paperlib.sweep import costs
 
 
 @click.group("runs")
@@ -37,15 +36,13 @@ def list_command(names: Names, asked: Asked, store: runs.Store, as_json: bool) -
 @click.argument("run")
 @JSON
 @STORE
-@VERBOSE
 def show_command(run: str, as_json: bool, store: str | None) -> None:
     """Show one run, which the start of its identity names: configuration, origin, epochs."""
-    where = runs.Store(store)
-    content = archive.describe(where, archive.resolve(where, run))
+    content = archive.describe(runs.Store(store), run)
     if as_json:
         click.echo(json.dumps(content, indent=1))
         return
-    epochs = content.pop("rows", None)
+    epochs = content.pop("rows", [])
     for name, value in content.items():
         click.echo(f"{name}: {json.dumps(value)}")
     if epochs:
@@ -53,27 +50,17 @@ def show_command(run: str, as_json: bool, store: str | None) -> None:
 
 
 @runs_group.command("export")
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @of_figures(None)
-@click.option(
-    "--arrays/--no-arrays", default=True, help="what was measured in runs  [default: yes]"
-)
-def export_command(
-    file: str,
-    names: Names,
-    asked: Asked,
-    store: runs.Store,
-    arrays: bool,
-) -> None:
+def export_command(file: Path, names: Names, asked: Asked, store: runs.Store) -> None:
     """Write runs, all or those of figures or a profile, to one Parquet FILE, as results/ holds."""
-    count = archive.export(store, Path(file), _chosen(store, names, asked), arrays)
-    click.echo(f"{count} runs in {file}, {costs.size(Path(file).stat().st_size)}")
+    count = archive.export(store, file, _chosen(store, names, asked))
+    click.echo(f"{count} runs in {file}, {_megabytes([file])}")
 
 
 @runs_group.command("import")
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|STORE...")
 @STORE
-@VERBOSE
 def import_command(sources: tuple[str, ...], store: str | None) -> None:
     """Take over the runs of exported files or other stores; none in place of a better one."""
     where, problems = runs.Store(store), 0
@@ -82,11 +69,10 @@ def import_command(sources: tuple[str, ...], store: str | None) -> None:
         counts = frame.outcome.str.partition(":")[0].value_counts()
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         click.echo(f"{source}: {told}")
-        refused = frame[~frame.outcome.isin(["new", "mended", "better", "same", "shorter"])]
+        refused = frame[frame.outcome.str.startswith(("damaged", "different"))]
         problems += len(refused)
         for row in refused.itertuples():
-            what = "has other numbers than ours, which stay"
-            click.echo(f"  {row.run} {what if row.outcome == 'different' else row.outcome}")
+            click.echo(f"  {row.run} {row.outcome}")
     if problems:
         raise SystemExit(FAILED)
 
@@ -94,21 +80,22 @@ def import_command(sources: tuple[str, ...], store: str | None) -> None:
 @runs_group.command("clean")
 @click.option("--yes", is_flag=True, help="do not ask")
 @STORE
-@VERBOSE
 def clean_command(yes: bool, store: str | None) -> None:
     """Remove records of no present setting, and what unfinished or failed runs left."""
     where = runs.Store(store)
     unused = archive.leftovers(where, is_setting)
-    if not unused:
-        click.echo(f"nothing to remove in {where.path}")
-        return
-    for leftover in unused:
-        click.echo(f"{leftover.run}: {leftover.why}, {costs.size(leftover.bytes)}")
-    total = costs.size(sum(leftover.bytes for leftover in unused))
-    if not yes:
-        click.confirm(f"remove these {len(unused)}, {total}, from {where.path}?", abort=True)
-    archive.remove(unused)
-    click.echo(f"{len(unused)} removed, {total}")
+    for path, why in unused.items():
+        click.echo(f"{path.relative_to(where.path)}: {why}")
+    told = f"{len(unused)} files, {_megabytes(unused)}, in {where.path}"
+    if unused and not yes:
+        click.confirm(f"remove {told}?", abort=True)
+    for path in unused:
+        path.unlink(missing_ok=True)
+    click.echo(f"removed {told}")
+
+
+def _megabytes(paths: "list[Path] | dict[Path, str]") -> str:
+    return f"{sum(path.stat().st_size for path in paths) / 1e6:.2f} MB"
 
 
 def _chosen(store: runs.Store, names: Names, asked: Asked) -> list[str] | None:

@@ -7,8 +7,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +18,7 @@ from paperlib.store.records import UNREADABLE, DamagedRecord, Entry, StoreError,
 from paperlib.store.store import Store
 
 YOUNG_SECONDS = 3600.0  # a half-written file of this age may still be written
+HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")  # as `write_whole` names it
 
 
 def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
@@ -26,42 +26,36 @@ def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFr
     found = store.find(store.identities() if runs is None else runs)
     whole = [entry for entry in found.values() if isinstance(entry, Entry)]
     frame = store.runs([entry.run for entry in whole])
-    titles = {entry.run: from_dict(entry.content["config"]).title for entry in whole}
-    frame["title"] = frame.run.map(titles)
+    frame["title"] = [from_dict(entry.content["config"]).title for entry in whole]
     damaged = {run: str(error) for run, error in found.items() if isinstance(error, StoreError)}
     broken = pd.DataFrame({"run": list(damaged), "damaged": list(damaged.values())})
     return frame if broken.empty else pd.concat([frame, broken], ignore_index=True)
 
 
-def resolve(store: Store, start: str) -> str:
-    """Return the run whose identity starts so. Raises StoreError if none does, or several do."""
+def describe(store: Store, start: str) -> dict:
+    """Return all about a run except its arrays, as JSON; also of one that failed or is damaged.
+
+    Args:
+        store: The store.
+        start: The start of the run's identity.
+
+    Raises:
+        StoreError: No run's identity starts so, or several do.
+    """
     known = set(store.identities()) | set(store.failures())
     matching = sorted(run for run in known if run.startswith(start))
     if len(matching) != 1:
-        which = f"{len(matching)} runs start with" if matching else "no run starts with"
-        raise StoreError(f"{which} {start!r} in {store.path}")
-    return matching[0]
-
-
-def describe(store: Store, run: str) -> dict:
-    """Return all about a run except its arrays, as JSON; also of one that failed or is damaged."""
+        raise StoreError(f"{len(matching)} runs start with {start!r} in {store.path}")
+    (run,) = matching
     entry = store.find([run]).get(run)
     if not isinstance(entry, Entry):
         return {"run": run, "failure": store.failure(run), "damaged": str(entry) if entry else None}
-    content = entry.content
-    return {
-        "run": run,
-        "title": from_dict(content["config"]).title,
-        "config": content["config"],
-        "provenance": content["provenance"],
-        "arrays": content.get("arrays"),
-        "rows": json.loads(entry.epochs.to_json(orient="records", double_precision=15)),
-    }
+    rows = json.loads(entry.epochs.to_json(orient="records", double_precision=15))
+    title = from_dict(entry.content["config"]).title
+    return {"run": run, "title": title, **entry.content, "rows": rows}
 
 
-def export(
-    store: Store, file: Path, runs: Iterable[str | Config] | None = None, arrays: bool = True
-) -> int:
+def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None) -> int:
     """Write runs to one Parquet file, and read it again to check it.
 
     The file keeps only the last part of a path to images, as identities do.
@@ -73,16 +67,15 @@ def export(
         KeyError, DamagedRecord, Mismatch: As `Store.read`.
         StoreError: There are no runs, or the file cannot be written.
     """
-    entries = [entry.portable(arrays) for entry in store.entries(runs)]
+    entries = [entry.portable() for entry in store.entries(runs)]
     if not entries:
         raise StoreError(f"there are no runs to export in {store.path}")
-    sink = io.BytesIO()
-    records.write_many(sink, entries, store.arrays if arrays else None)
-    found = records.read_many(io.BytesIO(sink.getvalue()))
-    if problems := [str(error) for error in found.values() if isinstance(error, StoreError)]:
-        raise StoreError(f"cannot export: {problems[0]}")
-    write_whole(Path(file).expanduser(), sink.getvalue())
-    return len(found)
+    content = records.packed(entries, store.arrays)
+    for error in records.read_many(io.BytesIO(content)).values():
+        if isinstance(error, StoreError):
+            raise StoreError(f"cannot export: {error}")
+    write_whole(Path(file).expanduser(), content)
+    return len(entries)
 
 
 def merge(store: Store, source: Path) -> pd.DataFrame:
@@ -96,98 +89,66 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
         StoreError: `source` is neither.
     """
     source = Path(source).expanduser()
-    if source.is_dir():
-        other = Store(source, source / "no results")
-        found, read_arrays = other.find(other.own()), other.arrays
-        if not found:
-            raise StoreError(f"{source} is no run store, or an empty one")
-    else:
-        try:
-            found = records.read_many(source)
-        except UNREADABLE as error:
-            raise StoreError(f"cannot import {source}: {error}") from error
-
-        def read_arrays(entry: Entry) -> bytes | None:
-            return records.read_arrays(source, entry)
-
+    path, results = (source, None) if source.is_dir() else (source.parent / "no runs", source)
+    other = Store(path, results or source / "no results")
+    found = other.find(other.identities())
+    if not found:
+        raise StoreError(f"{source} is no run store or file of runs, or an empty one")
     rows = []
     for run, entry in sorted(found.items()):
         try:
             if not isinstance(entry, Entry):
                 raise entry
-            outcome = store.add(entry, read_arrays(entry))
-        except (*UNREADABLE, DamagedRecord) as error:
+            outcome = store.add(entry, other.arrays(entry))
+        except DamagedRecord as error:
             outcome = f"damaged: {error}"
         rows.append({"run": run, "outcome": outcome})
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Leftover:
-    """A file of a store that is of no more use, and why."""
-
-    run: str
-    why: str
-    file: Path
-
-    @property
-    def bytes(self) -> int:
-        """Its size."""
-        return self.file.stat().st_size if self.file.exists() else 0
-
-
-def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Leftover]:
-    """Find the files of a store that no run can use.
+def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> dict[Path, str]:
+    """Find the files of a store that no run can use, and say why; records before their arrays.
 
     These are damaged records, checkpoints and notes of failures of runs that are done, checkpoints
-    that were set aside, files left half-written YOUNG_SECONDS ago or earlier, and files that only
-    earlier versions used.
+    that were set aside, and files left half-written YOUNG_SECONDS ago or earlier.
 
     Args:
         store: The store.
         wanted: Whether a configuration is of use. Records, checkpoints and notes of others are
             leftovers, too.
     """
-    own = Store(store.path, store.path / "no results")
+    return dict(_leftovers(Store(store.path, store.path / "no results"), store, wanted))
+
+
+def _leftovers(
+    own: Store, store: Store, wanted: Callable[[Config], bool]
+) -> Iterator[tuple[Path, str]]:
     found = own.find(own.own())
-    paths = [path for path in sorted(store.path.glob("*/*")) if path.parent.name != "data"]
-    done = store.whole({_run(path) for path in paths})
-
-    def why(path: Path) -> str | None:
-        run, folder = _run(path), path.parent.name
-        lonely = path.suffix == ".npz" and run not in found
-        if lonely or folder == "progress" or re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
-            return "left half-written" if _old(path) else None
-        if folder == "claims":
-            return "of an earlier version" if path.suffix in (".lock", ".json") else None
-        if folder == "records":
-            kind, content = "a record", getattr(found.get(run), "content", None)
-            if content is None:
-                return "a damaged record"
-        elif folder in ("failed", "checkpoints"):
-            kind = "a note of a failure" if folder == "failed" else "a checkpoint"
-            content = _note(path) or checkpoints.describe(store.path, run)
-            if run in done:
-                return f"{kind} of a run that is done"
-            if folder == "checkpoints" and path != checkpoints.file(store.path, run):
-                return f"{kind} that was set aside"
-        else:
-            return None
-        return None if _is_wanted(content, wanted) else f"{kind} of no present setting"
-
-    reasons = {path: why(path) for path in paths}
-    reasons |= dict.fromkeys(store.path.glob("index.parquet"), "of an earlier version")
-    return [Leftover(_run(path), reason, path) for path, reason in reasons.items() if reason]
-
-
-def remove(unused: Iterable[Leftover]) -> None:
-    """Delete the files, records before their arrays."""
-    for leftover in sorted(unused, key=lambda leftover: leftover.file.suffix != ".parquet"):
-        leftover.file.unlink(missing_ok=True)
-
-
-def _run(path: Path) -> str:
-    return path.name.removeprefix(".")[:16]
+    for run, entry in found.items():
+        why = "a record of no present setting" if isinstance(entry, Entry) else "a damaged record"
+        if not isinstance(entry, Entry) or not _is_wanted(entry.content, wanted):
+            for path in sorted((own.path / "records").glob(f"{run}.*"), reverse=True):
+                yield path, why
+    for folder, kind in (("failed", "a note of a failure"), ("checkpoints", "a checkpoint")):
+        for path in sorted((own.path / folder).glob("[!.]*")):
+            run = path.name.partition(".")[0]
+            content = checkpoints.describe(own.path, run)
+            if folder == "failed":
+                try:
+                    content = json.loads(path.read_text())
+                except UNREADABLE:
+                    content = None
+            if store.whole([run]):
+                yield path, f"{kind} of a run that is done"
+            elif folder == "checkpoints" and path != checkpoints.file(own.path, run):
+                yield path, f"{kind} that was set aside"
+            elif not _is_wanted(content, wanted):
+                yield path, f"{kind} of no present setting"
+    for path in sorted(own.path.glob("*/*")):
+        lonely = path.suffix == ".npz" and path.parent.name == "records" and path.stem not in found
+        old = path.stat().st_mtime < time.time() - YOUNG_SECONDS
+        if old and (lonely or HALF_WRITTEN.fullmatch(path.name)):
+            yield path, "left half-written"
 
 
 def _is_wanted(content: dict | None, wanted: Callable[[Config], bool]) -> bool:
@@ -195,17 +156,3 @@ def _is_wanted(content: dict | None, wanted: Callable[[Config], bool]) -> bool:
         return wanted(from_dict((content or {})["config"]))
     except (KeyError, ValueError):  # unreadable, or of a configuration of another version
         return False
-
-
-def _old(path: Path) -> bool:
-    try:
-        return path.stat().st_mtime < time.time() - YOUNG_SECONDS
-    except FileNotFoundError:
-        return False
-
-
-def _note(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except UNREADABLE:
-        return None

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from paperlib.config import Config, from_dict, to_dict
+from paperlib.config import Config, to_dict
 from paperlib.store.lease import Claim, Claimed
 from paperlib.store.provenance import version
 from paperlib.store.records import write_whole
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+Rows = list[dict]
+Arrays = dict[str, np.ndarray]
 # To be raised if the same configuration gives other numbers, or the file gets another meaning.
 VERSION = 3
 SECONDS = 10.0
@@ -73,8 +75,7 @@ def describe(store: str | os.PathLike, run: str) -> dict | None:
 
 def progress(store: str | os.PathLike, run: str) -> int | None:
     """Return the number of epochs done by a run's checkpoint; None without one."""
-    epochs = (describe(store, run) or {}).get("epochs")
-    return epochs if isinstance(epochs, int) else None
+    return (describe(store, run) or {}).get("epochs")
 
 
 def discard(store: str | os.PathLike, run: str) -> None:
@@ -82,8 +83,8 @@ def discard(store: str | os.PathLike, run: str) -> None:
 
     In a store that is read-only they stay.
     """
-    path = file(store, run)
-    for left in (*path.parent.glob(f"{run}.*"), *path.parent.glob(f".{run}.*")):
+    folder = file(store, run).parent
+    for left in (*folder.glob(f"{run}.*"), *folder.glob(f".{run}.*")):
         with suppress(OSError):
             left.unlink(missing_ok=True)
 
@@ -112,15 +113,13 @@ class Checkpoint:
         until: float = math.inf,
     ) -> None:
         self.path, self.config, self.claim = file(store, config.identity), config, claim
-        self.until = until
-        self.checksums = {"data": data, "source": source}
+        self.until, self.checksums = until, {"data": data, "source": source}
         self.earlier: list[dict] = []
-        self._usable = True
         self._cost, self._since = 0.0, time.monotonic()
 
     def restore(
         self, model: "nn.Module", optimizer: "Optimizer", pruner: Any
-    ) -> tuple[list[dict], dict[str, np.ndarray]] | None:
+    ) -> tuple[Rows, Arrays] | None:
         """Bring model, optimizer and pruner, all made anew, to the checkpoint's state.
 
         Returns:
@@ -130,10 +129,6 @@ class Checkpoint:
             UnusableCheckpoint: The file is damaged, or of another configuration, version, data or
                 source. Model, optimizer and pruner are then of no use.
         """
-        if not self._usable:
-            return None
-        for half_written in self.path.parent.glob(f".{self.path.name}.*"):
-            half_written.unlink(missing_ok=True)
         if not self.path.exists():
             return None
         about, tensors = self._verified()
@@ -143,9 +138,9 @@ class Checkpoint:
                 pruner.load_state_dict(_under("pruner", tensors))
             _fill(_state(model), _under("model", tensors))
             _fill_optimizer(optimizer, model, _under("optimizer", tensors))
-            columns = [tensors[f"row.{name}"].tolist() for name in about["columns"]]
+            columns = {name: tensors[f"row.{name}"].tolist() for name in about["columns"]}
             rows = [
-                dict(zip(about["columns"], row, strict=True)) for row in zip(*columns, strict=True)
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
             ]
             with np.load(io.BytesIO(tensors["arrays"].numpy().tobytes())) as stored:
                 arrays = dict(stored)
@@ -157,25 +152,18 @@ class Checkpoint:
 
     def set_aside(self, reason: Exception) -> None:
         """Rename the file and warn that the run starts afresh."""
-        aside = self.path.with_name(f"{self.config.identity}.damaged.safetensors")
         self.claim.check()
-        self._usable = False
-        try:
-            os.replace(self.path, aside)
-            what = f"is set aside as {aside.name}"
-        except OSError as error:
-            what = f"cannot be set aside ({error})"
-        warnings.warn(
-            f"{self.path} {what}, and {self.config.title} starts afresh: {reason}", stacklevel=2
-        )
+        aside = self.path.replace(self.path.with_suffix(".damaged"))
+        told = f"{self.path} is set aside as {aside.name}, and {self.config.title} starts afresh"
+        warnings.warn(f"{told}: {reason}", stacklevel=2)
 
     def save_when_due(
         self,
         model: "nn.Module",
         optimizer: "Optimizer",
         pruner: Any,
-        rows: list[dict],
-        arrays: dict[str, np.ndarray],
+        rows: Rows,
+        arrays: Arrays,
         measured: float = 0.0,
     ) -> None:
         """Save at an epoch's end, if that is worth its time or the run's time is up.
@@ -203,12 +191,7 @@ class Checkpoint:
             raise Stopped(f"the time of {self.config.title} was up after {len(rows)} epochs")
 
     def save(
-        self,
-        model: "nn.Module",
-        optimizer: "Optimizer",
-        pruner: Any,
-        rows: list[dict],
-        arrays: dict[str, np.ndarray],
+        self, model: "nn.Module", optimizer: "Optimizer", pruner: Any, rows: Rows, arrays: Arrays
     ) -> None:
         """Write the run's state after `len(rows)` epochs.
 
@@ -219,7 +202,6 @@ class Checkpoint:
         import torch
         from safetensors.torch import save
 
-        tensors = _tensors(model, optimizer, pruner, rows, arrays)
         about = {
             **_versions(),
             "run": self.config.identity,
@@ -232,7 +214,7 @@ class Checkpoint:
             "earlier": self.earlier,
             **self.checksums,
         }
-        description = json.dumps(about)
+        description, tensors = json.dumps(about), _tensors(model, optimizer, pruner, rows, arrays)
         metadata = {"paperlib": description, "checksum": _checksum(description, tensors)}
         content = save(tensors, metadata)
         self.claim.check()
@@ -244,22 +226,16 @@ class Checkpoint:
             with safe_open(self.path, "pt") as content:
                 metadata = content.metadata()
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            whole = _checksum(metadata["paperlib"], tensors) == metadata["checksum"]
-            about = json.loads(metadata["paperlib"])
+            if _checksum(metadata["paperlib"], tensors) != metadata["checksum"]:
+                raise ValueError("its content does not match its checksum")
+            there = json.loads(metadata["paperlib"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UnusableCheckpoint(f"it is damaged: {error}") from error
-        if not whole:
-            raise UnusableCheckpoint("it is damaged: its content does not match its checksum")
-        try:
-            run = from_dict(about["config"]).identity
-        except ValueError as error:
-            raise UnusableCheckpoint(f"it is of another version: {error}") from error
-        here = _versions() | {"configuration": self.config.identity} | self.checksums
-        there = about | {"configuration": run}
+        here = _versions() | {"run": self.config.identity} | self.checksums
         for name, ours in here.items():
             if ours is not None and there[name] != ours:
                 raise UnusableCheckpoint(f"it is of another {name}: {there[name]}, not {ours}")
-        return about, tensors
+        return there, tensors
 
 
 def _versions() -> dict[str, object]:
@@ -267,11 +243,7 @@ def _versions() -> dict[str, object]:
 
 
 def _tensors(
-    model: "nn.Module",
-    optimizer: "Optimizer",
-    pruner: Any,
-    rows: list[dict],
-    arrays: dict[str, np.ndarray],
+    model: "nn.Module", optimizer: "Optimizer", pruner: Any, rows: Rows, arrays: Arrays
 ) -> "dict[str, Tensor]":
     """Copy a run's whole state to the CPU, under names that start with its part."""
     import torch

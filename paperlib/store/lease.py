@@ -77,7 +77,7 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
         lease.acquire(timeout=limit, poll_interval=poll)
     except Timeout:
         _watched[path] = lease
-        raise Claimed(f"run {run} is claimed by {_name(lease)}") from None
+        raise Claimed(f"run {run} is claimed by {_name(lease) or 'another process'}") from None
     except OSError as error:
         raise StoreError(f"cannot claim run {run} in {store}: {error}") from error
     try:
@@ -86,8 +86,8 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
         lease.release()
 
 
-def holder(store: str | os.PathLike, run: str) -> dict[str, str | int] | None:
-    """Return the host and pid of the process that has claimed a run, or None. Change nothing.
+def holder(store: str | os.PathLike, run: str) -> str | None:
+    """Return which process has claimed a run, "process PID on HOST", or None. Change nothing.
 
     A process killed less than LEASE_SECONDS ago is still named.
     """
@@ -96,10 +96,7 @@ def holder(store: str | os.PathLike, run: str) -> dict[str, str | int] | None:
         age = time.time() - path.stat().st_mtime
     except OSError:
         return None
-    owner = _lease(path).owner
-    if owner is None or abs(age) > LEASE_SECONDS:
-        return None
-    return {"host": owner.hostname.partition("?")[0], "pid": owner.pid}
+    return _name(_lease(path)) if abs(age) <= LEASE_SECONDS else None
 
 
 def _file(store: str | os.PathLike, run: str) -> Path:
@@ -115,8 +112,6 @@ def _lease(path: Path) -> SoftFileLease:
     )
 
 
-def _name(lease: SoftFileLease) -> str:
+def _name(lease: SoftFileLease) -> str | None:
     owner = lease.owner
-    if owner is None:
-        return "another process"
-    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else None

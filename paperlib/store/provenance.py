@@ -93,7 +93,7 @@ def known_checksum(spec: str, root: str | os.PathLike | None = None) -> str | No
     Raises:
         ValueError: The images at the path cannot be read, or are not in train/ and test/.
     """
-    path = _images_path(spec)
+    path = images_path(spec)
     if path is None or not path.exists():
         return CHECKSUMS.get(spec)
     files = sorted(files_below(path)) if path.is_dir() else [path]
@@ -114,7 +114,7 @@ def known_checksum(spec: str, root: str | os.PathLike | None = None) -> str | No
     return checksum
 
 
-def _images_path(spec: str) -> Path | None:
+def images_path(spec: str) -> Path | None:
     """Return the path of "images:PATH"; None for other data sets."""
     kind, _, path = spec.partition(":")
     return Path(path).expanduser().absolute() if kind == "images" and path else None
@@ -162,21 +162,6 @@ def code_checksum(config: Config) -> str | None:
     return hashlib.sha256("/".join(found).encode()).hexdigest()
 
 
-def data_checksum(spec: str, root: str | os.PathLike | None = None) -> str | None:
-    """Return `known_checksum`, but refuse a path that does not exist.
-
-    Raises:
-        ValueError: There are no images at the path, or they cannot be read.
-    """
-    path = _images_path(spec)
-    if path is not None and not path.exists():
-        raise ValueError(
-            f"there are no images at {path}; records of another {path.name!r} are used only if "
-            "the path exists and holds the same images"
-        )
-    return known_checksum(spec, root)
-
-
 def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Say which of a run's inputs differ from those that a record was made with, or return None.
 
@@ -185,8 +170,14 @@ def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) 
     Args:
         config: The run.
         then: The record's checksums, `data` and `source`.
-        now: Those of the present data and code: `data_checksum` and `code_checksum`.
+        now: Those of the present data and code: `known_checksum` and `code_checksum`.
     """
+    path = images_path(config.data)
+    if path is not None and not path.exists():
+        return (
+            f"there are no images at {path}; records of another {path.name!r} are used only if "
+            "the path exists and holds the same images"
+        )
     names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
     for key, name in names.items():
         if then.get(key) and now.get(key) and then[key] != now[key]:

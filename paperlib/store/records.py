@@ -25,7 +25,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from paperlib import measures
 from paperlib.config import Config, from_dict, to_dict
 
 # Raised while a damaged Parquet, npz or JSON file is read. A ConfigError is a ValueError.
@@ -71,10 +70,6 @@ class RunRecord:
         """The parameters left at the end: all less those held at zero; NaN if unknown."""
         return parameters_left(self.provenance)
 
-    def summary(self) -> pd.Series:
-        """Return the run's row of `measures.summarize`."""
-        return measures.summarize(self.epochs.assign(run=self.run)).iloc[0]
-
 
 def parameters_left(provenance: Mapping[str, Any]) -> float:
     """Count the parameters left at the end: all less those held at zero; NaN if unknown."""
@@ -88,7 +83,7 @@ class Entry:
     Attributes:
         run: The run's identity.
         about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
-            provenance, and `arrays` of the npz file; `arrays` is null where that was left out.
+            provenance, and `arrays` of the npz file, if there is one.
         columns: One number an epoch, by name.
     """
 
@@ -113,7 +108,7 @@ class Entry:
 
     @property
     def has_arrays(self) -> bool:
-        """Whether arrays belong to it and were not left out."""
+        """Whether arrays belong to it."""
         return self.content.get("arrays") is not None
 
     def check(self) -> None:
@@ -132,25 +127,15 @@ class Entry:
             raise ValueError(f"the arrays of run {self.run} do not match their checksum")
         return content
 
-    def portable(self, arrays: bool) -> "Entry":
-        """Return the same record with only the last part of a path to images.
-
-        Args:
-            arrays: False notes that its arrays were left out.
-        """
+    def portable(self) -> "Entry":
+        """Return the same record with only the last part of a path to images."""
         config = to_dict(from_dict(self.content["config"]).portable)
-        about = self.content | {"config": config}
-        if self.has_arrays and not arrays:
-            about |= {"arrays": None}
-        return Entry(self.run, json.dumps(about), self.columns)
+        return Entry(self.run, json.dumps(self.content | {"config": config}), self.columns)
 
     def same_numbers(self, other: "Entry") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
-        arrays = self.content.get("arrays"), other.content.get("arrays")
-        if None not in arrays and arrays[0] != arrays[1]:
-            return False
         mine, others = (
-            digest({name: column for name, column in entry.columns.items() if name != "seconds"})
+            (digest(entry.columns | {"seconds": np.empty(0)}), entry.content.get("arrays"))
             for entry in (self, other)
         )
         return mine == others
@@ -245,15 +230,12 @@ def write_whole(path: Path, content: bytes) -> None:
 # Many runs
 
 
-def write_many(
-    file: Any, entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None] | None
-) -> None:
-    """Write runs to one file.
+def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None]) -> bytes:
+    """Return the content of one file of many runs.
 
     Args:
-        file: A path or an open file.
         entries: The runs. A column whose type differs between runs gets one that holds both.
-        arrays: Gives a run's npz file; None leaves all out.
+        arrays: Gives a run's npz file.
     """
     tables = []
     for entry in sorted(entries, key=lambda entry: entry.run):
@@ -262,12 +244,12 @@ def write_many(
         heads = {
             "about": pa.array([entry.about, *rest], pa.string()),
             "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
-            "arrays": pa.array([arrays(entry) if arrays else None, *rest], pa.binary()),
+            "arrays": pa.array([arrays(entry), *rest], pa.binary()),
         }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
-    table = pa.concat_tables(tables, promote_options="permissive")
-    size = ROW_GROUP if arrays else None
-    pq.write_table(table, file, compression="zstd", row_group_size=size)
+    table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    return sink.getvalue()
 
 
 def read_many(file: Any) -> dict[str, Entry | StoreError]:
@@ -278,29 +260,18 @@ def read_many(file: Any) -> dict[str, Entry | StoreError]:
     """
     parquet = pq.ParquetFile(file)
     names = [name for name in parquet.schema_arrow.names if name != "arrays"]
-    if missing := [name for name in ("run", "about", "columns") if name not in names]:
-        raise ValueError(f"it has no column {missing[0]}: not a file of runs")
-    table = parquet.read(columns=names)
-    starts = np.flatnonzero(table["about"].is_valid().to_numpy())
-    heads = table.select(["run", "about", "columns"]).take(pa.array(starts)).to_pylist()
+    if not {"run", "about", "columns"} <= set(names):
+        raise ValueError("it has no columns run, about and columns: not a file of runs")
     found: dict[str, Entry | StoreError] = {}
-    numbers = {}
-    for name in set(names) - {"run", "about", "columns", "checksum"}:
-        nothing = pa.scalar(0).cast(table[name].type)
-        numbers[name] = table[name].fill_null(nothing).to_numpy()
-    for head, start, stop in zip(heads, starts, [*starts[1:], len(table)], strict=True):
-        run = head["run"]
+    for run, rows in parquet.read(columns=names).to_pandas().groupby("run"):
         try:
-            kinds = json.loads(head["columns"])
-            columns = {
-                name: numbers[name][start:stop].astype(kind, copy=False)
-                for name, kind in kinds.items()
-            }
-            entry = Entry(run, head["about"], columns)
+            kinds = json.loads(rows["columns"].iloc[0])
+            columns = {name: rows[name].to_numpy().astype(kind) for name, kind in kinds.items()}
+            entry = Entry(str(run), rows["about"].iloc[0], columns)
             entry.check()
-            found[run] = entry
+            found[entry.run] = entry
         except UNREADABLE as error:
-            found[run] = DamagedRecord(f"run {run} is damaged: {error}")
+            found[str(run)] = DamagedRecord(f"run {run} is damaged: {error}")
     return found
 
 

@@ -3,7 +3,6 @@
     STORE/records/IDENTITY.parquet, .npz   the records, see `records`
     STORE/failed/IDENTITY.json             why a run failed
     STORE/checkpoints/, claims/            unfinished runs, see `checkpoints` and `lease`
-    STORE/progress/IDENTITY                the number of epochs done of a run that is being trained
     STORE/data/                            decoded images
 
 The files of many runs in results/ are a second, read-only layer. A run that has no record in
@@ -17,11 +16,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,6 +39,9 @@ from paperlib.store.records import (
     write_whole,
 )
 
+# Parts of the configuration that are columns of `Store.runs`.
+PLAIN = ("data", "model", "width", "optimizer", "learning_rate", "epochs", "precision", "seed")
+
 
 class Mismatch(StoreError):
     """A record was made with other data or code than the run has now; the message names both."""
@@ -54,7 +55,8 @@ class Store:
 
     Args:
         path: The folder; None is PAPERLIB_RUNS, or `runs` in the checkout.
-        results: The folder of the read-only layer; None is PAPERLIB_RESULTS, or `results`.
+        results: The read-only layer: a file of many runs, or a folder of such files; None is
+            PAPERLIB_RESULTS, or `results`.
     """
 
     def __init__(
@@ -80,44 +82,29 @@ class Store:
         Every record is checked, its arrays too. Runs without a record are left out. If two
         configurations have one identity, as of two folders of one name, both are compared.
         """
-
-        @cache
-        def data_checksum(spec: str) -> str | None:
-            return provenance.data_checksum(spec, self.path / "data")
-
-        layer = self._layer()
-        found: dict[str, Entry | StoreError] = {}
+        checksum = cache(lambda spec: provenance.known_checksum(spec, self.path / "data"))
+        layer, found = self._layer(), dict[str, Entry | StoreError]()
         for item in runs:
             run = _identity(item)
-            entry = found.get(run) or self._find(run, layer)
+            entry = found.get(run)
+            try:
+                entry = entry or records.read(self._file(run)) or layer.get(run)
+            except DamagedRecord as error:
+                entry = layer.get(run, error)
             if isinstance(item, Config) and isinstance(entry, Entry):
                 try:
-                    now = {
-                        "data": data_checksum(item.data),
-                        "source": provenance.code_checksum(item),
-                    }
-                    entry = self._compared(entry, item, now) or entry
+                    now = {"data": checksum(item.data), "source": provenance.code_checksum(item)}
+                    problem = provenance.difference(item, entry.content["provenance"], now)
                 except ValueError as error:
-                    entry = self._mismatch(item, str(error))
+                    problem = str(error)
+                if problem:
+                    entry = Mismatch(
+                        f"the record of {item.title} in {self.path} is refused: {problem}. Choose "
+                        "another run folder with --runs, or remove the record"
+                    )
             if entry is not None:
                 found[run] = entry
         return found
-
-    def _find(self, run: str, layer: dict[str, Entry]) -> Entry | StoreError | None:
-        try:
-            return records.read(self._file(run)) or layer.get(run)
-        except DamagedRecord as error:
-            return layer.get(run, error)
-
-    def _compared(self, entry: Entry, config: Config, now: Mapping[str, Any]) -> Mismatch | None:
-        problem = provenance.difference(config, entry.content["provenance"], now)
-        return self._mismatch(config, problem) if problem else None
-
-    def _mismatch(self, config: Config, problem: str) -> Mismatch:
-        return Mismatch(
-            f"the record of {config.title} in {self.path} is refused: {problem}. Choose another "
-            "run folder with --runs, or remove the record"
-        )
 
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
         """Return the identities of those of `runs` that have a whole record. Raises Mismatch."""
@@ -153,8 +140,6 @@ class Store:
         if content is not None:
             with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 arrays = dict(stored)
-        elif "arrays" in entry.content:
-            arrays = _LeftOut(entry.run)
         config = from_dict(entry.content["config"])
         return RunRecord(config, entry.epochs, arrays, entry.content["provenance"])
 
@@ -167,17 +152,12 @@ class Store:
         if not entry.has_arrays:
             return None
         path = self._file(entry.run).with_suffix(".npz")
-        try:
+        with suppress(OSError, ValueError):
             return entry.check_arrays(path.read_bytes())
-        except (OSError, ValueError) as error:
-            problem = f"{path}: {error}"
-        for path in self._results():
-            if entry.run in _results_file(path, *_stamp(path)):
-                try:
-                    return records.read_arrays(path, entry)
-                except UNREADABLE as error:
-                    problem = f"{path}: {error}"
-        raise DamagedRecord(problem)
+        for file in self._results():
+            with suppress(*UNREADABLE):
+                return records.read_arrays(file, entry)
+        raise DamagedRecord(f"{path} is damaged or missing, and {self.results} has no other")
 
     def own(self) -> list[str]:
         """Return the runs with a record in the store itself, damaged ones too."""
@@ -209,9 +189,7 @@ class Store:
         """Raise StoreError if records cannot be written here."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path) as file:
-                file.write(bytes(4096))
-                file.flush()
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise StoreError(f"cannot write to the run store {self.path}: {error}") from error
 
@@ -219,19 +197,9 @@ class Store:
         """Write a record, whole or not at all. A note of the run's earlier failure is removed.
 
         Raises:
-            StoreError: It cannot be written, or a better record of the run is there: one of more
-                epochs, or with arrays that this one lacks.
-            Mismatch: A record of other data or code is there.
+            StoreError: It cannot be written.
         """
-        entry, arrays = records.serialized(record)
-        there = self.find([record.run]).get(record.run)
-        if isinstance(there, Entry):
-            mismatch = self._compared(there, record.config, record.provenance)
-            if mismatch is not None:
-                raise mismatch
-            if _worth(entry) < _worth(there):
-                raise StoreError(f"a better record of run {record.run} is in {self.path} already")
-        self.put(entry, arrays)
+        self.put(*records.serialized(record))
 
     def put(self, entry: Entry, arrays: bytes | None) -> None:
         """Write a record's files in place of those that are there. Raises StoreError."""
@@ -242,19 +210,14 @@ class Store:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
-            The outcome: "new", "mended" (ours was damaged), "better" (ours was shorter, or lacked
-            its arrays), "same", "shorter", or "different" (it has other numbers than ours).
+            The outcome: "new", "mended" (ours was damaged), "same", or
+             "different" (it has other numbers than ours, which stay).
         """
         ours = self.find([entry.run]).get(entry.run)
-        if not isinstance(ours, Entry):
-            self.put(entry, arrays)
-            return "new" if ours is None else "mended"
-        if entry.count == ours.count and not entry.same_numbers(ours):
-            return "different"
-        if _worth(entry) > _worth(ours):
-            self.put(entry, arrays)
-            return "better"
-        return "same" if entry.count == ours.count else "shorter"
+        if isinstance(ours, Entry):
+            return "same" if entry.same_numbers(ours) else "different"
+        self.put(entry, arrays)
+        return "mended" if ours else "new"
 
     # Failures
 
@@ -286,76 +249,47 @@ class Store:
         return self.path / "failed" / f"{run}.json"
 
     def _results(self) -> list[Path]:
-        return [] if self.results is None else sorted(self.results.glob("*.parquet"))
+        if self.results is None or self.results.is_file():
+            return [self.results] if self.results else []
+        return sorted(self.results.glob("*.parquet"))
 
-    def _layer(self) -> dict[str, Entry]:
-        """Return all whole records of the layer below; of two of one run the last file's."""
-        layer: dict[str, Entry] = {}
+    def _layer(self) -> dict[str, Entry | StoreError]:
+        """Return the records of the layer below, as `find`; of two of one run the last file's."""
+        layer: dict[str, Entry | StoreError] = {}
         for path in self._results():
-            layer |= _results_file(path, *_stamp(path))
+            state = path.stat()
+            layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return layer
 
 
 @lru_cache(maxsize=32)
-def _results_file(path: Path, size: int, modified: int, changed: int) -> dict[str, Entry]:
-    """Read a file of results once a process, for as long as it does not change."""
+def _results_file(path: Path, *state: int) -> dict[str, Entry | StoreError]:
+    """Read a file of results once a process, for as long as its size and times are these."""
     try:
-        found = records.read_many(path)
+        return records.read_many(path)
     except UNREADABLE as error:
         warnings.warn(f"{path} cannot be read and is left out: {error}", stacklevel=2)
         return {}
-    for problem in found.values():
-        if isinstance(problem, DamagedRecord):
-            warnings.warn(f"{path}: {problem}; it is left out", stacklevel=2)
-    return {run: entry for run, entry in found.items() if isinstance(entry, Entry)}
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
-
-
-class _LeftOut(dict):
-    """The arrays of a run that was exported without them: a request for one says so."""
-
-    def __init__(self, run: str) -> None:
-        super().__init__()
-        self.run = run
-
-    def __missing__(self, name: str) -> np.ndarray:
-        raise StoreError(f"the arrays of run {self.run} were left out when it was exported")
 
 
 def _identity(run: str | Config) -> str:
     return run if isinstance(run, str) else run.identity
 
 
-def _worth(entry: Entry) -> tuple[int, bool]:
-    return entry.count, entry.has_arrays
-
-
-def by_identity(
-    configs: Iterable[Config], root: str | os.PathLike | None = None
-) -> dict[str, Config]:
+def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
     """Return configurations by identity; equal runs appear once.
 
-    Args:
-        configs: The configurations.
-        root: The data folder.
-
     Raises:
-        StoreError: Two configurations of one identity name folders of images that differ.
+        StoreError: Two configurations of one identity name different folders of images.
     """
     known: dict[str, Config] = {}
     for config in configs:
         first = known.setdefault(config.identity, config)
         if first.data != config.data:
-            one, other = (provenance.known_checksum(c.data, root) for c in (first, config))
-            if one is None or one != other:
-                raise StoreError(
-                    f"{first.data!r} and {config.data!r} hold different images, and a run is known "
-                    "by the last part of the path only: rename one of them"
-                )
+            raise StoreError(
+                f"a run is known by the last part of the path of its images: rename one of "
+                f"{first.data!r} and {config.data!r}"
+            )
     return known
 
 
@@ -375,14 +309,12 @@ def runs_frame(entries: Iterable[Entry], epochs: pd.DataFrame) -> pd.DataFrame:
     entries = list(entries)
     if not entries:
         return pd.DataFrame({"run": []})
-    plain = ("data", "model", "width", "optimizer", "learning_rate", "epochs", "precision", "seed")
-    default = {field.name: field.default for field in fields(Config) if field.name in plain}
     rows = []
     for entry in entries:
         config, about = entry.content["config"], entry.content["provenance"]
         rows.append(
             {"run": entry.run}
-            | {name: config.get(name, default[name]) for name in plain}
+            | {name: config.get(name, getattr(Config, name)) for name in PLAIN}
             | {"device": about.get("device"), "parameters": parameters_left(about)}
         )
     about = pd.DataFrame(rows)

@@ -5,19 +5,6 @@ claimed it, and others wait for its record. A run whose process dies is tried ag
 checkpoint. A run that fails is noted, and left alone until somebody asks for it again.
 """
 
-from paperlib.sweep.run import SweepError, collect, execute
-from paperlib.sweep.states import STATES, TO_RUN, State, missing, states, unique
-from paperlib.sweep.workers import default_jobs
-
-__all__ = [
-    "STATES",
-    "TO_RUN",
-    "State",
-    "SweepError",
-    "collect",
-    "default_jobs",
-    "execute",
-    "missing",
-    "states",
-    "unique",
-]
+from paperlib.sweep.run import SweepError, collect, execute  # noqa: F401
+from paperlib.sweep.states import STATES, TO_RUN, State, missing, states, unique  # noqa: F401
+from paperlib.sweep.workers import default_jobs  # noqa: F401

@@ -3,26 +3,17 @@
 import math
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
-from paperlib.config import Config, to_dict
+import pandas as pd
+
+from paperlib.config import Config, from_dict
 from paperlib.runs import Store
 from paperlib.store.records import Entry
+from paperlib.sweep.states import STATES, State
+from paperlib.sweep.workers import may_have_gpu
 
 ALIKE = ("train_per_class", "test_per_class", "model", "width", "batch", "augment", "precision")
-
-
-class Work(Protocol):
-    """A run to be done: a `states.State`."""
-
-    config: Config
-    state: str
-
-    @property
-    def left(self) -> int:
-        """How many epochs are not done."""
 
 
 class Speeds:
@@ -31,102 +22,85 @@ class Speeds:
     def __init__(self) -> None:
         self._measured: dict[tuple, list[float]] = defaultdict(list)
 
-    def observe(self, config: dict, seconds: float) -> None:
-        """Take in a measured epoch of a configuration as `config.to_dict` gives it."""
-        for kind in _kinds(config):
-            self._measured[kind].append(seconds)
+    def observe(self, entry: Entry) -> None:
+        """Take in the seconds that the epochs of a run took."""
+        if "seconds" in entry.columns:
+            for kind in _kinds(from_dict(entry.content["config"])):
+                self._measured[kind].append(float(entry.columns["seconds"].mean()))
 
-    def epoch(self, config: Config) -> float:
-        """Return the expected seconds an epoch; NaN where nothing alike was measured."""
-        for kind in _kinds(to_dict(config)):
+    def epoch(self, config: Config, unknown: float = math.nan) -> float:
+        """Return the expected seconds an epoch; `unknown` where nothing alike was measured."""
+        for kind in _kinds(config):
             if kind in self._measured:
                 return sum(self._measured[kind]) / len(self._measured[kind])
-        return math.nan
+        return unknown
 
-    def seconds(self, work: Work) -> float:
-        """Return the expected seconds that a run still takes; NaN as above."""
-        return self.epoch(work.config) * work.left
+    def needed(self, states: Sequence[State]) -> list[float]:
+        """Return the expected seconds that each run still takes, of those where it is known."""
+        seconds = [self.epoch(state.config) * state.left for state in states]
+        return [s for s in seconds if not math.isnan(s)]
 
 
-def speeds(store: Store, device: str | None = "auto") -> Speeds:
-    """Return the speeds of the store's own records made on such a device; None takes all devices.
+def speeds(store: Store, device: str = "auto") -> Speeds:
+    """Return the speeds of the store's own records that were made on such a device.
 
     Records in results/ were measured on other machines and do not count.
     """
-    expected = _kind_of_device(device)
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        apple = (platform.system(), platform.machine()) == ("Darwin", "arm64")
+        kind = "cuda" if may_have_gpu() else "mps" if apple else "cpu"
     measured = Speeds()
     for entry in store.find(store.own()).values():
-        if isinstance(entry, Entry) and "seconds" in entry.columns:
-            config, made_on = entry.content["config"], entry.content["provenance"].get("device")
-            if expected is None or made_on in (None, expected):
-                epochs = config.get("epochs", Config.epochs)
-                measured.observe(config, float(entry.columns["seconds"].sum()) / epochs)
+        if isinstance(entry, Entry) and entry.content["provenance"].get("device", kind) == kind:
+            measured.observe(entry)
     return measured
 
 
-def _kind_of_device(device: str | None) -> str | None:
-    if device is None:
-        return None
-    if device != "auto":
-        return device.partition(":")[0]
-    if list(Path("/dev").glob("nvidia[0-9]*")):
-        return "cuda"
-    return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
-
-
-def _kinds(config: dict) -> list[tuple]:
+def _kinds(config: Config) -> list[tuple]:
     """Return of what kind a run is, the narrowest first."""
-    wide = (
-        config.get("data", Config.data).rpartition("/")[2],
-        *(config.get(name, getattr(Config, name)) for name in ALIKE),
-        str(config.get("flatness")),
-    )
-    parts = (config.get("pruning") or {}).get("type"), (config.get("noise") or {}).get("kind")
-    return [(*wide, *parts), wide]
+    data = config.data.rpartition("/")[2]
+    wide = data, config.flatness, *(getattr(config, name) for name in ALIKE)
+    return [(*wide, type(config.pruning), getattr(config.noise, "kind", None)), wide]
 
 
-def forecast(todo: Sequence[Work], again: int, slots: int | None, speeds: Speeds) -> str:
-    """Say in a line what is about to be run, and how long it will take.
-
-    Args:
-        todo: the runs.
-        again: how many of them failed before.
-        slots: runs in parallel; None where that is open.
-        speeds: as measured so far.
-    """
-    counts = Counter(work.state for work in todo)
-    named = {
-        "new": counts["missing"] + counts["failed"] - again,
-        "resumed": counts["partial"],
-        "tried again": again,
-        "damaged": counts["damaged"],
-    }
-    parts = ", ".join(f"{count} {name}" for name, count in named.items() if count)
-    known = [s for s in map(speeds.seconds, todo) if not math.isnan(s)]
+def forecast(todo: Sequence[State], slots: int, speeds: Speeds) -> str:
+    """Say in a line what is about to be run, and how long it will take in so many `slots`."""
+    counts = Counter(state.state for state in todo)
+    parts = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    known = speeds.needed(todo)
     if not known:
         needed = "time unknown: nothing alike was measured here"
-    elif slots is None:
-        needed = f"about {duration(sum(known))} one after the other"
     else:
         needed = f"about {duration(max(sum(known) / slots, max(known)))}, {slots} in parallel"
-    if known and len(known) < len(todo):
-        needed += f", and {len(todo) - len(known)} of unknown length"
+        if len(known) < len(todo):
+            needed += f", and {len(todo) - len(known)} of unknown length"
     return f"{len(todo)} runs ({parts}): {needed}"
 
 
-def size(count: float) -> str:
-    """Return bytes for people."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def table(figures: Mapping[str, Sequence[State]], speeds: Speeds) -> pd.DataFrame:
+    """Return one row a figure: its runs, and how many are in each of `STATES`.
+
+    Column hours has the time that runs not done will take one after the other on this machine, as
+    far as its store has measured runs alike; NaN where it has none. Column unknown counts the runs
+    that this leaves out.
+    """
+    rows = []
+    for name, mine in figures.items():
+        counts = Counter(state.state for state in mine)
+        left = [state for state in mine if state.state != "done"]
+        known = speeds.needed(left)
+        hours = sum(known) / 3600 if known or not left else math.nan
+        rows.append(
+            {"figure": name, "runs": len(mine)}
+            | {state: counts[state] for state in STATES}
+            | {"hours": hours, "unknown": len(left) - len(known)}
+        )
+    return pd.DataFrame(rows)
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for people; "unknown" for NaN."""
-    if math.isnan(seconds):
-        return "unknown"
+    """Return seconds for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,19 +1,16 @@
 """The bar of a sweep: epochs done of all, runs done of all, and the time left."""
 
-import math
-import os
 import time
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 from tqdm.auto import tqdm
 
-from paperlib.config import to_dict
+from paperlib.runs import Store
+from paperlib.store import checkpoints
+from paperlib.store.records import Entry
 from paperlib.sweep import costs
 from paperlib.sweep.states import State
 
-LOOK_SECONDS = 1.0  # between looks at the notes of unfinished runs
 SHOWN = (
     "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs "
     "[{elapsed}, {rate_noinv_fmt}{postfix}]"
@@ -23,23 +20,26 @@ SHOWN = (
 class Bar:
     """A bar for the runs of a sweep, here and in other processes that share the store.
 
+    It counts records and the epochs in checkpoints.
+
     Args:
-        todo: the runs, by identity.
-        store: path of the store, where processes note how far they are.
+        todo: the runs.
+        store: the store.
         speeds: measured so far; the bar adds to them.
+
+    Attributes:
+        left: by identity, the runs that are neither done nor given up.
     """
 
-    def __init__(self, todo: dict[str, State], store: Path, speeds: costs.Speeds) -> None:
-        self.todo, self.folder, self.speeds = todo, store / "progress", speeds
-        self.left = {run: state.left for run, state in todo.items()}
-        self.runs = self.epochs = 0
-        self.total = sum(self.left.values())
-        self.done_weight = 0.0
-        self.start = self.looked = time.monotonic()
+    def __init__(self, todo: list[State], store: Store, speeds: costs.Speeds) -> None:
+        self.store, self.speeds, self.count = store, speeds, len(todo)
+        self.left = {state.run: state for state in todo}
+        self.done: list[State] = []
+        self.start = time.monotonic()
 
     def __enter__(self) -> "Bar":
-        self.bar = tqdm(total=self.total, unit=" epochs", bar_format=SHOWN)
-        self.show(now=True)
+        self.bar = tqdm(total=1, unit=" epochs", bar_format=SHOWN)
+        self.look()
         return self
 
     def __exit__(
@@ -48,58 +48,29 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.show(now=True)
+        self.look()
         self.bar.close()
 
-    def waits_for(self, state: State) -> bool:
-        """Whether a run is neither done nor given up."""
-        return state.run in self.left
-
-    def done(self, state: State, seconds: float | None) -> None:
-        """Count a run as done; seconds: of one epoch on average, where that is known."""
-        if seconds is not None:
-            self.speeds.observe(to_dict(state.config), seconds)
-        if self.waits_for(state):
-            left = self.left.pop(state.run)
-            self.runs += 1
-            self.epochs += left
-            self.done_weight += self._weight(state, left)
-
-    def gave_up(self, state: State) -> None:
-        """Leave out a run that failed or was stopped: its epochs will not be done."""
-        self.total -= self.left.pop(state.run, 0)
-
-    def show(self, now: bool = False) -> None:
-        """Bring the bar up to date, at most once in `LOOK_SECONDS` unless `now`."""
-        if not now and time.monotonic() - self.looked < LOOK_SECONDS:
-            return
-        self.looked = time.monotonic()
-        running = self._running()
-        weight = self.done_weight + sum(self._weight(self.todo[r], n) for r, n in running.items())
-        remaining = sum(self._weight(self.todo[run], n) for run, n in self.left.items())
-        remaining += self.done_weight - weight
-        self.bar.total = self.total
-        self.bar.set_description_str(f"runs {self.runs}/{len(self.todo)}", refresh=False)
-        shown = ""
-        if weight > 0 and remaining > 0:
-            shown = f"{costs.duration((self.looked - self.start) * remaining / weight)} left"
+    def look(self) -> None:
+        """Count the runs that are done by now, and show how far all are."""
+        there = self.left.keys() & set(self.store.own())
+        for run, entry in self.store.find(there).items():
+            if isinstance(entry, Entry):
+                self.done.append(self.left.pop(run))
+                self.speeds.observe(entry)
+        parts = [(state, state.left, 0) for state in self.done]
+        begun = {path.stem for path in (self.store.path / "checkpoints").glob("*.safetensors")}
+        for run, state in self.left.items():
+            epochs = checkpoints.progress(self.store.path, run) if run in begun else None
+            new = max((epochs or 0) - state.epochs, 0)
+            parts.append((state, new, state.left - new))
+        weights = [self.speeds.epoch(state.config, unknown=1.0) for state, _, _ in parts]
+        done = sum(w * new for w, (_, new, _) in zip(weights, parts, strict=True))
+        left = sum(w * rest for w, (_, _, rest) in zip(weights, parts, strict=True))
+        seconds = (time.monotonic() - self.start) * left / done if done else 0.0
+        self.bar.n = sum(new for _, new, _ in parts)
+        self.bar.total = self.bar.n + sum(rest for _, _, rest in parts)
+        self.bar.set_description_str(f"runs {len(self.done)}/{self.count}", refresh=False)
+        shown = f"{costs.duration(seconds)} left" if seconds else ""
         self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.n = self.epochs + sum(running.values())
         self.bar.refresh()
-
-    def _weight(self, state: State, epochs: int) -> float:
-        """Return the cost of epochs of a run, in seconds where they are known."""
-        seconds = self.speeds.epoch(state.config)
-        return epochs * (1.0 if math.isnan(seconds) else seconds)
-
-    def _running(self) -> dict[str, int]:
-        """Return how many epochs of each unfinished run are done, by the notes in the store."""
-        running = {}
-        with suppress(OSError):
-            for name in os.listdir(self.folder):
-                if name in self.left:
-                    with suppress(OSError, ValueError):
-                        epochs = int((self.folder / name).read_text())
-                        done = epochs - self.todo[name].epochs
-                        running[name] = min(max(done, 0), self.left[name])
-        return running

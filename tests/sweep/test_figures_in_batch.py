@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from benchmarks.notebooks import rewrite
 from paperlib.sweep import notebooks
 
 CELLS = [
@@ -36,10 +37,10 @@ def notebook(tmp_path, monkeypatch):
 
 def test_notebooks_are_written_back_the_same(notebook):
     before = notebook.read_bytes()
-    (row,) = notebooks.rewrite([notebook], write=False).itertuples()
+    (row,) = rewrite([notebook], write=False).itertuples()
     assert (row.changed, row.error) == (True, None)
     assert notebook.read_bytes() == before
-    (row,) = notebooks.rewrite([notebook], write=True).itertuples()
+    (row,) = rewrite([notebook], write=True).itertuples()
     assert (row.changed, row.error) == (True, None)
     once = notebook.read_bytes()
     written = nbformat.read(notebook, as_version=4)
@@ -49,7 +50,7 @@ def test_notebooks_are_written_back_the_same(notebook):
     assert not any("execution" in cell.metadata for cell in written.cells)
     assert b" at 0x" not in once
     assert b'"name": "stderr"' not in once
-    (row,) = notebooks.rewrite([notebook], write=True).itertuples()
+    (row,) = rewrite([notebook], write=True).itertuples()
     assert (row.changed, row.error) == (False, None)
     assert notebook.read_bytes() == once
 
@@ -59,7 +60,7 @@ def test_a_cell_that_fails_is_told_and_nothing_written(notebook):
     content.cells[1].source = "1 / 0"
     nbformat.write(content, notebook)
     before = notebook.read_bytes()
-    (row,) = notebooks.rewrite([notebook], write=True).itertuples()
+    (row,) = rewrite([notebook], write=True).itertuples()
     assert "ZeroDivisionError" in row.error
     assert notebook.read_bytes() == before
 

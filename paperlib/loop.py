@@ -30,20 +30,21 @@ class Totals:
         return float(self.loss) / self.images, 100 * float(self.correct) / self.images
 
 
-def logits(output: object) -> Tensor:
-    """Return the logits of a network's output: a tensor, or the `logits` of an object or dict.
+def logits_of(output: object, images: int) -> Tensor:
+    """Return the logits (N, classes) of a network's output for N images.
+
+    The output is a tensor, or has `logits` as an object or a dict.
 
     Raises:
-        TypeError: There are none.
+        ValueError: There are none.
     """
-    if isinstance(output, Tensor):
-        return output
-    is_dict = isinstance(output, Mapping)
-    found = output.get("logits") if is_dict else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "a network must return logits (N, classes), alone or as `logits` of an object or "
-            f"dict, and this one returns a {type(output).__name__}"
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != images:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(
+            f"a network must return logits ({images}, classes), alone or as `logits` of an object "
+            f"or dict, and this one returns {shape}"
         )
     return found
 
@@ -71,7 +72,7 @@ def step(
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast():
-        found = logits(model(x))
+        found = logits_of(model(x), len(x))
         loss = F.cross_entropy(found, y)
     loss.backward()
     optimizer.step()
@@ -84,7 +85,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Return the same numbers as `step`, without training."""
     with autocast():
-        found = logits(model(x)).float()
+        found = logits_of(model(x), len(x)).float()
         return F.cross_entropy(found, y, reduction="sum"), (found.argmax(1) == y).sum()
 
 

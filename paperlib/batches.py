@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = 4  # pixels of black on each side, before the random crop
-KEPT_BYTES = 256e6  # of normalised images, at most, between passes of an evaluation
 
 
 class Batches:
@@ -50,7 +49,6 @@ class Batches:
         mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.scale = (1 / (255 * std)).float().repeat(self.width, 1).to(device)
         self.shift = (-mean / std).float().repeat(self.width, 1).to(device)
-        self._normalised: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of batches an epoch; the last one may be smaller."""
@@ -107,31 +105,15 @@ class Batches:
 
     def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch of these images (B,), without augmentation."""
-        images = self.pixels.index_select(0, indices)[:, *self._inner]
-        return self._normalise(images), self.labels[indices]
-
-    @property
-    def _inner(self) -> tuple[slice, slice]:
-        return (
-            slice(self.padding, self.padding + self.height),
-            slice(self.padding, self.padding + self.width),
-        )
+        rows, columns = self.padding + self.height, self.padding + self.width
+        images = self.pixels.index_select(0, indices)
+        inner = images[:, self.padding : rows, self.padding : columns]
+        return self._normalise(inner), self.labels[indices]
 
     def evaluation(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over all images once, in their own order, without augmentation.
-
-        Normalised images below 256 MB are kept for the next pass: do not write to them.
-        """
-        images = self.pixels[:, *self._inner]
-        if 4 * images.numel() < KEPT_BYTES and self._normalised is None:
-            with torch.inference_mode(False):  # a later pass may differentiate it
-                self._normalised = self._normalise(images)
-        for start in range(0, len(images), size):
-            batch = slice(start, start + size)
-            if self._normalised is not None:
-                yield self._normalised[batch], self.labels[batch]
-            else:
-                yield self._normalise(images[batch]), self.labels[batch]
+        """Iterate over all images once, in their own order, without augmentation."""
+        indices = torch.arange(len(self.labels), device=self.labels.device)
+        return map(self.unaugmented, indices.split(size))
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 (B, H, W, C) into float32 (B, C, H, W), `(x / 255 - mean) / std`."""

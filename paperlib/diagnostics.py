@@ -90,47 +90,38 @@ def magnitudes(weight: Tensor) -> np.ndarray:
     return np.histogram(np.clip(sizes[sizes > 0], MAGNITUDES[0], MAGNITUDES[-1]), MAGNITUDES)[0]
 
 
-def weight_histograms(pruner: WeightPruner, moment: str) -> Arrays:
-    """Return `magnitudes` of every pruned layer, as "MOMENT.LAYER"."""
-    return {f"{moment}.{name}": magnitudes(m.weight) for name, m in pruner.layers.items()}
+def histograms(
+    config: Config, moment: str, model: nn.Module, pruner: Pruner | None, train: Batches
+) -> Arrays:
+    """Measure the histograms of a run that asks for them, of pruned weights or of batch norms.
 
+    Args:
+        config: The run.
+        moment: "untrained"; "before" the first event, "after" the last one; "trained" at the end.
+        model: The network.
+        pruner: Its pruner; None of the untrained network.
+        train: The training images.
 
-class Histograms:
-    """Histograms of a run that asks for them, of batch norms' outputs or of pruned weights.
-
-    Each method returns arrays for the record: none if there is nothing to measure at that point.
+    Returns:
+        Arrays for the record. If single weights are pruned, `magnitudes` of every pruned layer as
+        "before.LAYER", "after.LAYER" and "end.LAYER", their `edges`, and as "kept.LAYER" which
+        weights are not pruned, as bits. Otherwise `normalised_outputs`, "untrained" and "trained".
     """
-
-    def __init__(self, config: Config) -> None:
-        of_weights = isinstance(config.pruning, WeightPruning)
-        self.weights = config.histograms and of_weights
-        self.norms = config.histograms and not of_weights
-        self.events = config.pruning.epochs if self.weights else ()
-
-    def of_norms(self, name: str, model: nn.Module, train: Batches) -> Arrays:
-        """Measure the network before or after training."""
-        if not self.norms:
-            return {}
-        return {name: normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])}
-
-    def before_event(self, epoch: int, pruner: Pruner) -> Arrays:
-        """Measure the weights before the first event."""
-        if not self.weights or epoch != self.events[0]:
-            return {}
-        return weight_histograms(pruner, "before") | {"edges": MAGNITUDES}
-
-    def after_event(self, epoch: int, pruner: Pruner) -> Arrays:
-        """Measure the weights after the last event."""
-        if not self.weights or epoch != self.events[-1]:
-            return {}
-        return weight_histograms(pruner, "after")
-
-    def at_end(self, pruner: Pruner) -> Arrays:
-        """Measure the weights after training, and keep which of them are not pruned, as bits."""
-        if not self.weights:
-            return {}
-        kept = {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
-        return weight_histograms(pruner, "end") | kept
+    if not config.histograms:
+        return {}
+    if not isinstance(config.pruning, WeightPruning):
+        of_norms = moment in ("untrained", "trained")
+        images, _ = train.first(HISTOGRAM_IMAGES)
+        return {moment: normalised_outputs(model, images)} if of_norms else {}
+    if not isinstance(pruner, WeightPruner):
+        return {}
+    name = "end" if moment == "trained" else moment
+    found: Arrays = {f"{name}.{n}": magnitudes(m.weight) for n, m in pruner.layers.items()}
+    if moment == "before":
+        found["edges"] = MAGNITUDES
+    if moment == "trained":
+        found |= {f"kept.{n}": np.packbits(mask.cpu()) for n, mask in pruner.masks.items()}
+    return found
 
 
 def measured_flatness(

@@ -6,6 +6,7 @@ This is the plain reference. The faster loops of `extras.fast` are tested agains
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from paperlib.batches import Batches
 from paperlib.pruning import Pruner
 
+T = TypeVar("T")
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -21,9 +24,15 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class Totals:
     """Sums over a pass of images, kept on their device; reading them waits for the device."""
 
-    loss: Tensor
-    correct: Tensor
-    images: int
+    loss: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
+    images: int = 0
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Add those of a batch."""
+        self.loss += loss
+        self.correct += correct
+        self.images += images
 
     def read(self) -> tuple[float, float]:
         """Return the mean loss, and the accuracy in percent."""
@@ -89,36 +98,6 @@ def score(
         return F.cross_entropy(found, y, reduction="sum"), (found.argmax(1) == y).sum()
 
 
-def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    hold: Callable[[], None],
-    autocast: Callable[[], AbstractContextManager],
-    order: torch.Generator,
-    augment: torch.Generator,
-) -> Totals:
-    """Train on all images once; nothing in it waits for the device.
-
-    Args:
-        model: The network.
-        batches: The training images.
-        optimizer: Of the network's parameters.
-        hold: As for `step`.
-        autocast: The precision of the passes.
-        order: A CPU generator, for the order of the images.
-        augment: A CPU generator, for their augmentation.
-    """
-    model.train()
-    totals = Totals(0.0, 0, 0)
-    for x, y in batches.epoch(order, augment):
-        loss, correct = step(model, optimizer, hold, autocast, x, y)
-        totals.loss += loss
-        totals.correct += correct
-        totals.images += len(y)
-    return totals
-
-
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -126,13 +105,10 @@ def evaluate(
 ) -> Totals:
     """Test on batches (x, y) in evaluation mode, then return to training mode."""
     model.eval()
-    totals = Totals(0.0, 0, 0)
+    totals = Totals()
     with torch.inference_mode():
         for x, y in batches:
-            loss, correct = score(model, autocast, x, y)
-            totals.loss += loss
-            totals.correct += correct
-            totals.images += len(y)
+            totals.add(*score(model, autocast, x, y), len(y))
     model.train()
     return totals
 
@@ -171,6 +147,15 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
 
 
+def finish(steps: Generator[Any, None, T]) -> T:
+    """Exhaust a generator, and return its value."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 class PlainLoop:
     """How a run trains and tests: by the functions above.
 
@@ -194,19 +179,27 @@ class PlainLoop:
         """Return the context in which a network is trained and evaluated."""
         return nullcontext()
 
-    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """Train on all images once."""
-        with self.kernels(self.model):
-            return train_epoch(
-                self.model, batches, self.optimizer, self.pruner.hold, self.autocast, order, augment
-            )
-
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
     ) -> Generator[str | None, None, Totals]:
-        """Do the same as `train`, and yield where other runs may launch work: here, nowhere."""
+        """Train on all images once; nothing in it waits for the device.
+
+        Args:
+            batches: The training images.
+            order: A CPU generator, for the order of the images.
+            augment: A CPU generator, for their augmentation.
+
+        Yields:
+            Where other runs may launch work: here, nowhere.
+        """
         yield from ()
-        return self.train(batches, order, augment)
+        self.model.train()
+        totals = Totals()
+        with self.kernels(self.model):
+            for x, y in batches.epoch(order, augment):
+                done = step(self.model, self.optimizer, self.pruner.hold, self.autocast, x, y)
+                totals.add(*done, len(y))
+        return totals
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
         """Test on all images, in batches of `size`."""

@@ -24,14 +24,14 @@ from paperlib.devices import autocast, choose_device, full_float32, memory_forma
 from paperlib.diagnostics import (
     Arrays,
     Callback,
-    Histograms,
     Moment,
     Replica,
     distance,
+    histograms,
     measured_flatness,
 )
 from paperlib.extras import fast as faster
-from paperlib.loop import PlainLoop, Totals
+from paperlib.loop import PlainLoop, Totals, finish
 from paperlib.networks import (  # noqa: F401
     AnyPruner,
     build,
@@ -97,12 +97,7 @@ def run(
         return record
     where = choose_device(device)
     with computing(config, faster.new_stream(where)):
-        going = steps(config, store, where, callback, wait=wait, captured=fast)
-        while True:
-            try:
-                next(going)
-            except StopIteration as end:
-                return end.value
+        return finish(steps(config, store, where, callback, wait=wait, captured=fast))
 
 
 @contextmanager
@@ -157,8 +152,13 @@ def steps(
         dataset = inputs.images_of(config, store.path / "data")
         made_of = inputs.checksums(config, dataset.checksum)
         checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
+        how = config, dataset, device, callback, checkpoint, captured
         try:
-            record = yield from _resumed(config, dataset, device, callback, checkpoint, captured)
+            try:
+                record = yield from _train(*how)
+            except checkpoints.UnusableCheckpoint as error:
+                checkpoint.set_aside(error)
+                record = yield from _train(*how)
         except TrainingError as error:
             store.fail(config, error)
             checkpoints.discard(store.path, config.identity)
@@ -172,23 +172,6 @@ def steps(
             store.write(record)
         checkpoints.discard(store.path, config.identity)
         return store.read(config.identity)
-
-
-def _resumed(
-    config: Config,
-    dataset: data.Dataset,
-    device: torch.device,
-    callback: Callback | None,
-    checkpoint: Checkpoint,
-    captured: bool,
-) -> Steps:
-    """Train from the checkpoint, or from the start if it is unusable."""
-    how = config, dataset, device, callback, checkpoint, captured
-    try:
-        return (yield from _train(*how))
-    except checkpoints.UnusableCheckpoint as error:
-        checkpoint.set_aside(error)
-    return (yield from _train(*how))
 
 
 class Run:
@@ -213,9 +196,8 @@ class Run:
         test = dataset.test_images, dataset.test_labels
         self.train = Batches(*train, *constants, config.batch, config.augment, self.layout)
         self.test = Batches(*test, *constants, layout=self.layout)
-        self.histograms = Histograms(config)
         # Before there is a pruner, which may observe forward passes.
-        self.arrays = self.histograms.of_norms("untrained", self.model, self.train)
+        self.arrays = histograms(config, "untrained", self.model, None, self.train)
         self.pruner = make_pruner(config, self.model)
         self.noise = self.pruner if isinstance(self.pruner, FilterNoise) else None
         self.optimizer = make_optimizer(config, self.model)
@@ -269,8 +251,7 @@ def _train(
             if checkpoint is not None and len(rows) < config.epochs:
                 measured = time.perf_counter() - evaluated
                 checkpoint.save_when_due(*parts, rows, run.arrays, measured)
-        run.arrays |= run.histograms.of_norms("trained", run.model, run.train)
-        run.arrays |= run.histograms.at_end(run.pruner)
+        run.arrays |= histograms(config, "trained", run.model, run.pruner, run.train)
         about = inputs.described(run.device, run.model, run.pruner)
         about |= {"classes": run.classes, "channels": run.channels}
         about |= inputs.checksums(config, dataset.checksum)
@@ -352,9 +333,11 @@ def _event(run: Run, epoch: int) -> tuple[int, list[Totals]]:
         replica = run.replicate()
         chooser = pruner if run.noise is None else run.noise.pruner
         chooser.generator.manual_seed(stream(run.config.seed, "filters", epoch))
-        run.arrays |= run.histograms.before_event(epoch, pruner)
+        if epoch == min(run.events):
+            run.arrays |= histograms(run.config, "before", run.model, pruner, run.train)
         removed = pruner.prune(*event)
-        run.arrays |= run.histograms.after_event(epoch, pruner)
+        if epoch == max(run.events):
+            run.arrays |= histograms(run.config, "after", run.model, pruner, run.train)
         if removed:
             around.append(replica.loss(run.train))
     if run.noise is not None and epoch == run.config.epochs - 1:
@@ -389,12 +372,3 @@ def make_loop(
     """Return the loop that trains and evaluates a run; see `extras.fast.loop_class`."""
     kind = faster.loop_class(device, config.model in models.MODELS, fast)
     return kind(model, optimizer, pruner, partial(autocast, config.precision, device))
-
-
-def __getattr__(name: str) -> object:
-    """Offer the names of `extras.fast.together` here, which itself needs this module."""
-    if name in ("by_turns", "run_together", "is_fatal", "spoils"):
-        from paperlib.extras.fast import together
-
-        return getattr(together, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

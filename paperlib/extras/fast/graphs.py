@@ -190,15 +190,6 @@ class CapturedLoop(PlainLoop):
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
 
-    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """Train on all images once."""
-        launches = self.launch(batches, order, augment)
-        while True:
-            try:
-                next(launches)
-            except StopIteration as end:
-                return end.value
-
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
     ) -> Generator[str, None, Totals]:

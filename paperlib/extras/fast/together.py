@@ -152,6 +152,3 @@ def _free_frames(error: BaseException | None, handled: BaseException | None) -> 
 def is_fatal(error: object) -> bool:
     """Return whether everything else that this process does on a GPU may fail after an error."""
     return isinstance(error, CaptureError | torch.AcceleratorError)
-
-
-spoils = is_fatal

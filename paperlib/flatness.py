@@ -19,6 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.func import grad, vmap
 
 from paperlib.extras.fast import convolutions
 from paperlib.lanczos import leading_eigenpairs
-from paperlib.loss import Held, Loss
+from paperlib.loss import PROBED, Held, Loss, Weights
 from paperlib.measures import RISE
 from paperlib.measures import delta_w as delta_w
 from paperlib.measures import tic as tic
@@ -75,54 +76,31 @@ def hessian_spectrum(
     size = loss.size if loss.free is None else len(loss.free)
     if not 1 <= k <= size:
         raise ValueError(f"k must be within 1 and the {size} free parameters, got {k}")
-    values, vectors, _ = leading_eigenpairs(
-        _operator(loss, memory),
-        size,
-        k,
-        tol=tol,
-        max_products=max_products,
-        dtype=loss.like.dtype,
-        device=loss.like.device,
-    )
-    if loss.free is not None:
-        vectors = vectors.new_zeros(k, loss.size).index_copy_(1, loss.free, vectors)
-    return values, vectors
+    leading = partial(leading_eigenpairs, dtype=loss.like.dtype, device=loss.like.device)
+    matvec = hessian_operator(loss, memory)
+    values, vectors, _ = leading(matvec, size, k, tol=tol, max_products=max_products)
+    return values, loss.filled(vectors)
 
 
-def hessian_operator(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    held: Held | None = None,
-    *,
-    chunk: int | None = None,
-    memory: float = 4.0,
-) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Make the function v (F,) -> Hv (F,) over the F free coordinates.
+def hessian_operator(loss: Loss, memory: float = 4.0) -> Callable[[Tensor], Tensor]:
+    """Make the function v (F,) -> Hv (F,) over the F free coordinates of a loss.
 
     Hv is the gradient of gradient-dot-v by a second reverse pass (Pearlmutter, 1994). The graph of
     the gradient does not depend on v, so it is built once and kept, for as many chunks as fit into
     `memory` GiB. For the others it is built in every product, which costs about half as much again.
     On a CPU convolutions of few pixels are products of matrices (`convolutions.quick`). A product
     does not wait for the device.
-
-    Returns:
-        The function, and F.
     """
-    loss = Loss(model, images, labels, held, chunk)
-    return _operator(loss, memory), loss.size if loss.free is None else len(loss.free)
-
-
-def _operator(loss: Loss, memory: float) -> Callable[[Tensor], Tensor]:
     loss.check_derivatives(order=2)
-    free, pieces = loss.free, [(_contiguous(x), y) for x, y in loss.pieces]
+    pieces = [(_contiguous(x), y) for x, y in loss.pieces]
     weights = {n: _contiguous(w).detach().requires_grad_() for n, w in loss.weights.items()}
+    leaves = list(weights.values())
 
-    def gradient_graph(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    def gradient_graph(x: Tensor, y: Tensor) -> Gradients:
         with loss.measuring(), convolutions.quick(loss.model):
-            return loss.gradients(weights, x, y, graph=True, over=len(loss.labels))
+            return _gradients(loss, weights, x, y, over=len(loss.labels), graph=True)
 
-    kept: list[tuple[Tensor, ...] | None] = []
+    kept: list[Gradients | None] = []
     budget = memory * 2**30
     for x, y in pieces:
         with _saved_bytes() as saved:
@@ -131,15 +109,43 @@ def _operator(loss: Loss, memory: float) -> Callable[[Tensor], Tensor]:
         kept.append(graph if budget > 0 else None)
 
     def matvec(v: Tensor) -> Tensor:
-        full = v if free is None else v.new_zeros(loss.size).index_copy_(0, free, v)
+        full = loss.filled(v)
         out = torch.zeros_like(full)
         for graph, (x, y) in zip(kept, pieces, strict=True):
             gradients = gradient_graph(x, y) if graph is None else graph
+            pairs = zip(gradients, loss.split(full), strict=True)
+            curved = [(g, by) for g, by in pairs if g.requires_grad]
+            product = partial(
+                torch.autograd.grad,
+                [g for g, _ in curved],
+                leaves,
+                [by for _, by in curved],
+                retain_graph=graph is not None,
+                materialize_grads=True,
+            )
             with loss.measuring():
-                out += loss.products(weights, gradients, full, keep=graph is not None)
-        return out if free is None else out[free]
+                out += torch.cat([p.flatten() for p in loss.within(weights, product)])
+        return loss.picked(out)
 
     return matvec
+
+
+Gradients = tuple[Tensor, ...]  # a tensor a parameter
+
+
+def _gradients(
+    loss: Loss, weights: Weights, x: Tensor, y: Tensor, over: int = 1, graph: bool = False
+) -> Gradients:
+    """Compute the gradient of some images' total loss, divided by `over`.
+
+    With `graph` it can be differentiated again. The weights require gradients.
+    """
+
+    def compute() -> Gradients:
+        total, leaves = loss.total(weights, x, y) / over, list(weights.values())
+        return torch.autograd.grad(total, leaves, create_graph=graph, materialize_grads=True)
+
+    return loss.within(weights, compute)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -183,14 +189,15 @@ def gradient_covariance_trace(
     loss = Loss(model, images, labels, held, chunk)
     loss.check_derivatives(order=1)
     total = 0.0
+    weights = {name: w.detach().requires_grad_() for name, w in loss.weights.items()}
     with loss.measuring():
-        norms = _squared_norms(loss)
+        norms = _squared_norms(loss, weights)
         for x, y in loss.pieces:
             total += float(norms(x, y).sum())
         if centered:
             whole = [torch.zeros_like(w) for w in loss.weights.values()]
             for x, y in loss.pieces:
-                whole = [a + b for a, b in zip(whole, _gradients(loss, x, y), strict=True)]
+                whole = [a + b for a, b in zip(whole, _gradients(loss, weights, x, y), strict=True)]
             total -= float(_squared_norm(loss, whole)) / len(images)
     if not math.isfinite(total):
         raise ValueError(f"the gradients' covariance is not finite: {total}")
@@ -200,7 +207,7 @@ def gradient_covariance_trace(
 Norms = Callable[[Tensor, Tensor], Tensor]
 
 
-def _squared_norms(loss: Loss) -> Norms:
+def _squared_norms(loss: Loss, weights: Weights) -> Norms:
     """Choose how to compute single images' squared gradient norms (N,).
 
     All at once, unless the network does not allow that or gives other norms then, or their
@@ -209,7 +216,9 @@ def _squared_norms(loss: Loss) -> Norms:
 
     def one_by_one(images: Tensor, labels: Tensor) -> Tensor:
         single = zip(images.split(1), labels.split(1), strict=True)
-        return torch.stack([_squared_norm(loss, _gradients(loss, x, y)) for x, y in single])
+        return torch.stack(
+            [_squared_norm(loss, _gradients(loss, weights, x, y)) for x, y in single]
+        )
 
     limit = GRADIENTS["cpu" if loss.images.device.type == "cpu" else "other"]
     at_once = min(VECTORISED, loss.chunk, limit // loss.size)
@@ -221,10 +230,10 @@ def _squared_norms(loss: Loss) -> Norms:
         return _squared_norm(loss, gradients.values())
 
     together = vmap(norm, chunk_size=at_once)
-    few = loss.few()
-    expected = one_by_one(few.images, few.labels)
+    few = loss.images[:PROBED], loss.labels[:PROBED]
+    expected = one_by_one(*few)
     try:
-        if torch.allclose(together(few.images, few.labels), expected, rtol=1e-3):
+        if torch.allclose(together(*few), expected, rtol=1e-3):
             return together
         reason = "other gradients"
     except torch.OutOfMemoryError:
@@ -233,12 +242,6 @@ def _squared_norms(loss: Loss) -> Norms:
         reason = str(error)
     log.warning("Tr(C) takes an image at a time, because vmap gives: %s", reason)
     return one_by_one
-
-
-def _gradients(loss: Loss, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Compute the gradient of these images' total loss, a tensor a parameter."""
-    leaves = {name: w.detach().requires_grad_() for name, w in loss.weights.items()}
-    return loss.gradients(leaves, images, labels)
 
 
 def _squared_norm(loss: Loss, gradients: Iterable[Tensor]) -> Tensor:
@@ -317,7 +320,4 @@ def _directions(loss: Loss, directions: Tensor) -> Tensor:
             f"directions must be finite (D, {loss.size}), a column a parameter, "
             f"got {tuple(directions.shape)}"
         )
-    directions = directions.to(loss.like)
-    if loss.free is None:
-        return directions
-    return torch.zeros_like(directions).index_copy_(1, loss.free, directions[:, loss.free])
+    return loss.filled(loss.picked(directions.to(loss.like)))

@@ -46,9 +46,9 @@ class Batches:
         pixels = F.pad(images.to(device), 4 * (self.padding,)).permute(0, 2, 3, 1).contiguous()
         self.pixels, self.labels = pixels, labels.to(device, torch.int64)
         # Repeated along the width: broadcasting over three channels is 20 times slower on a CPU.
-        mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self.scale = (1 / (255 * std)).float().repeat(self.width, 1).to(device)
-        self.shift = (-mean / std).float().repeat(self.width, 1).to(device)
+        middle, spread = (torch.tensor(x, dtype=torch.float64) for x in (mean, std))
+        self.scale = (1 / (255 * spread)).float().repeat(self.width, 1).to(device)
+        self.shift = (-middle / spread).float().repeat(self.width, 1).to(device)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch; the last one may be smaller."""
@@ -86,7 +86,8 @@ class Batches:
     def pick(self, indices: Tensor, *augmentation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch of these images (B,), with their corners and flips if there are any."""
         if augmentation:
-            images = crop_and_flip(self.pixels, indices, *augmentation, self.height, self.width)
+            size = self.height, self.width
+            images = crop_and_flip(self.pixels, size, indices, *augmentation)
         else:
             images = self.pixels.index_select(0, indices)
         return self._normalise(images), self.labels[indices]
@@ -122,22 +123,21 @@ class Batches:
 
 
 def crop_and_flip(
-    padded: Tensor, indices: Tensor, corners: Tensor, flips: Tensor, height: int, width: int
+    padded: Tensor, size: tuple[int, int], indices: Tensor, corners: Tensor, flips: Tensor
 ) -> Tensor:
     """Crop images, and flip some of them left to right.
 
     Args:
         padded: All images (N, H, W, C).
+        size: Height and width of a crop.
         indices: (B,), which of them.
         corners: (B, 2), row and column of each crop's upper left corner.
         flips: bool (B,).
-        height: Of a crop.
-        width: Of a crop.
 
     Returns:
         (B, height, width, C), gathered pixel by pixel in one pass.
     """
-    _, padded_height, padded_width, channels = padded.shape
+    (_, padded_height, padded_width, channels), (height, width) = padded.shape, size
     across = torch.arange(width, device=padded.device)
     rows = corners[:, :1] + torch.arange(height, device=padded.device)
     columns = corners[:, 1:] + torch.where(flips[:, None], width - 1 - across, across)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,9 @@ def histograms(
     if not isinstance(pruner, WeightPruner):
         return {}
     name = "end" if moment == "trained" else moment
-    found: Arrays = {f"{name}.{n}": magnitudes(m.weight) for n, m in pruner.layers.items()}
+    found: Arrays = {
+        f"{name}.{n}": magnitudes(m.get_parameter("weight")) for n, m in pruner.layers.items()
+    }
     if moment == "before":
         found["edges"] = MAGNITUDES
     if moment == "trained":
@@ -181,12 +184,12 @@ class Replica:
         size: Images of a batch of evaluation.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, loop: PlainLoop, size: int) -> None:
+    def __init__(self, model: nn.Module, pruner: Any, loop: PlainLoop, size: int) -> None:
         self.model, self.pruner = model, pruner
         self.loop, self.size = loop, size
 
     @torch.no_grad()
-    def load(self, model: nn.Module, pruner: Pruner) -> None:
+    def load(self, model: nn.Module, pruner: Any) -> None:
         """Take over the state of the run's network and pruner."""
         self.pruner.load_state_dict(pruner.state_dict())  # first: it may add buffers
         state = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -298,19 +298,11 @@ def find_delta_w(
     step: float = 0.01,
     limit: float = 0.4,
 ) -> float:
-    """Compute `delta_w` by walking outward, both signs, `step` by `step`, no farther than needed.
-
-    The value is that of `delta_w` of the `sharpness` at the multiples of `step` up to `limit`.
-    """
-    loss = Loss(model, images, labels, held)
-    directions = _directions(loss, directions)
-    unmoved, _ = loss.evaluate(loss.weights)
-    for n in range(1, round(limit / step) + 1):
-        for direction in (*directions, *-directions):
-            moved, _ = loss.evaluate(loss.moved(n * step * direction))
-            if not moved - unmoved < rise:
-                return n * step
-    return math.nan
+    """Compute `delta_w` of the `sharpness` at the multiples of `step` from -`limit` to `limit`."""
+    steps = round(limit / step)
+    epsilons = [n * step for n in range(-steps, steps + 1)]
+    losses, _ = sharpness(model, images, labels, directions, epsilons, held)
+    return delta_w(losses, epsilons, float(losses[0, steps]), rise)
 
 
 def _directions(loss: Loss, directions: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import stat
 import tarfile
 import unicodedata
@@ -24,11 +23,12 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from paperlib.store.provenance import files_below
+from paperlib.store.records import write_whole
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -74,14 +74,8 @@ def decoded(checksum: str, find: Callable[[], Path], folders: Sequence[Path]) ->
                 cache.unlink(missing_ok=True)
     path = find()
     tensors, classes = _decode(read_images(path, checksum), path)
-    folders[0].mkdir(parents=True, exist_ok=True)
-    part = caches[0].with_suffix(f".{os.getpid()}.part")
-    try:
-        about = {"crc32": str(_crc32(tensors)), "classes": json.dumps(classes)}
-        save_file(tensors, part, about)
-        os.replace(part, caches[0])
-    finally:
-        part.unlink(missing_ok=True)
+    about = {"crc32": str(_crc32(tensors)), "classes": json.dumps(classes)}
+    write_whole(caches[0], save(tensors, about))
     return tensors, classes
 
 

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from paperlib.batches import Batches
 from paperlib.pruning import Pruner
 
 T = TypeVar("T")
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
@@ -142,9 +141,9 @@ def recalibrate(
     model.eval()
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return all batch norms of a network that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def finish(steps: Generator[Any, None, T]) -> T:

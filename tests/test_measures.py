@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, hessian
 
 from paperlib import data, experiments, instability, measures, training
+from paperlib.batches import Batches
 from paperlib.config import Config, ConfigError, FilterPruning, Flatness, Noise
 from paperlib.runs import RunRecord, Store
 
@@ -49,7 +50,7 @@ def test_what_a_run_measures():
     config = config.with_(pruning=FilterPruning((0.5,), ((0, 2),)))
     record = training.run(config, device="cpu", callback=keep)
     dataset = data.load("digits").subset(4, 3)
-    test = data.Batches(
+    test = Batches(
         dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, torch.device("cpu")
     )
     images, labels = test.first(8)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PROBED = 2  # images that derivatives are checked on
 STEPS = (1e-8, 1e-9, 1e-6, 1e-5, 1e-4)  # relative steps of finite differences, in float64
+COARSE = (1e-2, 1e-3)  # the same in float32
 AGREEMENT = 1e-3  # largest relative difference between two ways to a derivative
 
 Held = Mapping[str, Tensor]
@@ -197,9 +198,10 @@ class Loss:
         """Check on two images that u.Hv = v.Hu, and derivatives against finite differences.
 
         Differences are taken in float64; in float32 they are too coarse beside the kinks of ReLU.
-        For a network that cannot compute in float64 a warning is logged instead. Derivatives are
-        wrong where a custom autograd function has a wrong backward, or none that can be
-        differentiated again, and where a part of the network runs without gradients.
+        For a network that cannot compute in float64 a warning is logged, and its gradient alone is
+        compared with coarse differences. Derivatives are wrong where a custom autograd function has
+        a wrong backward, or none that can be differentiated again, and where a part of the network
+        runs without gradients.
 
         Args:
             order: 1 checks the gradient; 2 checks the Hessian, too.
@@ -208,29 +210,26 @@ class Loss:
             ValueError: The network cannot be differentiated, or autograd's derivatives are not
                 those of the loss.
         """
+        few, wide = self.few(self.like.dtype), self.few(torch.float64)
         with self.measuring():
             try:
-                found = _along(self.few(self.like.dtype), 0.0, order)
+                found = _along(few, 0.0, order)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 often = "once" if order == 1 else "twice"
                 message = f"{self.name} cannot be differentiated {often}: {error}"
                 raise ValueError(message) from error
-            right = True
-            if order == 2:
-                uu, uv, vu, vv = found[3:]
-                right = _close(uv, vu, math.sqrt(abs(uu * vv)))
-            wide = self.few(torch.float64)
+            right = order == 1 or _close(found[4], found[5], math.sqrt(abs(found[3] * found[6])))
             try:
                 wide.evaluate(wide.weights)
             except Exception as error:  # of any kind: the network's own code runs
-                log.warning(
-                    "derivatives of %s are not checked by differences: %s", self.name, error
-                )
+                text = "%s does not compute in float64: its gradient is checked roughly (%s)"
+                log.warning(text, self.name, error)
+                right &= any(_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
             else:
                 # A kink within the step spoils a comparison, but not every time.
-                right = right and any(_match(wide, step, order) for step in STEPS)
+                right &= any(_match(wide, step, order) for step in STEPS)
         if not right:
             raise ValueError(
                 f"the derivatives that autograd gives for {self.name} disagree with its loss or "
@@ -296,18 +295,20 @@ def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:
     return {name: mask.to(weights[name].device) for name, mask in held.items()}
 
 
-def _match(loss: Loss, step: float, order: int) -> bool:
+def _match(
+    loss: Loss, step: float, order: int, agreement: float = AGREEMENT, floor: float = 0.0
+) -> bool:
     """Return whether derivatives along random directions are those of central differences."""
     seed = round(1 / step)
     down, here, up = (_along(loss, at, order, seed) for at in (-step, 0.0, step))
-    right = _close((up[0] - down[0]) / (2 * step), here[1])
+    right = _close((up[0] - down[0]) / (2 * step), here[1], floor, agreement)
     if order == 1 or not right:
         return right
     return _close((up[1] - down[1]) / (2 * step), here[3], 1e-4 * abs(here[1]))
 
 
-def _close(a: float, b: float, scale: float = 0.0) -> bool:
-    return abs(a - b) <= AGREEMENT * max(abs(a), abs(b), scale)
+def _close(a: float, b: float, scale: float, agreement: float = AGREEMENT) -> bool:
+    return abs(a - b) <= agreement * max(abs(a), abs(b), scale)
 
 
 def _along(loss: Loss, step: float, order: int, seed: int = 0) -> list[float]:

@@ -21,7 +21,6 @@ from PIL import Image
 
 from paperlib import data, images
 from paperlib.data import DataError, Dataset
-from paperlib.store import provenance
 
 ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 HALVES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -126,26 +125,6 @@ def test_subset_is_balanced_nested_and_seeded(tmp_path):
         numbered.subset(test_per_class=75)
     with pytest.raises(DataError, match="0 training"):
         numbered.subset(0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_images": torch.zeros(2, 3, 4, 4)}, "train images are torch.float32"),
-        ({"test_labels": torch.zeros(2, dtype=torch.int32)}, "test labels are torch.int32"),
-        ({"test_labels": torch.zeros(3, dtype=torch.int64)}, r"test labels are .* \(3,\)"),
-        ({"train_labels": torch.tensor([0, 1])}, r"not in 0\.\.0"),
-        ({"test_images": torch.zeros(2, 3, 4, 5).byte()}, "differ in shape"),
-        ({"mean": (0.5,)}, "each channel"),
-    ],
-)
-def test_dataset_of_wrong_tensors(change, message):
-    images, labels = torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).long()
-    right = dict(zip(HALVES, 2 * (images, labels), strict=True))
-    right |= {"name": "mine", "classes": ("a",), "mean": 3 * (0.0,), "std": 3 * (1.0,)}
-    Dataset(**right)
-    with pytest.raises(DataError, match=message):
-        Dataset(**right | change)
 
 
 @pytest.mark.parametrize("spec", ["cifar", "images", "images:", "digits:8", ""])
@@ -270,21 +249,6 @@ def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
         assert not list(root.glob("*.part"))
 
 
-def test_cache_never_half_written(tmp_path, monkeypatch):
-    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
-
-    def disk_full(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "save_file", disk_full)
-        with pytest.raises(OSError, match="no space left"):
-            load(path, root)
-    assert {file.suffix for file in root.iterdir()} <= {".lock", ".txt"}
-    load(path, root)
-
-
 @pytest.mark.parametrize("damage", ["cut", "flip", "other", "empty"])
 def test_damaged_cache_is_decoded_afresh(damage, tmp_path, recwarn):
     path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
@@ -308,8 +272,7 @@ def test_damaged_cache_is_decoded_afresh(damage, tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: {}, "holds no images"),
-        (lambda f: {"notes.txt": b""}, "holds no images"),
+        (lambda f: {"notes.txt": b""}, "no images in train/"),
         (lambda f: {k: v for k, v in f.items() if "test/" not in k}, "no images in test/"),
         (lambda f: {k: v for k, v in f.items() if "train/" not in k}, "no images in train/"),
         (
@@ -320,7 +283,7 @@ def test_damaged_cache_is_decoded_afresh(damage, tmp_path, recwarn):
         (lambda f: f | {"test/cow/0.png": png()}, "'cow' is in test/ but not in train/: cat, dog"),
         (
             lambda f: f | {"train/cat/wide.png": png(size=(5, 4))},
-            "mixed size: test/dog/0.png is 4x4, train/cat/wide.png is 5x4",
+            "mixed size: test/cat/0.png is 4x4, train/cat/wide.png is 5x4",
         ),
         (
             lambda f: f | {"train/cat/bad.png": b"not an image"},
@@ -340,15 +303,18 @@ def test_bad_contents(change, message, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.xz"])
-@pytest.mark.parametrize(
-    "outside", ["../evil.png", "train/../../evil.txt", "/tmp/evil.png", "C:\\evil", "a\\..\\b"]
-)
-def test_member_outside_is_refused_before_decoding(name, outside, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
-    path = write(tmp_path / name, few_files() | {outside: png()})
-    with pytest.raises(DataError, match="lies outside") as error:
-        load(path, tmp_path / "root")
-    assert repr(outside) in str(error.value)
+def test_nothing_leaves_the_folder(name, tmp_path):
+    """Archives are read, not extracted: members outside train/ and test/ are nothing."""
+    outside = {"../evil.png": png(), "/evil.png": png(), "C:\\evil.png": png(), "a\\..\\b.png": b""}
+    (tmp_path / "in").mkdir()
+    path = write(tmp_path / "in" / name, few_files() | outside)
+    found = load(path, tmp_path / "in" / "root")
+    assert same(
+        found, load(write(tmp_path / "in" / "folder", few_files()), tmp_path / "in" / "root")
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+    with pytest.raises(DataError, match="train/../../evil"):
+        load(write(tmp_path / "b.zip", few_files() | {"train/../../evil.png": png()}), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar"])
@@ -378,15 +344,12 @@ def test_truncated_archive(name, tmp_path):
         cut.write_bytes(whole[: int(share * len(whole)) // 512 * 512])  # between blocks of a .tar
         with pytest.raises(DataError, match="truncated or damaged"):
             load(cut, tmp_path / "root")
-
-
-def test_tar_cut_between_members_is_not_taken_for_whole(tmp_path):
-    whole = write(tmp_path / "a.tar", few_files())
-    with tarfile.open(whole) as archive:
-        end = archive.getmembers()[-1].offset
-    whole.write_bytes(whole.read_bytes()[:end])
-    with pytest.raises(DataError, match="breaks off after 9 members"):
-        load(whole, tmp_path / "root")
+    if name == "a.tar":  # between two members, which is no end
+        with tarfile.open(tmp_path / name) as archive:
+            end = archive.getmembers()[-1].offset
+        cut.write_bytes(whole[:end])
+        with pytest.raises(DataError, match="breaks off"):
+            load(cut, tmp_path / "root")
 
 
 def test_missing_and_foreign_paths(tmp_path):
@@ -535,36 +498,6 @@ def test_known_checksum_is_remembered_until_a_file_changes(name, tmp_path, monke
     write(path, files)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its size is the same, too
     assert data.known_checksum(f"images:{path}", root) == plain_checksum(files) != checksum
-
-
-def test_known_checksum_needs_no_torch(tmp_path):
-    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
-    checksum = load(path, root).checksum
-    assert data.known_checksum(f"images:{tmp_path / 'nowhere'}", root) is None
-    assert data.known_checksum("nothing") is None
-    code = f"""
-import sys
-from paperlib.store.provenance import known_checksum
-print(known_checksum("cifar10"), known_checksum("images:{path}", {str(root)!r}))
-assert "torch" not in sys.modules
-"""
-    run = [sys.executable, "-c", code]
-    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
-    assert printed == [data.CIFARS["cifar10"].md5, checksum]
-
-
-def test_source_checksum(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "pack_of_two").mkdir()
-    (tmp_path / "pack_of_two" / "__init__.py").write_text("")
-    for name, spec in (("mine.py", "mine:score"), ("pack_of_two/deep.py", "pack_of_two.deep:Net")):
-        (tmp_path / name).write_text("raise RuntimeError\n")
-        expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
-        assert provenance.source_checksum(spec) == expected
-        (tmp_path / name).write_text("raise TypeError\n")
-        assert provenance.source_checksum(spec) != expected
-    for spec in ("l2", "vgg11_bn", "nowhere:score", "nowhere.deep:score", "sys:exit"):
-        assert provenance.source_checksum(spec) is None
 
 
 # CIFAR-10 as JPEG

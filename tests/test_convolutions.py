@@ -1,6 +1,5 @@
 """Convolutions as products of matrices against the convolution itself."""
 
-import copy
 
 import numpy as np
 import pytest

@@ -4,8 +4,6 @@ import hashlib
 import io
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import unicodedata
 import zipfile
@@ -313,7 +311,7 @@ def test_nothing_leaves_the_folder(name, tmp_path):
         found, load(write(tmp_path / "in" / "folder", few_files()), tmp_path / "in" / "root")
     )
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
-    with pytest.raises(DataError, match="train/../../evil"):
+    with pytest.raises(DataError, match=r"train/\.\./\.\./evil"):
         load(write(tmp_path / "b.zip", few_files() | {"train/../../evil.png": png()}), tmp_path)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from small import VGG
 
-from paperlib import devices, training
+from paperlib import devices
+from paperlib.extras.fast.together import by_turns
 from paperlib.flatness import hessian_spectrum
 from paperlib.training import run
 
@@ -107,7 +108,7 @@ def test_float32_is_full_float32(precision, full, tf32):
     assert rounds()
     run(config, None, "cpu", lambda moment: seen.append(rounds()))
     assert seen == [not full] * 3
-    training.run_together([config, config.with_(seed=1)], None, "cpu")
+    list(by_turns(config.with_(seed=1), None, "cpu"))
     assert rounds()
 
 

@@ -11,6 +11,7 @@ import torch
 from recording import BASE, MAKE_LOOP, PRUNING, SETTINGS
 from small import numbers
 
+from benchmarks.gpu import run_together
 from paperlib import training
 from paperlib.config import FilterPruning
 from paperlib.extras import fast
@@ -19,7 +20,7 @@ from paperlib.extras.fast.convolutions import QuickLoop
 from paperlib.extras.fast.graphs import Replays
 from paperlib.runs import Store, StoreError
 from paperlib.store import checkpoints, lease
-from paperlib.training import run, run_together
+from paperlib.training import run
 
 captured = recording.captured  # a fixture
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,6 +14,8 @@ from torch import nn
 
 from paperlib import data, inputs, models, training
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
+from paperlib.extras.fast.together import by_turns
+from paperlib.loop import finish
 from paperlib.pruning import PruningError
 from paperlib.runs import Mismatch, RunRecord, Store, StoreError
 from paperlib.store import checkpoints
@@ -433,8 +435,7 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
     write_images(tmp_path / "images", 8)
     with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{then}"):
         untouched(config, store)
-    (result,) = training.run_together([config], store, "cpu")
-    assert isinstance(result, Mismatch)
+    assert isinstance(finish(by_turns(config, store, "cpu")), Mismatch)
     assert run(config, Store(tmp_path / "other"), "cpu").provenance["data"] != then
     write_images(tmp_path / "images", 7)
     assert untouched(config, store).provenance == record.provenance

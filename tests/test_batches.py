@@ -17,16 +17,6 @@ def random_images(count: int, size: int = 32) -> torch.Tensor:
     return torch.randint(256, (count, 3, size, size), generator=generator(0)).byte()
 
 
-@pytest.mark.parametrize("augment", [False, True])
-def test_normalisation_is_torchvisions(augment):
-    images, labels = random_images(10), torch.arange(10)
-    batches = Batches(images, labels, MEAN, STD, "cpu", size=4, augment=augment)
-    x, y = (torch.cat(parts) for parts in zip(*batches.evaluation(3), strict=True))
-    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.allclose(x, usual(images), atol=1e-5)
-    assert torch.equal(y, labels)
-
-
 def test_epoch_is_every_image_once_in_the_order_drawn():
     images, labels = random_images(10), torch.arange(10)
     batches = Batches(images, labels, MEAN, STD, "cpu", size=4)

@@ -1,6 +1,5 @@
 """Convolutions as products of matrices against the convolution itself."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -124,45 +124,6 @@ def test_spectrum_against_the_explicit_hessian(holding, dtype, tol):
         assert not vectors[:, flat_mask(model, held)].any()
 
 
-def test_every_eigenvalue_when_k_is_all_free_parameters():
-    model, (images, labels) = network(), batch()
-    held = some_held(model)
-    free = int((~flat_mask(model, held)).sum())
-    values, _ = flatness.hessian_spectrum(model, images, labels, free, held)
-    expected = by_magnitude(torch.linalg.eigvalsh(explicit_hessian(model, images, labels, held)))
-    assert by_magnitude(values.abs()) == pytest.approx([abs(v) for v in expected[:free]], abs=1e-9)
-    with pytest.raises(ValueError, match=str(free)):
-        flatness.hessian_spectrum(model, images, labels, free + 1, held)
-
-
-class Twins(nn.Module):
-    """Two copies of one network on separate inputs: every eigenvalue occurs twice."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.one = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-        self.two = copy.deepcopy(self.one)
-
-    def forward(self, x):
-        first = x[:, :1] > 0
-        return torch.where(first, self.one(x[:, 1:]), self.two(x[:, 1:]))
-
-
-def test_repeated_eigenvalues_of_a_network():
-    model = Twins()
-    inputs = torch.randn(30, 4, generator=torch.Generator().manual_seed(4))
-    labels = torch.arange(30) % 3
-    images = torch.cat([torch.ones(60, 1), inputs.repeat(2, 1)], 1)
-    images[:30, 0] = -1
-    labels = labels.repeat(2)
-    values, vectors = flatness.hessian_spectrum(model, images, labels, 8, tol=1e-5)
-    expected = by_magnitude(torch.linalg.eigvalsh(explicit_hessian(model, images, labels)))
-    assert values.tolist() == pytest.approx(expected[:8], abs=1e-4)
-    assert values[::2].tolist() == pytest.approx(values[1::2].tolist(), abs=1e-4)
-    assert torch.allclose(vectors @ vectors.T, torch.eye(8), atol=1e-5)
-
-
 @pytest.mark.parametrize(("chunk", "memory"), [(None, 4), (7, 4), (7, 0), (7, 2e-5)])
 def test_chunks_and_rebuilt_graphs_give_the_same_product(chunk, memory):
     model, (images, labels) = network(), batch()

@@ -46,14 +46,6 @@ def test_stability_in_percent(pre, post, percent):
     assert isinstance(stability(pre, post), float)
 
 
-def test_stability_keeps_the_shape():
-    pre, post = np.random.default_rng(0).uniform(1, 100, (2, 3, 4))
-    percent = stability(pre, post)
-    assert percent.shape == (3, 4)
-    assert percent[2, 1] == stability(pre[2, 1], post[2, 1])
-    assert stability([80, 50], [40, 50]).tolist() == [50, 100]
-
-
 @pytest.mark.filterwarnings("error")
 def test_stability_where_there_was_no_accuracy():
     assert math.isnan(stability(0, 0))
@@ -120,26 +112,9 @@ def test_the_last_event_itself_counts_after_pruning():
     assert (row.best_accuracy, row.best_epoch) == (83, 2)
 
 
-def test_an_epoch_that_removes_nothing_is_no_event():
-    row = summary(epochs([90, 80, 70], pre=[90, 85, 75], removed=[1, 0, 0]))
-    assert (row.events, row.best_epoch) == (1, 0)
-    assert row.mean_stability == 100
-
-
-def test_the_first_of_equal_best_epochs():
-    row = summary(epochs([50, 70, 60, 70], train=[60, 75, 90, 95]))
-    assert (row.best_epoch, row.gap) == (1, 5)
-
-
 def test_gap_is_taken_at_the_best_epoch_after_its_event():
     row = summary(epochs([50, 80, 70], pre=[50, 88, 70], removed=[0, 1, 0], train=[55, 91, 99]))
     assert row.gap == 91 - 80
-
-
-def test_events_without_accuracy_before_them():
-    row = summary(epochs([0, 30, 50], pre=[0, 60, 50], removed=[1, 1, 0]))
-    assert row.events == 2
-    assert row.mean_stability == 50
 
 
 def test_several_runs_at_once():
@@ -154,15 +129,3 @@ def test_several_runs_at_once():
     pd.testing.assert_frame_equal(together.reset_index(drop=True), alone.reset_index(drop=True))
     assert alone.set_index("run").mean_stability.to_dict() == {"a": 100, "b": 75, "c": 50}
     assert alone.set_index("run").accuracy.dropna().to_dict() == {"c": pytest.approx(70 / 3)}
-
-
-def test_frames_joined_without_a_new_index():
-    frames = [epochs([50, 70], run="a"), epochs([60, 40], run="b")]
-    assert summarize(pd.concat(frames)).best_accuracy.tolist() == [70, 60]
-
-
-def test_the_frame_is_left_as_it_was():
-    frame = epochs([50, 70, 60], removed=[0, 1, 0]).iloc[::-1]
-    before = frame.copy()
-    summarize(frame)
-    pd.testing.assert_frame_equal(frame, before)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from paperlib.batches import Batches
 from paperlib.config import Config, Flatness, WeightPruning
@@ -42,9 +43,7 @@ Callback = Callable[[Moment], Arrays | None]
 
 
 @torch.no_grad()
-def normalised_outputs(
-    model: nn.Module, images: Tensor, layers: int = 8, bins: int = 200, reach: float = 5.0
-) -> np.ndarray:
+def normalised_outputs(model: nn.Module, images: Tensor) -> np.ndarray:
     """Return histograms of the last batch norms' outputs before scale and shift.
 
     They use the statistics of this batch, as in training (arXiv 1906.03728, figure B1). The
@@ -53,32 +52,24 @@ def normalised_outputs(
     Args:
         model: The network.
         images: (B, C, H, W).
-        layers: How many batch norms, counted from the last.
-        bins: Bins of a histogram.
-        reach: The histograms are over [-reach, reach].
 
     Returns:
-        (layers, bins) densities over all channels and pixels, the deepest layer last.
+        (8, 200) densities over all channels and pixels in [-5, 5], the deepest layer last.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-layers:]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-8:]
     densities = {}
 
     def observe(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         outputs = F.batch_norm(inputs[0].float(), None, None, training=True, eps=norm.eps).cpu()
-        counts = torch.histc(outputs, bins, -reach, reach)
-        densities[norm] = (counts / counts.sum() * bins / (2 * reach)).numpy()
+        counts = torch.histc(outputs, 200, -5.0, 5.0)
+        densities[norm] = (counts / counts.sum() * 200 / 10.0).numpy()
 
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    hooks = [norm.register_forward_pre_hook(observe) for norm in norms]
-    mode = model.training
-    try:
-        model.train()(images)
-    finally:
-        model.train(mode)
-        for hook in hooks:
-            hook.remove()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept[name])
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.enter_context(norm.register_forward_pre_hook(observe))
+        stack.callback(model.train, model.training)
+        functional_call(model.train(), buffers, (images,))
     return np.stack([densities[norm] for norm in norms])
 
 
@@ -222,8 +213,6 @@ class Replica:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if isinstance(self.pruner, FilterNoise):
-                stack.enter_context(self.pruner.paused())
-            stack.enter_context(self.loop.kernels(self.model))
+        paused = self.pruner.paused() if isinstance(self.pruner, FilterNoise) else nullcontext()
+        with paused, self.loop.kernels(self.model):
             yield

@@ -56,7 +56,11 @@ def hessian_spectrum(
     """Compute the Hessian's k eigenvalues of largest magnitude, and their eigenvectors.
 
     Args:
-        model, images, labels, held, chunk: See the module's docstring.
+        model: See the module's docstring, like the next four.
+        images: (N, ...) floats.
+        labels: (N,) integers.
+        held: What pruning holds at zero.
+        chunk: Images in one batch.
         k: How many eigenpairs to compute.
         tol: Largest |Hv - av| over the pairs, relative to the largest |a|. An eigenvalue's error
             is of the order of its square over the gap to the next.
@@ -182,7 +186,11 @@ def gradient_covariance_trace(
     """Compute Tr(C), the mean over images of the squared norm of the single-image gradient.
 
     Args:
-        model, images, labels, held, chunk: See the module's docstring.
+        model: See the module's docstring, like the next four.
+        images: (N, ...) floats.
+        labels: (N,) integers.
+        held: What pruning holds at zero.
+        chunk: Images in one batch.
         centered: Whether to subtract the squared norm of the mean gradient, which gives the trace
             of the covariance proper (over N). The paper does not.
     """
@@ -270,7 +278,11 @@ def sharpness(
     The weights are not written to, so there is no drift.
 
     Args:
-        model, images, labels, held, chunk: See the module's docstring.
+        model: See the module's docstring, like the next four.
+        images: (N, ...) floats.
+        labels: (N,) integers.
+        held: What pruning holds at zero.
+        chunk: Images in one batch.
         directions: (D, P), in units of the weights; held coordinates do not move.
         epsilons: (E,).
 

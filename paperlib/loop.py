@@ -119,23 +119,20 @@ def recalibrate(
 ) -> None:
     """Set the running statistics of all batch norms to their mean over batches of images.
 
-    Everything else is in evaluation mode, so nothing is random. The result is PyTorch's cumulative
-    average (`momentum=None`), which would wait for the device at every layer.
+    Everything else is in evaluation mode, so nothing is random.
 
     Args:
         model: The network. Afterwards it is in evaluation mode and its momenta have changed.
         batches: Images, each (B, C, H, W).
         autocast: The precision of the passes.
     """
-    norms = batch_norms(model)
     model.eval()
-    for norm in norms:
+    for norm in batch_norms(model):
         norm.reset_running_stats()
+        norm.momentum = None
         norm.train()
     with torch.inference_mode():
-        for i, x in enumerate(batches):
-            for norm in norms:
-                norm.momentum = 1 / (i + 1)
+        for x in batches:
             with autocast():
                 model(x)
     model.eval()

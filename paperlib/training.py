@@ -113,19 +113,16 @@ def steps(
 
     Args:
         config: The run.
-        store: See `run`.
+        store: See `run`, like callback and wait.
         device: Where the run trains.
-        callback: See `run`.
-        wait: See `run`.
+        callback: Or None.
+        wait: Or raise `lease.Claimed`.
         alone: No other run uses the device: a lack of memory is this run's failure.
         captured: As `fast` for `run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
 
     Yields:
         None where the run would wait for the device, another value where others may launch work.
-
-    Returns:
-        The record.
     """
     with _one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read

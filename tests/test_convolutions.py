@@ -57,23 +57,6 @@ def test_differentiated_twice(size, narrow):
     assert torch.autograd.gradgradcheck(convolve, inputs)
 
 
-def test_which_way_is_taken(monkeypatch):
-    ways = []
-    monkeypatch.setattr(convolutions, "_dense", lambda *_: ways.append("dense"))
-    monkeypatch.setattr(convolutions._Convolution, "apply", lambda *_: ways.append("product"))
-    monkeypatch.setattr(F, "conv2d", lambda *_, **__: ways.append("plain"))
-    wider, wide, narrow = (torch.randn(n, 256, 3, 3) for n in (256, 128, 127))
-    for size in (1, 2, 3, 4, 5):
-        for weight in (wide, narrow):
-            convolve(torch.randn(1, 256, size, size), weight)
-    assert ways == ["dense"] * 4 + ["product", "plain"] * 2 + ["plain"] * 2
-    ways.clear()
-    with torch.no_grad():
-        for weight in (wider, wide):
-            convolve(torch.randn(1, 256, 4, 4), weight)
-    assert ways == ["product", "plain"]
-
-
 def test_training_after_an_evaluation():
     convolutions._taps.cache_clear()
     inputs = tensors(2, 3, 2, 2, 2)

@@ -1,7 +1,6 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
 import hashlib
-import math
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,6 @@ from paperlib.extras.fast.together import by_turns
 from paperlib.loop import finish
 from paperlib.pruning import PruningError
 from paperlib.runs import Mismatch, Store, StoreError
-from paperlib.store import checkpoints
 from paperlib.training import TrainingError, run
 
 
@@ -301,22 +299,6 @@ def test_measuring_flatness_changes_no_other_number(plain):
     assert record.arrays["losses"].shape == (1, 3)
 
 
-@pytest.mark.parametrize("config", [VGG, PRUNED, SCRATCH, WEIGHTS])
-def test_parameters_that_are_left(config):
-    left = []
-
-    def look(moment):
-        left.append(sum(int(p.count_nonzero()) for p in moment.model.parameters()))
-
-    config = config.with_(train_per_class=2)
-    record = run(config, None, "cpu", look)
-    model = training.build(config)
-    assert record.provenance["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (record.provenance["held"] > 0) == (config.pruning is not None)
-    assert record.parameters == left[-1]
-    assert (record.provenance["classes"], record.provenance["channels"]) == (10, 3)
-
-
 # Data and code of a record
 
 
@@ -377,26 +359,6 @@ def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
     for name, config in configs.items():
         with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{sources[name]}"):
             untouched(config, store)
-
-
-def test_a_checkpoint_of_other_code_is_not_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "of_another_score.py").write_text(SCORE.format("amax"))
-    pruning = FilterPruning((0.5,), ((2,),), "of_another_score:score", layers=("features.25",))
-    config, store = VGG.with_(pruning=pruning), Store(tmp_path / "runs")
-
-    def stop(moment):
-        if moment.epoch == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, store, "cpu", stop)
-    (tmp_path / "of_another_score.py").write_text(SCORE.format("amin"))
-    with pytest.warns(UserWarning, match="of_another_score|source"):
-        record = run(config, store, "cpu")
-    assert "resumed" not in record.provenance
 
 
 # What cannot be run

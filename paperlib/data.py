@@ -7,11 +7,11 @@ other images come from a folder or an archive (`images`).
 import hashlib
 import math
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from paperlib import images
 from paperlib.images import TARS, DataError, images_checksum, read_images  # noqa: F401
 from paperlib.store.provenance import CHECKSUMS, data_folders, known_checksum
+from paperlib.store.records import write_whole
 
 VALID = (
     "cifar10-jpeg, digits, cifar10, cifar100, "
@@ -228,11 +229,9 @@ CIFARS = {
 
 
 def _cifar(name: str, folders: Sequence[Path]) -> Dataset:
-    from torchvision.datasets.utils import check_integrity
-
     cifar = CIFARS[name]
     places = [folder / cifar.url.rsplit("/", 1)[-1] for folder in folders]
-    archive = next((place for place in places if check_integrity(place, cifar.md5)), None)
+    archive = next((place for place in places if _md5(place) == cifar.md5), None)
     archive = archive or _download(name, cifar.url, places[0], cifar.md5)
     files = {PurePosixPath(n).name: read() for n, _, read in images.members(archive) if "." in n}
 
@@ -248,18 +247,18 @@ def _cifar(name: str, folders: Sequence[Path]) -> Dataset:
     return Dataset(name, *split, classes, cifar.mean, cifar.std, cifar.md5)
 
 
+def _md5(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+
+
 def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Path:
     """Download a file completely or not at all; verify it if its md5 is given."""
-    from torchvision.datasets.utils import check_integrity
-
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
     try:
-        # There is no timeout by default: behind some firewalls it would hang.
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-        torch.hub.download_url_to_file(url, str(archive))
-        if not check_integrity(archive, md5):
-            archive.unlink()
+        with urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
+            content = answer.read()
+        if md5 not in (None, hashlib.md5(content, usedforsecurity=False).hexdigest()):
             raise OSError(f"its md5 is not {md5}")
     except (OSError, HTTPException) as error:
         raise DataError(
@@ -267,8 +266,7 @@ def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Pat
             f"without a network put that file at {archive}, "
             "or pass digits, or images:PATH for a folder or archive of images"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    write_whole(archive, content)
     return archive
 
 

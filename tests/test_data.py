@@ -291,7 +291,12 @@ def test_bad_contents(change, message, name, tmp_path):
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.xz"])
 def test_nothing_leaves_the_folder(name, tmp_path):
     """Archives are read, not extracted: members outside train/ and test/ are nothing."""
-    outside = {"../evil.png": png(), "/evil.png": png(), "C:\\evil.png": png(), "a\\..\\b.png": b""}
+    outside = {
+        "../evil.png": png(),
+        "/evil.png": png(),
+        "C:\\evil.png": png(),
+        "train/../../b.png": b"",
+    }
     (tmp_path / "in").mkdir()
     path = write(tmp_path / "in" / name, few_files() | outside)
     found = load(path, tmp_path / "in" / "root")
@@ -299,8 +304,6 @@ def test_nothing_leaves_the_folder(name, tmp_path):
         found, load(write(tmp_path / "in" / "folder", few_files()), tmp_path / "in" / "root")
     )
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
-    with pytest.raises(DataError, match=r"train/\.\./\.\./evil"):
-        load(write(tmp_path / "b.zip", few_files() | {"train/../../evil.png": png()}), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar"])

@@ -121,8 +121,7 @@ def steps(
         captured: As `fast` for `run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
 
-    Yields:
-        None where the run would wait for the device, another value where others may launch work.
+    Yields: None where the run would wait for the device, else where others may launch work.
     """
     with _one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read

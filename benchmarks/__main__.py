@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import flatness, gpu, training
+from benchmarks import flatness, gpu, machine, training
 
 
 def of_training(options: argparse.Namespace) -> dict:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="of flatness")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
     options = parser.parse_args(argv)
-    results = {"machine": flatness.machine(options.device)}
+    results = {"machine": machine.machine(options.device)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         results[name] = SECTIONS[name](options)

@@ -60,9 +60,9 @@ def spectrum(model: nn.Module, images: Tensor, labels: Tensor, k: int) -> dict:
     """Eigenvalues of ours with their cost."""
 
     def run() -> tuple:
-        matvec, size = flatness.hessian_operator(model, images, labels)
-        matvec, calls = counted(matvec)
-        return *lanczos.leading_eigenpairs(matvec, size, k, device=images.device), len(calls)
+        loss = flatness.Loss(model, images, labels)
+        matvec, calls = counted(flatness.hessian_operator(loss))
+        return *lanczos.leading_eigenpairs(matvec, loss.size, k, device=images.device), len(calls)
 
     seconds, (values, _, residuals, products) = timed(run)
     row = {"seconds": seconds, "products": products, "ms/product": 1e3 * seconds / products}

@@ -12,20 +12,26 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from benchmarks import flatness, training
+from benchmarks import machine, training
 from benchmarks.training import OrdinaryLoop, OurLoop, setting
 from paperlib import data
 from paperlib import training as ours
 from paperlib.config import Config
+from paperlib.extras.fast.together import by_turns
+from paperlib.extras.fast.turns import Turns
 from paperlib.papers import regularization_2018
+from paperlib.runs import RunRecord, Store
+from paperlib.training import Callback
 
 RUNS, EPOCHS = 60, 325  # of VGG11 in figure 2: six settings, ten seeds
 CIFAR = 50_000, 10_000  # images
@@ -51,7 +57,7 @@ def epochs(options: argparse.Namespace) -> Iterator[dict]:
             row = {"network": name, "loop": way, "precision": precision}
             row |= {"images a second": rate, "x": rate / usual}
             row["TFLOP/s"] = training.step_flops(config) * rate / 1e12
-            yield row | {"peak GiB": flatness.peak_gib(options.device)}
+            yield row | {"peak GiB": machine.peak_gib(options.device)}
 
 
 def together(options: argparse.Namespace) -> Iterator[dict]:
@@ -81,12 +87,39 @@ def epochs_a_second(configs: list[Config], device: str) -> float:
     """Return the epochs a second of runs that share a device, while all are at work."""
     ends: list[list[float]] = [[] for _ in configs]
     notes = [lambda moment, i=i: ends[i].append(time.perf_counter()) for i in range(len(configs))]
-    for record in ours.run_together(configs, None, device, notes, fast=True):
+    for record in run_together(configs, None, device, notes, fast=True):
         if isinstance(record, Exception):
             raise record
     if max(times[1] for times in ends) >= min(times[-1] for times in ends):
         raise torch.OutOfMemoryError("some runs found no memory beside the others")
     return sum((len(times) - 2) / (times[-1] - times[1]) for times in ends)
+
+
+def run_together(
+    configs: Sequence[Config],
+    store: Store | None = None,
+    device: str = "cpu",
+    callbacks: Iterable[Callback | None] | None = None,
+    *,
+    at_once: int | None = None,
+    **options: Any,
+) -> list[RunRecord | Exception]:
+    """Do runs in the order given, `at_once` of them at a time; see `together.by_turns`."""
+    callbacks = [None] * len(configs) if callbacks is None else callbacks
+    waiting = deque(enumerate(zip(configs, callbacks, strict=True)))
+    at_once = at_once or len(configs)
+    alone = min(at_once, len(configs)) == 1
+    results: dict[int, RunRecord | Exception] = {}
+    with closing(Turns[int]()) as turns:
+        while waiting or turns:
+            while waiting and len(turns) < at_once:
+                i, (config, note) = waiting.popleft()
+                turns.add(i, by_turns(config, store, device, note, alone=alone, **options))
+            for i, worked, result in turns.turn():
+                if not worked:
+                    raise result
+                results[i] = result
+    return [results[i] for i in range(len(configs))]
 
 
 def agreement(options: argparse.Namespace) -> Iterator[dict]:
@@ -130,7 +163,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = parser.parse_args(argv)
     if options.tiny:
         options.width, options.counts, options.networks = 1 / 16, (1, 2), ["conv4"]
-    results: dict = {"machine": flatness.machine(options.device)}
+    results: dict = {"machine": machine.machine(options.device)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = training.written_images(*((160, 80) if options.tiny else CIFAR))
     with nullcontext(options.data) if options.data else written as options.data:

@@ -35,12 +35,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from benchmarks import flatness
+from benchmarks.machine import machine
 from paperlib import data, training
 from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.devices import memory_format
 from paperlib.extras import fast
+from paperlib.loop import finish
 from paperlib.papers import regularization_2018, tradeoff_2020
 from paperlib.pruning import FilterPruner
 from paperlib.streams import generator
@@ -231,15 +232,14 @@ class OurLoop:
             layout = memory_format(device, config.precision)
             self.batches = Batches(*train, *half, config.batch, config.augment, layout)
             self.test = Batches(*test, *half, layout=layout)
-        large = training.LARGE_EVALUATION_BATCH
-        self.size = training.EVALUATION_BATCH.get(device.type, large)
+        self.size = training.evaluation_batch(device)
 
     def train(self) -> None:
         """Train one epoch; reading its loss waits for it."""
         self.epochs += 1
         drawn = (generator(0, name, self.epochs) for name in ("order", "augmentation"))
         with training.computing(self.config, self.stream):
-            self.loop.train(self.batches, *drawn).read()
+            finish(self.loop.launch(self.batches, *drawn)).read()
 
     def evaluate(self) -> None:
         """Test once."""
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results: dict = {"machine": flatness.machine("cpu")}
+    results: dict = {"machine": machine("cpu")}
     for part in (speed, whole):
         results[part.__name__] = part(options)
         print(f"{part.__doc__}\n{table(results[part.__name__])}\n", flush=True)

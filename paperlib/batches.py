@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = 4  # pixels of black on each side, before the random crop
-KEPT_BYTES = 256e6  # of normalised images, at most, between passes of an evaluation
 
 
 class Batches:
@@ -47,10 +46,9 @@ class Batches:
         pixels = F.pad(images.to(device), 4 * (self.padding,)).permute(0, 2, 3, 1).contiguous()
         self.pixels, self.labels = pixels, labels.to(device, torch.int64)
         # Repeated along the width: broadcasting over three channels is 20 times slower on a CPU.
-        mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self.scale = (1 / (255 * std)).float().repeat(self.width, 1).to(device)
-        self.shift = (-mean / std).float().repeat(self.width, 1).to(device)
-        self._normalised: Tensor | None = None
+        middle, spread = (torch.tensor(x, dtype=torch.float64) for x in (mean, std))
+        self.scale = (1 / (255 * spread)).float().repeat(self.width, 1).to(device)
+        self.shift = (-middle / spread).float().repeat(self.width, 1).to(device)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch; the last one may be smaller."""
@@ -88,7 +86,8 @@ class Batches:
     def pick(self, indices: Tensor, *augmentation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch of these images (B,), with their corners and flips if there are any."""
         if augmentation:
-            images = crop_and_flip(self.pixels, indices, *augmentation, self.height, self.width)
+            size = self.height, self.width
+            images = crop_and_flip(self.pixels, size, indices, *augmentation)
         else:
             images = self.pixels.index_select(0, indices)
         return self._normalise(images), self.labels[indices]
@@ -107,31 +106,15 @@ class Batches:
 
     def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch of these images (B,), without augmentation."""
-        images = self.pixels.index_select(0, indices)[:, *self._inner]
-        return self._normalise(images), self.labels[indices]
-
-    @property
-    def _inner(self) -> tuple[slice, slice]:
-        return (
-            slice(self.padding, self.padding + self.height),
-            slice(self.padding, self.padding + self.width),
-        )
+        rows, columns = self.padding + self.height, self.padding + self.width
+        images = self.pixels.index_select(0, indices)
+        inner = images[:, self.padding : rows, self.padding : columns]
+        return self._normalise(inner), self.labels[indices]
 
     def evaluation(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over all images once, in their own order, without augmentation.
-
-        Normalised images below 256 MB are kept for the next pass: do not write to them.
-        """
-        images = self.pixels[:, *self._inner]
-        if 4 * images.numel() < KEPT_BYTES and self._normalised is None:
-            with torch.inference_mode(False):  # a later pass may differentiate it
-                self._normalised = self._normalise(images)
-        for start in range(0, len(images), size):
-            batch = slice(start, start + size)
-            if self._normalised is not None:
-                yield self._normalised[batch], self.labels[batch]
-            else:
-                yield self._normalise(images[batch]), self.labels[batch]
+        """Iterate over all images once, in their own order, without augmentation."""
+        indices = torch.arange(len(self.labels), device=self.labels.device)
+        return map(self.unaugmented, indices.split(size))
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 (B, H, W, C) into float32 (B, C, H, W), `(x / 255 - mean) / std`."""
@@ -140,22 +123,21 @@ class Batches:
 
 
 def crop_and_flip(
-    padded: Tensor, indices: Tensor, corners: Tensor, flips: Tensor, height: int, width: int
+    padded: Tensor, size: tuple[int, int], indices: Tensor, corners: Tensor, flips: Tensor
 ) -> Tensor:
     """Crop images, and flip some of them left to right.
 
     Args:
         padded: All images (N, H, W, C).
+        size: Height and width of a crop.
         indices: (B,), which of them.
         corners: (B, 2), row and column of each crop's upper left corner.
         flips: bool (B,).
-        height: Of a crop.
-        width: Of a crop.
 
     Returns:
         (B, height, width, C), gathered pixel by pixel in one pass.
     """
-    _, padded_height, padded_width, channels = padded.shape
+    (_, padded_height, padded_width, channels), (height, width) = padded.shape, size
     across = torch.arange(width, device=padded.device)
     rows = corners[:, :1] + torch.arange(height, device=padded.device)
     columns = corners[:, 1:] + torch.where(flips[:, None], width - 1 - across, across)

@@ -8,12 +8,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 
@@ -26,28 +26,52 @@ def _check(valid: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _check_fractions(fractions: tuple[float, ...]) -> None:
-    _check(len(fractions) > 0, "pruning needs the fraction of at least one layer")
-    for fraction in fractions:
-        _check(0 <= fraction < 1, f"a fraction to prune must be in [0, 1), got {fraction}")
-
-
-def _check_one_of(what: str, value: Any, valid: Iterable[str]) -> None:
-    valid = tuple(valid)
-    _check(value in valid, f"unknown {what} {value!r}: one of {', '.join(valid)}")
-
-
 def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
     """Return every `period`-th epoch from `first` to `last`, inclusive: a layer's events."""
-    _check(
-        0 <= first <= last, f"a schedule needs 0 <= first <= last, got first {first}, last {last}"
-    )
-    _check(period >= 1, f"a schedule's period must be at least 1 epoch, got {period}")
+    valid = 0 <= first <= last and period >= 1
+    needs = "a schedule needs 0 <= first <= last and a period of at least 1 epoch"
+    _check(valid, f"{needs}, got first {first}, last {last}, period {period}")
     return tuple(range(first, last + 1, period))
 
 
+class _Settings:
+    """Settings whose fields have their declared types, so that equal ones hash alike."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            name = f"{type(self).__name__}.{field.name}"
+            value = _converted(getattr(self, field.name), field.type, name)
+            object.__setattr__(self, field.name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ConfigError unless the settings can be run."""
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _check(value >= least, f"{name} must be at least {least}, got {value}")
+
+    def _one_of(self, **valid: tuple[str, ...]) -> None:
+        for name, values in valid.items():
+            value = getattr(self, name)
+            _check(value in values, f"unknown {name} {value!r}: one of {', '.join(values)}")
+
+
+def _check_pruning(pruning: "FilterPruning | WeightPruning") -> None:
+    fractions, layers = pruning.fractions, pruning.layers
+    valid = len(fractions) > 0 and all(0 <= fraction < 1 for fraction in fractions)
+    _check(valid, f"pruning needs fractions in [0, 1), a layer each, got {fractions}")
+    same = layers is None or len(layers) == len(fractions)
+    _check(same, f"{len(fractions)} fractions need as many layers, got {layers}")
+    for epochs in pruning.schedules:
+        rising = all(a < b for a, b in pairwise((-1, *epochs)))
+        message = f"a layer's event epochs must be rising and at least 0, got {epochs}"
+        _check(bool(epochs) and rising, message)
+
+
 @dataclass(frozen=True)
-class FilterPruning:
+class FilterPruning(_Settings):
     """Whole filters are pruned (arXiv 1906.03728).
 
     Attributes:
@@ -68,22 +92,19 @@ class FilterPruning:
     scratch: bool = False
     norm: bool = True
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_fractions(self.fractions)
-        if self.scratch:
-            _check(not self.epochs, "scratch pruning happens before training: it takes no epochs")
-        else:
-            _check_event_epochs(self.epochs)
-            _check(
-                len(self.epochs) == len(self.fractions),
-                f"{len(self.fractions)} fractions need as many schedules, got {len(self.epochs)}",
-            )
-        if self.layers is not None:
-            _check(
-                len(self.layers) == len(self.fractions),
-                f"{len(self.fractions)} fractions for {len(self.layers)} layers",
-            )
+    @property
+    def schedules(self) -> tuple[tuple[int, ...], ...]:
+        """The epochs of each layer's events."""
+        return self.epochs
+
+    def _check(self) -> None:
+        _check_pruning(self)
+        layers, scheduled = len(self.fractions), len(self.epochs)
+        wanted = 0 if self.scratch else layers
+        message = (
+            f"{layers} fractions with scratch={self.scratch} need {wanted} schedules of epochs"
+        )
+        _check(scheduled == wanted, f"{message}, got {scheduled}")
 
     @property
     def rate(self) -> float:
@@ -94,7 +115,7 @@ class FilterPruning:
 
 
 @dataclass(frozen=True)
-class WeightPruning:
+class WeightPruning(_Settings):
     """Single weights of layers are pruned by magnitude (arXiv 1805.01930).
 
     Attributes:
@@ -113,15 +134,14 @@ class WeightPruning:
     schedule: str = "linear"
     mu: float = 0.0
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_fractions(self.fractions)
-        _check_event_epochs((self.epochs,))
-        _check(
-            len(self.layers) == len(self.fractions),
-            f"{len(self.fractions)} fractions for {len(self.layers)} layers",
-        )
-        _check(self.mu >= 0, f"mu must be at least 0, got {self.mu}")
+    @property
+    def schedules(self) -> tuple[tuple[int, ...], ...]:
+        """The epochs of the events of all layers."""
+        return (self.epochs,)
+
+    def _check(self) -> None:
+        _check_pruning(self)
+        self._at_least(0, "mu")
 
     @property
     def rate(self) -> float:
@@ -130,7 +150,7 @@ class WeightPruning:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(_Settings):
     """Noise on the chosen filters instead of their removal (arXiv 1906.03728, figures 5 and D2).
 
     Attributes:
@@ -143,14 +163,13 @@ class Noise:
     passes: int
     evaluation_batch: int = 128
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_one_of("noise", self.kind, ("zeroing", "gaussian", "restored"))
-        _check(self.passes >= 0, f"noise passes must be at least 0, got {self.passes}")
+    def _check(self) -> None:
+        self._one_of(kind=("zeroing", "gaussian", "restored"))
+        self._at_least(0, "passes")
 
 
 @dataclass(frozen=True)
-class Flatness:
+class Flatness(_Settings):
     """Flatness is measured at the end of one epoch (figures 6 and E1 to E5).
 
     Attributes:
@@ -171,17 +190,12 @@ class Flatness:
     step: float = 0.01
     test_images: int | None = None
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check(self.images >= 1, f"flatness needs at least one image, got {self.images}")
-        _check(
-            0 < self.directions <= self.eigenvalues,
-            f"{self.directions} directions need as many of the {self.eigenvalues} eigenvalues",
-        )
-        _check(
-            0 < self.step <= self.reach,
-            f"a step must be positive and within the reach {self.reach}, got {self.step}",
-        )
+    def _check(self) -> None:
+        self._at_least(1, "images", "directions")
+        enough = self.directions <= self.eigenvalues
+        _check(enough, f"{self.directions} directions of {self.eigenvalues} eigenvalues")
+        valid = 0 < self.step <= self.reach
+        _check(valid, f"a step must be within 0 and the reach {self.reach}, got {self.step}")
 
     @property
     def epsilons(self) -> tuple[float, ...]:
@@ -191,7 +205,7 @@ class Flatness:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Settings):
     """Everything that decides a run's numbers.
 
     Attributes:
@@ -239,26 +253,21 @@ class Config:
     precision: str = "float32"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_one_of("optimizer", self.optimizer, ("adam", "sgd"))
-        _check_one_of("precision", self.precision, ("float32", "bfloat16"))
-        for name in ("epochs", "batch"):
-            _check(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
-        _check(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
-        _check(self.width > 0, f"width must be positive, got {self.width}")
-        last = max((max(e) for e in _events(self.pruning)), default=0)
+    def _check(self) -> None:
+        self._one_of(optimizer=("adam", "sgd"), precision=("float32", "bfloat16"))
+        self._at_least(1, "epochs", "batch")
+        for name in ("learning_rate", "width"):
+            value = getattr(self, name)
+            _check(value > 0, f"{name} must be positive, got {value}")
+        schedules = self.pruning.schedules if self.pruning else ()
+        last = max((max(epochs) for epochs in schedules), default=0)
         _check(last < self.epochs, f"an event at epoch {last} of a run of {self.epochs} epochs")
         if self.flatness is not None:
             epoch = self.flatness.epoch
             _check(0 <= epoch < self.epochs, f"flatness at epoch {epoch} of {self.epochs}")
-        if self.noise is not None:
-            _check(
-                isinstance(self.pruning, FilterPruning) and not self.pruning.scratch,
-                "noise needs the filter pruning whose choice of filters it follows",
-            )
+        follows = isinstance(self.pruning, FilterPruning) and not self.pruning.scratch
+        needs = "noise needs the filter pruning whose choice of filters it follows"
+        _check(self.noise is None or follows, f"{needs}, got {self.pruning}")
 
     @property
     def identity(self) -> str:
@@ -323,29 +332,6 @@ def _nested(value: Any) -> Any:
     return value
 
 
-def _events(pruning: FilterPruning | WeightPruning | None) -> tuple[tuple[int, ...], ...]:
-    if pruning is None:
-        return ()
-    return pruning.epochs if isinstance(pruning, FilterPruning) else (pruning.epochs,)
-
-
-def _check_event_epochs(layers: tuple[tuple[int, ...], ...]) -> None:
-    for epochs in layers:
-        rising = all(a < b for a, b in pairwise(epochs))
-        _check(
-            bool(epochs) and epochs[0] >= 0 and rising,
-            f"a layer's event epochs must be rising and at least 0, got {epochs}",
-        )
-
-
-def _freeze(config: Any) -> None:
-    """Convert every field to its declared type, so that equal configurations hash alike."""
-    for field in fields(config):
-        name = f"{type(config).__name__}.{field.name}"
-        value = _converted(getattr(config, field.name), field.type, name)
-        object.__setattr__(config, field.name, value)
-
-
 def _converted(value: Any, kind: Any, name: str) -> Any:
     """Convert what people pass to a declared type: numpy's numbers, arrays, ranges, lists.
 
@@ -360,22 +346,17 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
     if hasattr(value, "tolist"):  # numpy, pandas and torch
         value = value.tolist()
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    is_sequence = isinstance(value, list | tuple | range)
-    if (value is None and NoneType in kinds) or type(value) in kinds:
-        kind = type(value)
-    else:
-        kind = next((k for k in kinds if (get_origin(k) is tuple) == is_sequence), kinds[0])
-    items = get_args(kind)
-    if get_origin(kind) is tuple:
-        fits = is_sequence and (items[-1] is ... or len(items) == len(value))
-    elif kind in (int, float):
-        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        fits = fits and (kind is float or value == int(value))
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        wanted = " or ".join(str(k) if get_args(k) else k.__name__ for k in kinds)
-        raise ConfigError(f"{name} takes {wanted}, got {value!r} of type {type(value).__name__}")
-    if items:
-        return tuple(_converted(item, items[0], name) for item in value)
-    return kind(value) if kind in (int, float) else value
+    for each in kinds:
+        items = get_args(each)
+        if get_origin(each) is tuple:
+            sequence = isinstance(value, list | tuple | range)
+            if sequence and (items[-1] is ... or len(items) == len(value)):
+                return tuple(_converted(item, items[0], name) for item in value)
+        elif each in (int, float):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if number and math.isfinite(value) and (each is float or value == int(value)):
+                return each(value)
+        elif isinstance(value, each):
+            return value
+    wanted = " or ".join(str(k) if get_args(k) else k.__name__ for k in kinds)
+    raise ConfigError(f"{name} takes {wanted}, got {value!r} of type {type(value).__name__}")

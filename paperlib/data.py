@@ -7,31 +7,21 @@ other images come from a folder or an archive (`images`).
 import hashlib
 import math
 import os
-import socket
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
 from paperlib import images
-from paperlib.batches import Batches, crop_and_flip  # noqa: F401
-from paperlib.images import (  # noqa: F401
-    SPLITS,
-    TARS,
-    DataError,
-    decode_image,
-    images_checksum,
-    layout,
-    read_images,
-)
+from paperlib.images import TARS, DataError, images_checksum, read_images  # noqa: F401
 from paperlib.store.provenance import CHECKSUMS, data_folders, known_checksum
+from paperlib.store.records import write_whole
 
 VALID = (
     "cifar10-jpeg, digits, cifar10, cifar100, "
@@ -62,9 +52,6 @@ class Dataset:
         std: The same.
         checksum: 32 hex digits of the content, the same on every machine; empty if the tensors did
             not come from `load`. A subset keeps the checksum of the whole.
-
-    Raises:
-        DataError: The tensors do not fit this description.
     """
 
     name: str
@@ -76,31 +63,6 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     checksum: str = ""
-
-    def __post_init__(self) -> None:
-        for split in SPLITS:
-            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-                raise DataError(
-                    f"{self.name}: {split} images are {images.dtype} {tuple(images.shape)}, "
-                    "not torch.uint8 (N, C, H, W)"
-                )
-            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                raise DataError(
-                    f"{self.name}: {split} labels are {labels.dtype} {tuple(labels.shape)}, "
-                    f"not torch.int64 ({len(images)},)"
-                )
-            if labels.min() < 0 or labels.max() >= len(self.classes):
-                raise DataError(
-                    f"{self.name}: {split} labels are not in 0..{len(self.classes) - 1}"
-                )
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise DataError(
-                f"{self.name}: training images {tuple(self.train_images.shape[1:])} and "
-                f"test images {tuple(self.test_images.shape[1:])} differ in shape"
-            )
-        if not len(self.mean) == len(self.std) == self.train_images.shape[1]:
-            raise DataError(f"{self.name}: mean and std need a value for each channel")
 
     def subset(
         self, train_per_class: int | None = None, test_per_class: int | None = None, seed: int = 0
@@ -222,7 +184,7 @@ def _digits() -> Dataset:
     split = (images[train], labels[train], images[~train], labels[~train])
     digest = hashlib.sha256()
     for tensor in split:
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().tobytes())
     checksum = digest.hexdigest()[:32]
     return Dataset("digits", *split, classes, *measure(split[0]), checksum)
 
@@ -267,55 +229,44 @@ CIFARS = {
 
 
 def _cifar(name: str, folders: Sequence[Path]) -> Dataset:
-    from torchvision.datasets.utils import check_integrity
-
     cifar = CIFARS[name]
     places = [folder / cifar.url.rsplit("/", 1)[-1] for folder in folders]
-    archive = next((place for place in places if check_integrity(place, cifar.md5)), None)
+    archive = next((place for place in places if _md5(place) == cifar.md5), None)
     archive = archive or _download(name, cifar.url, places[0], cifar.md5)
-    with tarfile.open(archive) as tar:
-        files = {
-            PurePosixPath(member.name).name: tar.extractfile(member).read()
-            for member in tar
-            if member.isreg()
-        }
+    files = {PurePosixPath(n).name: read() for n, _, read in images.members(archive) if "." in n}
 
     def records(names: Sequence[str]) -> tuple[Tensor, Tensor]:
         data = np.frombuffer(b"".join(files[n] for n in names), np.uint8)
         data = data.reshape(-1, cifar.label_bytes + 3 * 32 * 32)
-        images = data[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).copy()
+        pixels = data[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).copy()
         labels = data[:, cifar.label_bytes - 1].astype(np.int64)
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
 
     classes = tuple(files[cifar.names].decode().split())
     split = (*records(cifar.train), *records(cifar.test))
     return Dataset(name, *split, classes, cifar.mean, cifar.std, cifar.md5)
 
 
+def _md5(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+
+
 def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Path:
     """Download a file completely or not at all; verify it if its md5 is given."""
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    part, timeout = archive.with_name(f"{archive.name}.part"), socket.getdefaulttimeout()
-    with FileLock(f"{archive}.lock"):
-        if check_integrity(archive, md5):  # another process was faster
-            return archive
-        try:
-            # torchvision sets no timeout: behind some firewalls it would hang.
-            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-            part.unlink(missing_ok=True)
-            download_url(url, archive.parent, part.name, md5)
-            os.replace(part, archive)
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise DataError(
-                f"{name} could not be downloaded from {url} ({' '.join(str(error).split())}); "
-                f"without a network put that file at {archive}, "
-                "or pass digits, or images:PATH for a folder or archive of images"
-            ) from error
-        finally:
-            socket.setdefaulttimeout(timeout)
-            part.unlink(missing_ok=True)
+    try:
+        with urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
+            content = answer.read()
+        if md5 not in (None, hashlib.md5(content, usedforsecurity=False).hexdigest()):
+            raise OSError(f"its md5 is not {md5}")
+    except (OSError, HTTPException) as error:
+        raise DataError(
+            f"{name} could not be downloaded from {url} ({' '.join(str(error).split())}); "
+            f"without a network put that file at {archive}, "
+            "or pass digits, or images:PATH for a folder or archive of images"
+        ) from error
+    write_whole(archive, content)
     return archive
 
 

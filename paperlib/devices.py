@@ -87,7 +87,8 @@ def full_float32() -> Iterator[None]:
 
 
 def _set_full_float32() -> None:
-    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    backends: Any = torch.backends
+    cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
     if hasattr(cuda.matmul, "fp32_precision"):
         for where in (cudnn.conv, cuda.matmul, mkldnn.conv, mkldnn.matmul):
             if where.fp32_precision not in ("ieee", "none"):

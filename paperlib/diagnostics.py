@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from paperlib.batches import Batches
 from paperlib.config import Config, Flatness, WeightPruning
@@ -41,9 +43,7 @@ Callback = Callable[[Moment], Arrays | None]
 
 
 @torch.no_grad()
-def normalised_outputs(
-    model: nn.Module, images: Tensor, layers: int = 8, bins: int = 200, reach: float = 5.0
-) -> np.ndarray:
+def normalised_outputs(model: nn.Module, images: Tensor) -> np.ndarray:
     """Return histograms of the last batch norms' outputs before scale and shift.
 
     They use the statistics of this batch, as in training (arXiv 1906.03728, figure B1). The
@@ -52,32 +52,24 @@ def normalised_outputs(
     Args:
         model: The network.
         images: (B, C, H, W).
-        layers: How many batch norms, counted from the last.
-        bins: Bins of a histogram.
-        reach: The histograms are over [-reach, reach].
 
     Returns:
-        (layers, bins) densities over all channels and pixels, the deepest layer last.
+        (8, 200) densities over all channels and pixels in [-5, 5], the deepest layer last.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-layers:]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-8:]
     densities = {}
 
     def observe(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         outputs = F.batch_norm(inputs[0].float(), None, None, training=True, eps=norm.eps).cpu()
-        counts = torch.histc(outputs, bins, -reach, reach)
-        densities[norm] = (counts / counts.sum() * bins / (2 * reach)).numpy()
+        counts = torch.histc(outputs, 200, -5.0, 5.0)
+        densities[norm] = (counts / counts.sum() * 200 / 10.0).numpy()
 
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    hooks = [norm.register_forward_pre_hook(observe) for norm in norms]
-    mode = model.training
-    try:
-        model.train()(images)
-    finally:
-        model.train(mode)
-        for hook in hooks:
-            hook.remove()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept[name])
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.enter_context(norm.register_forward_pre_hook(observe))
+        stack.callback(model.train, model.training)
+        functional_call(model.train(), buffers, (images,))
     return np.stack([densities[norm] for norm in norms])
 
 
@@ -90,47 +82,40 @@ def magnitudes(weight: Tensor) -> np.ndarray:
     return np.histogram(np.clip(sizes[sizes > 0], MAGNITUDES[0], MAGNITUDES[-1]), MAGNITUDES)[0]
 
 
-def weight_histograms(pruner: WeightPruner, moment: str) -> Arrays:
-    """Return `magnitudes` of every pruned layer, as "MOMENT.LAYER"."""
-    return {f"{moment}.{name}": magnitudes(m.weight) for name, m in pruner.layers.items()}
+def histograms(
+    config: Config, moment: str, model: nn.Module, pruner: Pruner | None, train: Batches
+) -> Arrays:
+    """Measure the histograms of a run that asks for them, of pruned weights or of batch norms.
 
+    Args:
+        config: The run.
+        moment: "untrained"; "before" the first event, "after" the last one; "trained" at the end.
+        model: The network.
+        pruner: Its pruner; None of the untrained network.
+        train: The training images.
 
-class Histograms:
-    """Histograms of a run that asks for them, of batch norms' outputs or of pruned weights.
-
-    Each method returns arrays for the record: none if there is nothing to measure at that point.
+    Returns:
+        Arrays for the record. If single weights are pruned, `magnitudes` of every pruned layer as
+        "before.LAYER", "after.LAYER" and "end.LAYER", their `edges`, and as "kept.LAYER" which
+        weights are not pruned, as bits. Otherwise `normalised_outputs`, "untrained" and "trained".
     """
-
-    def __init__(self, config: Config) -> None:
-        of_weights = isinstance(config.pruning, WeightPruning)
-        self.weights = config.histograms and of_weights
-        self.norms = config.histograms and not of_weights
-        self.events = config.pruning.epochs if self.weights else ()
-
-    def of_norms(self, name: str, model: nn.Module, train: Batches) -> Arrays:
-        """Measure the network before or after training."""
-        if not self.norms:
-            return {}
-        return {name: normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])}
-
-    def before_event(self, epoch: int, pruner: Pruner) -> Arrays:
-        """Measure the weights before the first event."""
-        if not self.weights or epoch != self.events[0]:
-            return {}
-        return weight_histograms(pruner, "before") | {"edges": MAGNITUDES}
-
-    def after_event(self, epoch: int, pruner: Pruner) -> Arrays:
-        """Measure the weights after the last event."""
-        if not self.weights or epoch != self.events[-1]:
-            return {}
-        return weight_histograms(pruner, "after")
-
-    def at_end(self, pruner: Pruner) -> Arrays:
-        """Measure the weights after training, and keep which of them are not pruned, as bits."""
-        if not self.weights:
-            return {}
-        kept = {f"kept.{name}": np.packbits(m.cpu()) for name, m in pruner.masks.items()}
-        return weight_histograms(pruner, "end") | kept
+    if not config.histograms:
+        return {}
+    if not isinstance(config.pruning, WeightPruning):
+        of_norms = moment in ("untrained", "trained")
+        images, _ = train.first(HISTOGRAM_IMAGES)
+        return {moment: normalised_outputs(model, images)} if of_norms else {}
+    if not isinstance(pruner, WeightPruner):
+        return {}
+    name = "end" if moment == "trained" else moment
+    found: Arrays = {
+        f"{name}.{n}": magnitudes(m.get_parameter("weight")) for n, m in pruner.layers.items()
+    }
+    if moment == "before":
+        found["edges"] = MAGNITUDES
+    if moment == "trained":
+        found |= {f"kept.{n}": np.packbits(mask.cpu()) for n, mask in pruner.masks.items()}
+    return found
 
 
 def measured_flatness(
@@ -190,12 +175,12 @@ class Replica:
         size: Images of a batch of evaluation.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, loop: PlainLoop, size: int) -> None:
+    def __init__(self, model: nn.Module, pruner: Any, loop: PlainLoop, size: int) -> None:
         self.model, self.pruner = model, pruner
         self.loop, self.size = loop, size
 
     @torch.no_grad()
-    def load(self, model: nn.Module, pruner: Pruner) -> None:
+    def load(self, model: nn.Module, pruner: Any) -> None:
         """Take over the state of the run's network and pruner."""
         self.pruner.load_state_dict(pruner.state_dict())  # first: it may add buffers
         state = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -228,8 +213,6 @@ class Replica:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if isinstance(self.pruner, FilterNoise):
-                stack.enter_context(self.pruner.paused())
-            stack.enter_context(self.loop.kernels(self.model))
+        paused = self.pruner.paused() if isinstance(self.pruner, FilterNoise) else nullcontext()
+        with paused, self.loop.kernels(self.model):
             yield

@@ -17,20 +17,17 @@ input, and networks whose measures would be wrong, raise ValueError before any l
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from tqdm.auto import tqdm
 
-from paperlib.derivatives import check_derivatives, probe
 from paperlib.extras.fast import convolutions
-from paperlib.lanczos import ConvergenceError as ConvergenceError
 from paperlib.lanczos import leading_eigenpairs
-from paperlib.loss import Held, Loss, check_finite
+from paperlib.loss import PROBED, Held, Loss, Weights
 from paperlib.measures import RISE
 from paperlib.measures import delta_w as delta_w
 from paperlib.measures import tic as tic
@@ -55,98 +52,59 @@ def hessian_spectrum(
     chunk: int | None = None,
     memory: float = 4.0,
     max_products: int | None = None,
-    seed: int = 0,
-    return_residuals: bool = False,
-    progress: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """Compute the Hessian's k eigenvalues of largest magnitude, and their eigenvectors.
 
     Args:
-        model, images, labels, held, chunk: See the module's docstring.
+        model: See the module's docstring, like the next four.
+        images: (N, ...) floats.
+        labels: (N,) integers.
+        held: What pruning holds at zero.
+        chunk: Images in one batch.
         k: How many eigenpairs to compute.
         tol: Largest |Hv - av| over the pairs, relative to the largest |a|. An eigenvalue's error
             is of the order of its square over the gap to the next.
         memory: See `hessian_operator`.
         max_products: Largest number of Hessian-vector products; None means 20 k + 200.
-        seed: Seed of the start vector. The same input and seed give the same result.
-        return_residuals: Whether to return the residuals as well.
-        progress: Whether to show a bar of the products.
 
     Returns:
         Eigenvalues (k,) of either sign, by magnitude, largest first, repeated ones as often as they
-        occur; eigenvectors (k, P), unit rows, zero at held coordinates; and with return_residuals
-        |Hv - av| of each pair (k,).
+        occur; eigenvectors (k, P), unit rows, zero at held coordinates. The same input gives the
+        same result.
 
     Raises:
         ValueError: Bad input, or k is not within 1 and the number of free parameters.
-        ConvergenceError: `max_products` are not enough.
+        lanczos.ConvergenceError: `max_products` are not enough.
     """
-    loss = Loss.of(model, images, labels, held, chunk)
-    free = loss.free
-    size = loss.size if free is None else len(free)
+    loss = Loss(model, images, labels, held, chunk)
+    size = loss.size if loss.free is None else len(loss.free)
     if not 1 <= k <= size:
         raise ValueError(f"k must be within 1 and the {size} free parameters, got {k}")
-    like = next(iter(loss.weights.values()))
-    values, vectors, residuals = leading_eigenpairs(
-        _operator(loss, memory),
-        size,
-        k,
-        tol=tol,
-        max_products=max_products,
-        seed=seed,
-        dtype=like.dtype,
-        device=like.device,
-        progress=progress,
-    )
-    if free is not None:
-        vectors = vectors.new_zeros(k, loss.size).index_copy_(1, free, vectors)
-    return (values, vectors, residuals) if return_residuals else (values, vectors)
+    leading = partial(leading_eigenpairs, dtype=loss.like.dtype, device=loss.like.device)
+    matvec = hessian_operator(loss, memory)
+    values, vectors, _ = leading(matvec, size, k, tol=tol, max_products=max_products)
+    return values, loss.filled(vectors)
 
 
-def hessian_operator(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    held: Held | None = None,
-    *,
-    chunk: int | None = None,
-    memory: float = 4.0,
-) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Make the function v (F,) -> Hv (F,) over the F free coordinates.
+def hessian_operator(loss: Loss, memory: float = 4.0) -> Callable[[Tensor], Tensor]:
+    """Make the function v (F,) -> Hv (F,) over the F free coordinates of a loss.
 
     Hv is the gradient of gradient-dot-v by a second reverse pass (Pearlmutter, 1994). The graph of
     the gradient does not depend on v, so it is built once and kept, for as many chunks as fit into
     `memory` GiB. For the others it is built in every product, which costs about half as much again.
     On a CPU convolutions of few pixels are products of matrices (`convolutions.quick`). A product
     does not wait for the device.
-
-    Returns:
-        The function, and F.
     """
-    loss = Loss.of(model, images, labels, held, chunk)
-    free = loss.free
-    return _operator(loss, memory), loss.size if free is None else len(free)
-
-
-def _operator(loss: Loss, memory: float) -> Callable[[Tensor], Tensor]:
-    check_derivatives(loss, order=2)
-    free, pieces = loss.free, [(_contiguous(x), y) for x, y in loss.pieces]
+    loss.check_derivatives(order=2)
+    pieces = [(_contiguous(x), y) for x, y in loss.pieces]
     weights = {n: _contiguous(w).detach().requires_grad_() for n, w in loss.weights.items()}
     leaves = list(weights.values())
 
-    def gradient_graph(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    def gradient_graph(x: Tensor, y: Tensor) -> Gradients:
         with loss.measuring(), convolutions.quick(loss.model):
-            return loss.within(
-                weights,
-                lambda: torch.autograd.grad(
-                    loss.total(weights, x, y) / len(loss.labels),
-                    leaves,
-                    create_graph=True,
-                    materialize_grads=True,
-                ),
-            )
+            return _gradients(loss, weights, x, y, over=len(loss.labels), graph=True)
 
-    kept: list[tuple[Tensor, ...] | None] = []
+    kept: list[Gradients | None] = []
     budget = memory * 2**30
     for x, y in pieces:
         with _saved_bytes() as saved:
@@ -155,26 +113,43 @@ def _operator(loss: Loss, memory: float) -> Callable[[Tensor], Tensor]:
         kept.append(graph if budget > 0 else None)
 
     def matvec(v: Tensor) -> Tensor:
-        full = v if free is None else v.new_zeros(loss.size).index_copy_(0, free, v)
-        directions = loss.split(full)
+        full = loss.filled(v)
         out = torch.zeros_like(full)
         for graph, (x, y) in zip(kept, pieces, strict=True):
             gradients = gradient_graph(x, y) if graph is None else graph
-            curved = [i for i, g in enumerate(gradients) if g.requires_grad]
+            pairs = zip(gradients, loss.split(full), strict=True)
+            curved = [(g, by) for g, by in pairs if g.requires_grad]
             product = partial(
                 torch.autograd.grad,
-                [gradients[i] for i in curved],
+                [g for g, _ in curved],
                 leaves,
-                [directions[i] for i in curved],
+                [by for _, by in curved],
                 retain_graph=graph is not None,
                 materialize_grads=True,
             )
             with loss.measuring():
-                products = loss.within(weights, product)
-            out += torch.cat([p.flatten() for p in products])
-        return out if free is None else out[free]
+                out += torch.cat([p.flatten() for p in loss.within(weights, product)])
+        return loss.picked(out)
 
     return matvec
+
+
+Gradients = tuple[Tensor, ...]  # a tensor a parameter
+
+
+def _gradients(
+    loss: Loss, weights: Weights, x: Tensor, y: Tensor, over: int = 1, graph: bool = False
+) -> Gradients:
+    """Compute the gradient of some images' total loss, divided by `over`.
+
+    With `graph` it can be differentiated again. The weights require gradients.
+    """
+
+    def compute() -> Gradients:
+        total, leaves = loss.total(weights, x, y) / over, list(weights.values())
+        return torch.autograd.grad(total, leaves, create_graph=graph, materialize_grads=True)
+
+    return loss.within(weights, compute)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -207,54 +182,66 @@ def gradient_covariance_trace(
     centered: bool = False,
     *,
     chunk: int | None = None,
-    progress: bool = False,
 ) -> float:
     """Compute Tr(C), the mean over images of the squared norm of the single-image gradient.
 
     Args:
-        model, images, labels, held, chunk: See the module's docstring.
+        model: See the module's docstring, like the next four.
+        images: (N, ...) floats.
+        labels: (N,) integers.
+        held: What pruning holds at zero.
+        chunk: Images in one batch.
         centered: Whether to subtract the squared norm of the mean gradient, which gives the trace
             of the covariance proper (over N). The paper does not.
-        progress: Whether to show a bar of the chunks.
     """
-    loss = Loss.of(model, images, labels, held, chunk)
-    check_derivatives(loss, order=1)
+    loss = Loss(model, images, labels, held, chunk)
+    loss.check_derivatives(order=1)
     total = 0.0
+    weights = {name: w.detach().requires_grad_() for name, w in loss.weights.items()}
     with loss.measuring():
-        norms = _squared_norms(loss)
-        for x, y in tqdm(loss.pieces, desc="Tr(C)", unit="chunk", disable=not progress):
-            total += float(norms(loss, x, y).sum())
+        norms = _squared_norms(loss, weights)
+        for x, y in loss.pieces:
+            total += float(norms(x, y).sum())
         if centered:
-            total -= float(_squared_norm(loss, _gradient_sum(loss))) / len(images)
-    check_finite(total)
+            whole = [torch.zeros_like(w) for w in loss.weights.values()]
+            for x, y in loss.pieces:
+                whole = [a + b for a, b in zip(whole, _gradients(loss, weights, x, y), strict=True)]
+            total -= float(_squared_norm(loss, whole)) / len(images)
+    if not math.isfinite(total):
+        raise ValueError(f"the gradients' covariance is not finite: {total}")
     return total / len(images)
 
 
-Norms = Callable[[Loss, Tensor, Tensor], Tensor]
+Norms = Callable[[Tensor, Tensor], Tensor]
 
 
-def _squared_norms(loss: Loss) -> Norms:
+def _squared_norms(loss: Loss, weights: Weights) -> Norms:
     """Choose how to compute single images' squared gradient norms (N,).
 
     All at once, unless the network does not allow that or gives other norms then, or their
     gradients take much memory: then one by one is quicker.
     """
+
+    def one_by_one(images: Tensor, labels: Tensor) -> Tensor:
+        single = zip(images.split(1), labels.split(1), strict=True)
+        return torch.stack(
+            [_squared_norm(loss, _gradients(loss, weights, x, y)) for x, y in single]
+        )
+
     limit = GRADIENTS["cpu" if loss.images.device.type == "cpu" else "other"]
     at_once = min(VECTORISED, loss.chunk, limit // loss.size)
     if at_once < 2:
-        return _one_by_one
+        return one_by_one
 
-    def together(loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
-        def norm(image: Tensor, label: Tensor) -> Tensor:
-            gradients = grad(loss.total)(loss.weights, image[None], label[None])
-            return _squared_norm(loss, gradients)
+    def norm(image: Tensor, label: Tensor) -> Tensor:
+        gradients = grad(loss.total)(loss.weights, image[None], label[None])
+        return _squared_norm(loss, gradients.values())
 
-        return vmap(norm, chunk_size=at_once)(images, labels)
-
-    few = probe(loss)
-    expected = _one_by_one(few, few.images, few.labels)
+    together = vmap(norm, chunk_size=at_once)
+    few = loss.images[:PROBED], loss.labels[:PROBED]
+    expected = one_by_one(*few)
     try:
-        if torch.allclose(together(few, few.images, few.labels), expected, rtol=1e-3):
+        if torch.allclose(together(*few), expected, rtol=1e-3):
             return together
         reason = "other gradients"
     except torch.OutOfMemoryError:
@@ -262,41 +249,15 @@ def _squared_norms(loss: Loss) -> Norms:
     except Exception as error:  # of any kind: vmap runs the network's own code
         reason = str(error)
     log.warning("Tr(C) takes an image at a time, because vmap gives: %s", reason)
-    return _one_by_one
+    return one_by_one
 
 
-def _one_by_one(loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
-    norms = []
-    for x, y in zip(images.split(1), labels.split(1), strict=True):
-        norms.append(_squared_norm(loss, _gradients(loss, x, y)))
-    return torch.stack(norms)
-
-
-def _gradients(loss: Loss, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Compute the gradient of these images' total loss."""
-    leaves = {name: w.detach().requires_grad_() for name, w in loss.weights.items()}
-
-    def compute() -> tuple[Tensor, ...]:
-        total = loss.total(leaves, images, labels)
-        return torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-
-    return dict(zip(leaves, loss.within(leaves, compute), strict=True))
-
-
-def _gradient_sum(loss: Loss) -> dict[str, Tensor]:
-    """Compute the sum of all images' gradients."""
-    sums = {name: torch.zeros_like(w) for name, w in loss.weights.items()}
-    for x, y in loss.pieces:
-        for name, gradient in _gradients(loss, x, y).items():
-            sums[name] += gradient
-    return sums
-
-
-def _squared_norm(loss: Loss, gradients: Mapping[str, Tensor]) -> Tensor:
+def _squared_norm(loss: Loss, gradients: Iterable[Tensor]) -> Tensor:
     """Return the squared norm of a gradient over the free coordinates."""
-    held = loss.held
-    free = (g.masked_fill(held[name], 0) if name in held else g for name, g in gradients.items())
-    return sum(g.square().sum() for g in free)
+    norm = torch.zeros(())
+    for name, g in zip(loss.weights, gradients, strict=True):
+        norm = norm + (g.masked_fill(loss.held[name], 0) if name in loss.held else g).square().sum()
+    return norm
 
 
 # Sharpness
@@ -311,31 +272,30 @@ def sharpness(
     held: Held | None = None,
     *,
     chunk: int | None = None,
-    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute loss and accuracy at w + eps v, for every direction v and every eps.
 
     The weights are not written to, so there is no drift.
 
     Args:
-        model, images, labels, held, chunk: See the module's docstring.
+        model: See the module's docstring, like the next four.
+        images: (N, ...) floats.
+        labels: (N,) integers.
+        held: What pruning holds at zero.
+        chunk: Images in one batch.
         directions: (D, P), in units of the weights; held coordinates do not move.
         epsilons: (E,).
-        progress: Whether to show a bar of the points.
 
     Returns:
         Mean losses and accuracies in percent, (D, E) each, float64 on the CPU.
     """
-    loss = Loss.of(model, images, labels, held, chunk)
+    loss = Loss(model, images, labels, held, chunk)
     directions = _directions(loss, directions)
-    epsilons = [float(e) for e in epsilons]
     out = torch.empty(2, len(directions), len(epsilons), dtype=torch.float64)
-    bar = tqdm(total=out[0].numel(), desc="sharpness", unit="point", disable=not progress)
-    with bar:
-        for i, direction in enumerate(directions):
-            for j, epsilon in enumerate(epsilons):
-                out[0, i, j], out[1, i, j] = _moved(loss, direction, epsilon)
-                bar.update()
+    for i, direction in enumerate(directions):
+        for j, epsilon in enumerate(epsilons):
+            moved = loss.moved(float(epsilon) * direction)
+            out[0, i, j], out[1, i, j] = loss.evaluate(moved)
     return out[0], out[1]
 
 
@@ -349,44 +309,19 @@ def find_delta_w(
     rise: float = RISE,
     step: float = 0.01,
     limit: float = 0.4,
-    chunk: int | None = None,
 ) -> float:
-    """Compute `delta_w` by walking outward, both signs, `step` by `step`, no farther than needed.
-
-    The value is that of `delta_w` of the `sharpness` at the multiples of `step` up to `limit`.
-    """
-    loss = Loss.of(model, images, labels, held, chunk)
-    directions = _directions(loss, directions)
-    unmoved, _ = loss.evaluate(loss.weights)
-    epsilons, losses = [], []
-    for n in range(1, round(limit / step) + 1):
-        for epsilon in (n * step, -n * step):
-            epsilons.append(epsilon)
-            losses.append([_moved(loss, direction, epsilon)[0] for direction in directions])
-        found = delta_w(list(zip(*losses, strict=True)), epsilons, unmoved, rise)
-        if not math.isnan(found):
-            return found
-    return math.nan
-
-
-def _moved(loss: Loss, direction: Tensor, epsilon: float) -> tuple[float, float]:
-    """Return the mean loss and the accuracy at w + epsilon * direction."""
-    steps = loss.split(direction)
-    moved = {n: w + epsilon * s for (n, w), s in zip(loss.weights.items(), steps, strict=True)}
-    return loss.evaluate(moved)
+    """Compute `delta_w` of the `sharpness` at the multiples of `step` from -`limit` to `limit`."""
+    steps = round(limit / step)
+    epsilons = [n * step for n in range(-steps, steps + 1)]
+    losses, _ = sharpness(model, images, labels, directions, epsilons, held)
+    return delta_w(losses, epsilons, float(losses[0, steps]), rise)
 
 
 def _directions(loss: Loss, directions: Tensor) -> Tensor:
     """Return the directions with held coordinates at zero, or raise ValueError."""
-    if directions.dim() != 2 or directions.shape[1] != loss.size:
+    if directions.shape[1:] != (loss.size,) or not directions.isfinite().all():
         raise ValueError(
-            f"directions must be (D, {loss.size}), a column a parameter, "
+            f"directions must be finite (D, {loss.size}), a column a parameter, "
             f"got {tuple(directions.shape)}"
         )
-    if not directions.isfinite().all():
-        raise ValueError("directions must be finite")
-    free = loss.free
-    directions = directions.to(next(iter(loss.weights.values())))
-    if free is None:
-        return directions
-    return torch.zeros_like(directions).index_copy_(1, free, directions[:, free])
+    return loss.filled(loss.picked(directions.to(loss.like)))

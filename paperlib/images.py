@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import stat
 import tarfile
 import unicodedata
@@ -16,50 +15,41 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from paperlib.store.provenance import files_below
+from paperlib.store.records import write_whole
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz")
-FORMATS = {
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "PPM": (".ppm", ".pgm"),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
-IMAGES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGES = (
+    *(".bmp", ".gif", ".jpg", ".jpeg", ".png"),
+    *(".ppm", ".pgm", ".tif", ".tiff", ".webp"),
+)
 SPLITS = ("train", "test")
 TENSORS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels"))
 BITS_PER_SAMPLE = 258  # a TIFF tag
+DAMAGED = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
+    RuntimeError,  # an encrypted .zip, an unknown compression
+)
 
 Decoded = tuple[dict[str, Tensor], tuple[str, ...]]  # tensors by their name in Dataset, classes
+Member = tuple[str, bool, Callable[[], bytes]]  # name, whether it is a plain file, its content
 
 
 class DataError(ValueError):
     """A data set that cannot be had as asked for; one line that says what and why."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file in a folder or an archive; `plain` is False for a link, a device or the like."""
-
-    name: str
-    plain: bool
-    read: Callable[[], bytes]
 
 
 def decoded(checksum: str, find: Callable[[], Path], folders: Sequence[Path]) -> Decoded:
@@ -74,53 +64,34 @@ def decoded(checksum: str, find: Callable[[], Path], folders: Sequence[Path]) ->
         DataError: The source is damaged, or its images are others or cannot be decoded.
     """
     caches = [folder / f"images-{checksum}.safetensors" for folder in folders]
-    found = _read_caches(caches, checksum)
-    if found is None:
-        folders[0].mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{caches[0]}.lock"):
-            found = _read_caches(caches, checksum)  # another process may have been faster
-            if found is None:
-                path = find()
-                found = _decode(read_images(path, checksum), path)
-                _write_cache(caches[0], checksum, *found)
-    return found
-
-
-def _read_caches(caches: Sequence[Path], checksum: str) -> Decoded | None:
-    """Return the first whole cache, or None; damaged ones are removed."""
     for cache in filter(Path.exists, caches):
         try:
-            with safe_open(cache, "pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in TENSORS}
-            if metadata["checksum"] != checksum or int(metadata["crc32"]) != _crc32(tensors):
-                raise ValueError("its checksum differs")
-            return tensors, tuple(json.loads(metadata["classes"]))
+            return _read_cache(cache)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             message = f"{cache} is damaged ({error}); the images are decoded afresh"
             warnings.warn(message, stacklevel=4)
             with suppress(OSError):  # the folder may be read-only
                 cache.unlink(missing_ok=True)
-    return None
+    path = find()
+    tensors, classes = _decode(read_images(path, checksum), path)
+    about = {"crc32": str(_crc32(tensors)), "classes": json.dumps(classes)}
+    write_whole(caches[0], save(tensors, about))
+    return tensors, classes
 
 
-def _write_cache(
-    cache: Path, checksum: str, tensors: dict[str, Tensor], classes: tuple[str, ...]
-) -> None:
-    part = cache.with_suffix(f".{os.getpid()}.part")
-    crc32 = str(_crc32(tensors))
-    metadata = {"checksum": checksum, "crc32": crc32, "classes": json.dumps(classes)}
-    try:
-        save_file(tensors, part, metadata)
-        os.replace(part, cache)
-    finally:
-        part.unlink(missing_ok=True)
+def _read_cache(cache: Path) -> Decoded:
+    with safe_open(cache, "pt") as file:
+        about = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in TENSORS}
+    if int(about["crc32"]) != _crc32(tensors):
+        raise ValueError("its checksum differs")
+    return tensors, tuple(json.loads(about["classes"]))
 
 
 def _crc32(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.numpy(), crc)
+        crc = zlib.crc32(tensor.numpy().data, crc)
     return crc
 
 
@@ -134,14 +105,17 @@ def read_images(path: Path, checksum: str | None = None) -> dict[str, bytes]:
     Raises:
         DataError: There is no such layout, the archive is damaged, or the checksum differs.
     """
-    with _opened(path) as members:
-        for member in members:
-            _check(member, path)
-        # Of two members of one name the later counts, as it would were they extracted.
-        members = {member.name: member for member in members if _is_image(member.name)}
-        places = layout(list(members), path)
-        # In the archive's own order: a compressed one can only be read from front to back.
-        files = {places[n]: member.read() for n, member in members.items() if n in places}
+    files = {}
+    try:
+        for name, plain, read in members(path):
+            if not plain:
+                raise DataError(f"{path}: member {name!r} is a link or a device, not a file")
+            if _is_image(name):
+                files[name] = read()  # of two of one name the later counts, as if extracted
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read, truncated or damaged ({error})") from error
+    places = _layout(list(files), path)
+    files = {places[name]: content for name, content in files.items() if name in places}
     found = images_checksum(files)
     if checksum not in (None, found):
         raise DataError(
@@ -161,32 +135,27 @@ def images_checksum(files: dict[str, bytes]) -> str:
 
 
 def _decode(files: dict[str, bytes], source: Path) -> Decoded:
-    """Decode image files, and sort them by class and name."""
-    parts = {name: tuple(name.split("/")) for name in files}
-    classes = sorted({label for _, label, _ in parts.values()})
-    order = {
-        split: sorted((n for n in files if parts[n][0] == split), key=parts.get) for split in SPLITS
-    }
-    position = {name: i for i, name in enumerate(n for split in SPLITS for n in order[split])}
-    first, images = None, None
-    for name, content in tqdm(
-        files.items(), desc=f"decoding {source.name}", unit="image", mininterval=1
-    ):
-        image = decode_image(content, f"{source}: {name}")
-        if images is None:
-            first, images = name, np.empty((len(files), *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            sizes = ["x".join(map(str, s[:0:-1])) for s in (images.shape[1:], image.shape)]
+    """Decode image files, and sort them by split, class and name."""
+    parts = sorted(tuple(name.split("/")) for name in files)
+    classes = sorted({label for _, label, _ in parts})
+    names = ["/".join(part) for part in parts]
+    images = [
+        decode_image(files[name], f"{source}: {name}")
+        for name in tqdm(names, desc=f"decoding {source.name}", unit="image", mininterval=1)
+    ]
+    for name, image in zip(names, images, strict=True):
+        if image.shape != images[0].shape:
+            sizes = ["x".join(map(str, s[:0:-1])) for s in (images[0].shape, image.shape)]
             raise DataError(
-                f"{source}: images of mixed size: {first} is {sizes[0]}, "
+                f"{source}: images of mixed size: {names[0]} is {sizes[0]}, "
                 f"{name} is {sizes[1]} (width x height)"
             )
-        images[position[name]] = image
-    images, at = torch.from_numpy(images), len(order["train"])
-    tensors = {"train_images": images[:at], "test_images": images[at:]}
-    for split, names in order.items():
-        labels = [classes.index(parts[name][1]) for name in names]
-        tensors[f"{split}_labels"] = torch.tensor(labels)
+    tensors = {}
+    for split in SPLITS:
+        chosen = [i for i, part in enumerate(parts) if part[0] == split]
+        stacked = np.ascontiguousarray(np.stack([images[i] for i in chosen]))
+        tensors[f"{split}_images"] = torch.from_numpy(stacked)
+        tensors[f"{split}_labels"] = torch.tensor([classes.index(parts[i][1]) for i in chosen])
     return tensors, tuple(classes)
 
 
@@ -206,10 +175,10 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         DataError: The file is damaged, or its pixels have no fixed range (modes I and F).
     """
     try:
-        with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
-            mode, bits = image.mode, 16
-            if image.format == "TIFF":
-                bits = image.tag_v2.get(BITS_PER_SAMPLE, (8,))[0]
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            mode = image.mode
+            tags = getattr(image, "tag_v2", {BITS_PER_SAMPLE: (16,)})  # which a TIFF has
+            bits = tags.get(BITS_PER_SAMPLE, (8,))[0]
             # Older versions of Pillow open a PNG or PGM of 16 bits in mode I.
             if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
                 gray = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
@@ -224,7 +193,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     )
 
 
-def layout(names: Sequence[str], source: str | os.PathLike) -> dict[str, str]:
+def _layout(names: Sequence[str], source: Path) -> dict[str, str]:
     """Return each image's place SPLIT/CLASS/FILE, by its name in the source.
 
     A backslash separates like /, accents are composed (Unicode NFC), and one common top folder is
@@ -237,92 +206,61 @@ def layout(names: Sequence[str], source: str | os.PathLike) -> dict[str, str]:
     Raises:
         DataError: The layout is another, or a class is in test/ only.
     """
-    if not names:
-        raise DataError(f"{source}: holds no images ({', '.join(IMAGES)})")
     parts = {name: _parts(name) for name in names}
     if not any(p[0] in SPLITS for p in parts.values()):
-        tops = {p[0] for p in parts.values() if p[1:2] and p[1] in SPLITS}
+        tops = {p[0] for p in parts.values() if len(p) > 1 and p[1] in SPLITS}
         if len(tops) > 1:
-            raise DataError(
-                f"{source}: train/ and test/ in more than one folder: {', '.join(sorted(tops))}"
-            )
+            found = ", ".join(sorted(tops))
+            raise DataError(f"{source}: train/ and test/ in more than one folder: {found}")
         parts = {name: p[1:] for name, p in parts.items() if p[0] in tops}
     parts = {name: p for name, p in parts.items() if p[0] in SPLITS}
-    for split in SPLITS:
-        if not any(p[0] == split for p in parts.values()):
-            raise DataError(
-                f"{source}: no images in {split}/ (needed: train/CLASS/*, test/CLASS/*)"
-            )
+    classes: dict[str, set[str]] = {split: set() for split in SPLITS}
+    seen: dict[tuple[str, ...], str] = {}
     for name, p in parts.items():
         if len(p) != 3:
             raise DataError(f"{source}: {name} is not at {p[0]}/CLASS/FILE")
-    classes = sorted({p[1] for p in parts.values() if p[0] == "train"})
-    for split, label, _ in parts.values():
-        if label not in classes:
-            raise DataError(
-                f"{source}: class {label!r} is in {split}/ but not in train/: {', '.join(classes)}"
-            )
-    names = {p: name for name, p in parts.items()}
-    for name, p in parts.items():
-        if names[p] != name:
-            raise DataError(f"{source}: {name!r} and {names[p]!r} are both {'/'.join(p)}")
+        if p in seen:
+            raise DataError(f"{source}: {seen[p]!r} and {name!r} are both {'/'.join(p)}")
+        seen[p] = name
+        classes[p[0]].add(p[1])
+    for split, labels in classes.items():
+        if not labels:
+            needed = f"needed: train/CLASS/*, test/CLASS/* of {', '.join(IMAGES)}"
+            raise DataError(f"{source}: no images in {split}/ ({needed})")
+    if unknown := sorted(classes["test"] - classes["train"]):
+        there = ", ".join(sorted(classes["train"]))
+        raise DataError(f"{source}: class {unknown[0]!r} is in test/ but not in train/: {there}")
     return {name: "/".join(p) for name, p in parts.items()}
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[list[Member]]:
-    """List the members of a folder or an archive, to be read within this context."""
-    try:
-        if path.is_dir():
-            yield [
-                Member(f.relative_to(path).as_posix(), not f.is_symlink(), f.read_bytes)
-                for f in files_below(path)
-            ]
-        elif path.name.lower().endswith(".zip"):
-            with zipfile.ZipFile(path) as archive:
-                yield [
-                    Member(
-                        info.filename,
-                        not stat.S_ISLNK(info.external_attr >> 16),
-                        lambda info=info: archive.read(info),
-                    )
-                    for info in archive.infolist()
-                ]
-        elif path.name.lower().endswith(TARS):
-            with tarfile.open(path) as archive:
-                yield [
-                    Member(
-                        info.name + "/" * info.isdir(),
-                        info.isreg() or info.isdir(),
-                        lambda info=info: archive.extractfile(info).read(),
-                    )
-                    for info in _tar_members(archive)
-                ]
-        else:
-            raise DataError(f"{path}: not a folder, .zip, {', '.join(TARS)}")
-    except (
-        *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
-        RuntimeError,  # an encrypted .zip, an unknown compression
-    ) as error:
-        raise DataError(f"{path}: cannot be read, truncated or damaged ({error})") from error
+def members(path: Path) -> Iterator[Member]:
+    """Iterate over a folder or an archive, in its own order: a compressed one has no other."""
+    if path.is_dir():
+        for file in files_below(path):
+            yield file.relative_to(path).as_posix(), not file.is_symlink(), file.read_bytes
+    elif path.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                plain = not stat.S_ISLNK(entry.external_attr >> 16)
+                yield entry.filename, plain, partial(archive.read, entry)
+    elif path.name.lower().endswith(TARS):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                plain = info.isreg() or info.isdir()
+                name = info.name + "/" * info.isdir()
+                yield name, plain, partial(_content, tar, info)
+            # tarfile ends at a damaged or missing header as at the real end, a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it breaks off")
+    else:
+        raise DataError(f"{path}: not a folder, .zip, {', '.join(TARS)}")
 
 
-def _tar_members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    members = archive.getmembers()
-    # tarfile ends at a damaged or missing header as at the real end, a block of zeros.
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"it breaks off after {len(members)} members")
-    return members
-
-
-def _check(member: Member, source: Path) -> None:
-    """Refuse a member that is outside the archive's folder, or no plain file."""
-    name = PureWindowsPath(member.name)  # which also takes / for a separator
-    if name.anchor or ".." in name.parts:
-        raise DataError(f"{source}: member {member.name!r} lies outside the archive")
-    if not member.plain:
-        raise DataError(f"{source}: member {member.name!r} is a link or a device, not a file")
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(info)
+    assert file is not None  # as of a folder
+    return file.read()
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -4,16 +4,11 @@ The vectors stay on the operator's device, where SciPy's `eigsh` would move each
 and back, and repeated eigenvalues are found as often as they occur.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-
-log = logging.getLogger(__name__)
 
 EXTRA = (20, 50)  # fewest and most basis vectors beyond those asked for
 CONFIRM = 20  # products spent on the search for a further copy of an eigenvalue
@@ -31,10 +26,8 @@ def leading_eigenpairs(
     *,
     tol: float = 1e-4,
     max_products: int | None = None,
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    progress: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the k eigenvalues of largest magnitude of a symmetric operator.
 
@@ -50,10 +43,8 @@ def leading_eigenpairs(
         k: How many eigenpairs to compute.
         tol: Largest residual |Av - av| over the pairs, relative to the largest |a|.
         max_products: Largest number of products to spend; None means 20 k + 200.
-        seed: Seed of the random vectors.
         dtype: Precision of the vectors.
         device: Where the vectors live.
-        progress: Whether to show a bar of the products.
 
     Returns:
         Values (k,), unit vectors (k, size) and residuals (k,), by magnitude, largest first.
@@ -66,15 +57,8 @@ def leading_eigenpairs(
         raise ValueError(f"k must be within 1 and the size {size}, got {k}")
     limit = 20 * k + 200 if max_products is None else max_products
     rows = min(size, k + min(max(k, EXTRA[0]), EXTRA[1]) + 2)
-    space = _Space(
-        matvec,
-        torch.zeros(rows, size, dtype=dtype, device=device),
-        np.zeros((rows, rows)),
-        torch.Generator().manual_seed(seed),
-    )
-    with tqdm(desc="Hessian-vector products", disable=not progress) as bar:
-        values, rotation, residuals = _iterate(space, k, tol, limit, bar)
-    log.info("%d eigenpairs, residual at most %.1e", k, residuals.max())
+    space = _Space(matvec, torch.zeros(rows, size, dtype=dtype, device=device))
+    values, rotation, residuals = _iterate(space, k, tol, limit)
     space.rotate(rotation)
     vectors = space.basis if k == rows else space.basis[:k].clone()
     return (
@@ -85,33 +69,28 @@ def leading_eigenpairs(
 
 
 def _iterate(
-    space: "_Space", k: int, tol: float, limit: int, bar: tqdm
+    space: "_Space", k: int, tol: float, limit: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Expand and restart until k pairs have converged: values, rotation (rows, k), residuals."""
     rows, size = space.basis.shape
     space.append_random(0)
-    products = 0
     known = None  # the magnitudes that had converged when a random vector last joined
     while True:
         room = rows if rows == size else rows - space.block
         whole = rows == size or known is not None
-        until = room if whole else min(room, max(k, space.done + 5))
-        products += until - space.done
-        bar.update(until - space.done)
-        space.expand(until)
+        space.expand(room if whole else min(room, max(k, space.done + 5)))
         values, rotation, outside = space.ritz()
         residuals = np.linalg.norm(outside, axis=0)
         wanted = tol * abs(values[0])
-        bar.set_postfix_str(f"residual {residuals[:k].max():.1e}, wanted {wanted:.1e}")
         converged = residuals[:k].max() <= wanted
         found = np.abs(values[:k])
         agree = known is not None and np.abs(found - known).max() <= 2 * wanted
         if converged and (space.done == size or agree):
             return values[:k], rotation[:, :k], residuals[:k]
-        if products >= limit:
+        if space.products >= limit:
             raise ConvergenceError(
                 f"{(residuals[:k] <= wanted).sum()} of {k} eigenpairs converged to {tol:g} "
-                f"after {products} products (largest residual "
+                f"after {space.products} products (largest residual "
                 f"{residuals[:k].max() / abs(values[0]):.1e}): raise tol or max_products"
             )
         if space.done < room and not converged:
@@ -127,7 +106,6 @@ def _iterate(
                 space.block += 1
 
 
-@dataclass
 class _Space:
     """An orthonormal basis, and the operator on it.
 
@@ -138,18 +116,18 @@ class _Space:
         matvec: The operator.
         basis: (rows, size), filled up to `done + block`.
         projected: (rows, rows) float64; column j is the operator on basis[j], along the basis.
-        generator: Source of the random vectors.
+        products: How many times the operator has been applied.
     """
 
-    matvec: Callable[[Tensor], Tensor]
-    basis: Tensor
-    projected: np.ndarray
-    generator: torch.Generator
-    done: int = 0
-    block: int = 1
+    def __init__(self, matvec: Callable[[Tensor], Tensor], basis: Tensor) -> None:
+        self.matvec, self.basis = matvec, basis
+        self.projected = np.zeros((len(basis), len(basis)))
+        self.generator = torch.Generator().manual_seed(0)
+        self.done, self.block, self.products = 0, 1, 0
 
     def expand(self, until: int) -> None:
         """Apply the operator to the rows up to `until`; each new component becomes a row."""
+        self.products += until - self.done
         for j in range(self.done, until):
             w = self.matvec(self.basis[j]).clone()
             if not w.isfinite().all():

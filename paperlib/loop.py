@@ -6,44 +6,53 @@ This is the plain reference. The faster loops of `extras.fast` are tested agains
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from paperlib.batches import Batches
 from paperlib.pruning import Pruner
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+T = TypeVar("T")
 
 
 @dataclass
 class Totals:
     """Sums over a pass of images, kept on their device; reading them waits for the device."""
 
-    loss: Tensor
-    correct: Tensor
-    images: int
+    loss: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
+    images: int = 0
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Add those of a batch."""
+        self.loss += loss
+        self.correct += correct
+        self.images += images
 
     def read(self) -> tuple[float, float]:
         """Return the mean loss, and the accuracy in percent."""
         return float(self.loss) / self.images, 100 * float(self.correct) / self.images
 
 
-def logits(output: object) -> Tensor:
-    """Return the logits of a network's output: a tensor, or the `logits` of an object or dict.
+def logits_of(output: object, images: int) -> Tensor:
+    """Return the logits (N, classes) of a network's output for N images.
+
+    The output is a tensor, or has `logits` as an object or a dict.
 
     Raises:
-        TypeError: There are none.
+        ValueError: There are none.
     """
-    if isinstance(output, Tensor):
-        return output
-    is_dict = isinstance(output, Mapping)
-    found = output.get("logits") if is_dict else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "a network must return logits (N, classes), alone or as `logits` of an object or "
-            f"dict, and this one returns a {type(output).__name__}"
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != images:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(
+            f"a network must return logits ({images}, classes), alone or as `logits` of an object "
+            f"or dict, and this one returns {shape}"
         )
     return found
 
@@ -71,7 +80,7 @@ def step(
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast():
-        found = logits(model(x))
+        found = logits_of(model(x), len(x))
         loss = F.cross_entropy(found, y)
     loss.backward()
     optimizer.step()
@@ -84,38 +93,8 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Return the same numbers as `step`, without training."""
     with autocast():
-        found = logits(model(x)).float()
+        found = logits_of(model(x), len(x)).float()
         return F.cross_entropy(found, y, reduction="sum"), (found.argmax(1) == y).sum()
-
-
-def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    hold: Callable[[], None],
-    autocast: Callable[[], AbstractContextManager],
-    order: torch.Generator,
-    augment: torch.Generator,
-) -> Totals:
-    """Train on all images once; nothing in it waits for the device.
-
-    Args:
-        model: The network.
-        batches: The training images.
-        optimizer: Of the network's parameters.
-        hold: As for `step`.
-        autocast: The precision of the passes.
-        order: A CPU generator, for the order of the images.
-        augment: A CPU generator, for their augmentation.
-    """
-    model.train()
-    totals = Totals(0.0, 0, 0)
-    for x, y in batches.epoch(order, augment):
-        loss, correct = step(model, optimizer, hold, autocast, x, y)
-        totals.loss += loss
-        totals.correct += correct
-        totals.images += len(y)
-    return totals
 
 
 def evaluate(
@@ -125,13 +104,10 @@ def evaluate(
 ) -> Totals:
     """Test on batches (x, y) in evaluation mode, then return to training mode."""
     model.eval()
-    totals = Totals(0.0, 0, 0)
+    totals = Totals()
     with torch.inference_mode():
         for x, y in batches:
-            loss, correct = score(model, autocast, x, y)
-            totals.loss += loss
-            totals.correct += correct
-            totals.images += len(y)
+            totals.add(*score(model, autocast, x, y), len(y))
     model.train()
     return totals
 
@@ -143,31 +119,37 @@ def recalibrate(
 ) -> None:
     """Set the running statistics of all batch norms to their mean over batches of images.
 
-    Everything else is in evaluation mode, so nothing is random. The result is PyTorch's cumulative
-    average (`momentum=None`), which would wait for the device at every layer.
+    Everything else is in evaluation mode, so nothing is random.
 
     Args:
         model: The network. Afterwards it is in evaluation mode and its momenta have changed.
         batches: Images, each (B, C, H, W).
         autocast: The precision of the passes.
     """
-    norms = batch_norms(model)
     model.eval()
-    for norm in norms:
+    for norm in batch_norms(model):
         norm.reset_running_stats()
+        norm.momentum = None
         norm.train()
     with torch.inference_mode():
-        for i, x in enumerate(batches):
-            for norm in norms:
-                norm.momentum = 1 / (i + 1)
+        for x in batches:
             with autocast():
                 model(x)
     model.eval()
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return all batch norms of a network that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def finish(steps: Generator[Any, None, T]) -> T:
+    """Exhaust a generator, and return its value."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class PlainLoop:
@@ -193,19 +175,27 @@ class PlainLoop:
         """Return the context in which a network is trained and evaluated."""
         return nullcontext()
 
-    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """Train on all images once."""
-        with self.kernels(self.model):
-            return train_epoch(
-                self.model, batches, self.optimizer, self.pruner.hold, self.autocast, order, augment
-            )
-
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
     ) -> Generator[str | None, None, Totals]:
-        """Do the same as `train`, and yield where other runs may launch work: here, nowhere."""
+        """Train on all images once; nothing in it waits for the device.
+
+        Args:
+            batches: The training images.
+            order: A CPU generator, for the order of the images.
+            augment: A CPU generator, for their augmentation.
+
+        Yields:
+            Where other runs may launch work: here, nowhere.
+        """
         yield from ()
-        return self.train(batches, order, augment)
+        self.model.train()
+        totals = Totals()
+        with self.kernels(self.model):
+            for x, y in batches.epoch(order, augment):
+                done = step(self.model, self.optimizer, self.pruner.hold, self.autocast, x, y)
+                totals.add(*done, len(y))
+        return totals
 
     def evaluate(self, batches: Batches, size: int) -> Totals:
         """Test on all images, in batches of `size`."""

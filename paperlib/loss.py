@@ -1,15 +1,16 @@
-"""The mean cross-entropy of a network as a function of its weights.
+"""The mean cross-entropy of a network as a function of its weights, and its derivatives.
 
 `flatness` measures this function: in evaluation mode, in float32 or float64, without randomness. A
-network for which it is not such a function is refused by a ValueError before any long work.
+network for which it is not such a function, or whose derivatives by autograd are not those of the
+loss, is refused by a ValueError before any long work.
 """
 
+import copy
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,89 +20,66 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from paperlib import devices
+from paperlib.loop import logits_of
+
+log = logging.getLogger(__name__)
+
+PROBED = 2  # images that derivatives are checked on
+STEPS = (1e-8, 1e-9, 1e-6, 1e-5, 1e-4)  # relative steps of finite differences, in float64
+COARSE = (1e-2, 1e-3)  # the same in float32
+AGREEMENT = 1e-3  # largest relative difference between two ways to a derivative
 
 Held = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
 class Loss:
     """The mean cross-entropy of a network over some images, as a function of its weights.
 
     Attributes:
         model: The network. It is called with other weights and buffers; its own are not touched.
-        weights: The parameters by name, detached, all of one precision. A tied parameter counts
-            once, by its first name, as in `named_parameters`.
+        weights: The parameters by name, detached, all of one precision, float32 at least. A tied
+            parameter counts once, by its first name, as in `named_parameters`.
         buffers: The buffers by name. Every call gets a fresh copy of them.
         held: Parameter name -> bool tensor, True where pruning holds the parameter at zero.
-        images: (N, ...) floats.
+        images: (N, ...) floats, on the network's device.
         labels: (N,) integers.
-        chunk: Images that go through the network at once.
+        chunk: Images that go through the network at once; by default 64 on the CPU, where larger
+            ones leave the caches, and 512 elsewhere.
+        size: P, how many numbers the parameters are, held or not.
+        free: Indices of the coordinates that are not held, or None where none is held.
+
+    Raises:
+        ValueError: Bad input; or a network that is random in evaluation mode, computes in low
+            precision, or mixes the images of a batch.
     """
 
-    model: nn.Module
-    weights: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    held: dict[str, Tensor]
-    images: Tensor
-    labels: Tensor
-    chunk: int
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
         held: Held | None = None,
         chunk: int | None = None,
-    ) -> "Loss":
-        """Make the loss of a network, after the checks that need no gradients.
-
-        Parameters of lower precision than float32 are converted, and the network computes in
-        float32. Images and labels are moved to the network's device. `chunk` is by default 64 on
-        the CPU, where larger ones leave the caches, and 512 elsewhere.
-
-        Raises:
-            ValueError: Bad input; or a network that is random in evaluation mode, computes in low
-                precision, or mixes the images of a batch.
-        """
-        weights, buffers = _in_full_precision(model)
-        _check_data(images, labels, chunk)
-        like = next(iter(weights.values()))
-        loss = cls(
-            model,
-            weights,
-            buffers,
-            _checked_held(weights, held),
-            images.to(like),
-            labels.to(like.device, torch.long),
-            chunk or (64 if like.device.type == "cpu" else 512),
-        )
-        _check_function(loss)
-        check_finite(loss.evaluate(weights)[0])
-        return loss
-
-    @property
-    def name(self) -> str:
-        """The network's class, for messages."""
-        return type(self.model).__name__
-
-    @property
-    def size(self) -> int:
-        """P, how many numbers the parameters are, held or not."""
-        return sum(w.numel() for w in self.weights.values())
-
-    @property
-    def free(self) -> Tensor | None:
-        """Indices of the coordinates that are not held, or None where none is held."""
-        if not any(mask.any() for mask in self.held.values()):
-            return None
-        masks = [
-            self.held.get(name, torch.zeros_like(w, dtype=torch.bool)).flatten()
-            for name, w in self.weights.items()
-        ]
-        return (~torch.cat(masks)).nonzero().flatten()
+    ) -> None:
+        if not len(images) or labels.shape != (len(images),):
+            raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
+        if not images.is_floating_point() or labels.is_floating_point():
+            raise ValueError(
+                f"images must be floats and labels integers, got {images.dtype} and {labels.dtype}"
+            )
+        self.model, self.name = model, type(model).__name__
+        self.weights, self.buffers = _in_full_precision(model)
+        self.held = _checked_held(self.weights, held or {})
+        self.like = next(iter(self.weights.values()))
+        self.images, self.labels = images.to(self.like), labels.to(self.like.device, torch.long)
+        self.chunk = chunk or (64 if self.like.device.type == "cpu" else 512)
+        masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        flat = torch.cat([mask.flatten() for mask in (masks | self.held).values()])
+        self.size = len(flat)
+        self.free = (~flat).nonzero().flatten() if flat.any() else None
+        self._check()
 
     @property
     def pieces(self) -> list[tuple[Tensor, Tensor]]:
@@ -109,29 +87,45 @@ class Loss:
         chunks = self.images.split(self.chunk), self.labels.split(self.chunk)
         return list(zip(*chunks, strict=True))
 
+    def moved(self, step: Tensor) -> dict[str, Tensor]:
+        """Return the weights after a step (P,)."""
+        steps = zip(self.weights.items(), self.split(step), strict=True)
+        return {name: w + by for (name, w), by in steps}
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a vector (P,) as tensors of the parameters' shapes."""
         pieces = flat.split([w.numel() for w in self.weights.values()])
         return [p.view(w.shape) for p, w in zip(pieces, self.weights.values(), strict=True)]
 
-    def within(self, weights: dict[str, Tensor], function: Callable[[], T]) -> T:
+    def filled(self, vectors: Tensor) -> Tensor:
+        """Return vectors (..., F) over the free coordinates as (..., P), zero elsewhere."""
+        if self.free is None:
+            return vectors
+        whole = vectors.new_zeros(*vectors.shape[:-1], self.size)
+        return whole.index_copy_(-1, self.free, vectors)
+
+    def picked(self, vectors: Tensor) -> Tensor:
+        """Return vectors (..., P) at the free coordinates (..., F)."""
+        return vectors if self.free is None else vectors[..., self.free]
+
+    def within(self, weights: Weights, function: Callable[[], T]) -> T:
         """Return function() while the network has these weights, and a fresh copy of its buffers.
 
         A checkpointed part runs again in a backward pass, so that also takes place in here.
         """
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        tensors = {f"model.{name}": t for name, t in (weights | buffers).items()}
+        tensors = {f"model.{name}": t for name, t in (dict(weights) | buffers).items()}
         return functional_call(_Within(self.model), tensors, (function,))
 
-    def logits(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    def logits(self, weights: Weights, images: Tensor) -> Tensor:
         """Return the network's logits (N, classes) at these weights."""
-        return _logits(self.within(weights, lambda: self.model(images)), len(images))
+        return self.within(weights, lambda: logits_of(self.model(images), len(images)))
 
-    def total(self, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def total(self, weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of these images' cross-entropies at these weights."""
         return F.cross_entropy(self.logits(weights, images), labels, reduction="sum")
 
-    def evaluate(self, weights: dict[str, Tensor]) -> tuple[float, float]:
+    def evaluate(self, weights: Weights) -> tuple[float, float]:
         """Return the mean loss, and the accuracy in percent, at these weights."""
         loss = correct = 0.0
         with self.measuring(), torch.no_grad():
@@ -145,14 +139,12 @@ class Loss:
     def measuring(self) -> Iterator[None]:
         """Compute in evaluation mode and full float32, by repeatable kernels with derivatives.
 
-        Nothing is compiled, and attention is computed by the plain kernel: compiled code and the
-        other kernels have no second derivative. All is as it was afterwards.
+        Attention is computed by the plain kernel: the other ones have no second derivative. All is
+        as it was afterwards.
         """
-        modes = {module: module.training for module in self.model.modules()}
-        device = next(iter(self.weights.values())).device.type
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.autocast(self.like.device.type, enabled=False))
             stack.enter_context(
                 devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True)
             )
@@ -161,11 +153,90 @@ class Loss:
             fast = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
             torch.backends.mha.set_fastpath_enabled(False)
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled; it is slow to import
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes.items()])
-            self.model.eval()
+            for module in self.model.modules():
+                stack.enter_context(devices.switched(module, training=False))
             yield
+
+    def few(self, dtype: torch.dtype) -> "Loss":
+        """Return the loss of the first `PROBED` images alone, in a precision."""
+        few = copy.copy(self)
+        few.weights = {name: w.to(dtype) for name, w in self.weights.items()}
+        few.buffers = {
+            name: b.to(dtype) if b.is_floating_point() else b for name, b in self.buffers.items()
+        }
+        few.images, few.labels = self.images[:PROBED].to(dtype), self.labels[:PROBED]
+        return few
+
+    def _check(self) -> None:
+        """Raise ValueError unless the network is a function of each image, and labels classes."""
+        x, _ = self.pieces[0]
+        with self.measuring(), torch.no_grad():
+            with _FullPrecision():
+                logits = self.logits(self.weights, x)
+            again, alone = self.logits(self.weights, x), self.logits(self.weights, x[:2])
+        last = logits.shape[1] - 1
+        if self.labels.min() < 0 or self.labels.max() > last:
+            raise ValueError(
+                f"labels must be within 0 and {last}, "
+                f"got {int(self.labels.min())} to {int(self.labels.max())}"
+            )
+        if not logits.isfinite().all():
+            raise ValueError(f"the logits of {self.name} are not all finite")
+        size = float(logits.abs().max())
+        if not torch.allclose(logits, again, rtol=0, atol=1e-5 * size):
+            raise ValueError(
+                f"{self.name} is random in evaluation mode: two passes of the same images differ "
+                "(functional dropout needs training=self.training)"
+            )
+        if not torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size):
+            raise ValueError(
+                f"{self.name} mixes the images of a batch in evaluation mode: the logits of an "
+                "image depend on the others (batch norm needs track_running_stats=True)"
+            )
+
+    def check_derivatives(self, order: int) -> None:
+        """Check on two images that u.Hv = v.Hu, and derivatives against finite differences.
+
+        Differences are taken in float64; in float32 they are too coarse beside the kinks of ReLU.
+        For a network that cannot compute in float64 a warning is logged, and its gradient alone is
+        compared with coarse differences. Derivatives are wrong where a custom autograd function has
+        a wrong backward, or none that can be differentiated again, and where a part of the network
+        runs without gradients.
+
+        Args:
+            order: 1 checks the gradient; 2 checks the Hessian, too.
+
+        Raises:
+            ValueError: The network cannot be differentiated, or autograd's derivatives are not
+                those of the loss.
+        """
+        few, wide = self.few(self.like.dtype), self.few(torch.float64)
+        with self.measuring():
+            try:
+                found = _along(few, 0.0, order)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                often = "once" if order == 1 else "twice"
+                message = f"{self.name} cannot be differentiated {often}: {error}"
+                raise ValueError(message) from error
+            right = order == 1 or _close(found[4], found[5], math.sqrt(abs(found[3] * found[6])))
+            try:
+                wide.evaluate(wide.weights)
+            except Exception as error:  # of any kind: the network's own code runs
+                text = "%s does not compute in float64: its gradient is checked roughly (%s)"
+                log.warning(text, self.name, error)
+                right &= any(_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
+            else:
+                # A kink within the step spoils a comparison, but not every time.
+                right &= any(_match(wide, step, order) for step in STEPS)
+        if not right:
+            raise ValueError(
+                f"the derivatives that autograd gives for {self.name} disagree with its loss or "
+                "each other: a custom autograd function may have a wrong backward, or a part may "
+                "run without gradients (torch.no_grad, detach). Parameters that are no coordinates "
+                "belong in `held`"
+            )
 
 
 class _Within(nn.Module):
@@ -179,16 +250,12 @@ class _Within(nn.Module):
         return function()
 
 
-def check_finite(loss: float | Tensor) -> None:
-    """Raise ValueError where the loss is infinite or not a number."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is not finite: {float(loss)}")
-
-
 class _FullPrecision(TorchFunctionMode):
     """Refuses a network that computes in lower precision than float32, where it does."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.is_floating_point() and out.dtype.itemsize < 4:
             raise ValueError(
@@ -198,39 +265,16 @@ class _FullPrecision(TorchFunctionMode):
         return out
 
 
-def _logits(output: object, images: int) -> Tensor:
-    """Return the logits (N, classes) of a network's output, or raise ValueError."""
-    logits = output
-    if isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif not isinstance(output, Tensor):
-        logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            "the network must return logits (N, classes), alone or as `logits` of an object or "
-            f"dict, got {type(output).__name__}"
-        )
-    if logits.dim() != 2 or len(logits) != images:
-        raise ValueError(f"logits must be ({images}, classes), got {tuple(logits.shape)}")
-    return logits
-
-
 def _in_full_precision(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return parameters and buffers by name, detached, in float32 at least.
 
     Those that need no conversion share the model's memory.
     """
     parameters = dict(model.named_parameters())
-    if not parameters:
-        raise ValueError("the model has no parameters")
-    for name, p in parameters.items():
-        if not p.is_floating_point():
-            raise ValueError(f"parameters must be real floats, but {name!r} is {p.dtype}")
-    devices = {str(p.device) for p in parameters.values()}
-    if len(devices) > 1:
-        raise ValueError(f"parameters must be on one device, got {sorted(devices)}")
-    double = any(p.dtype == torch.float64 for p in parameters.values())
-    dtype = torch.float64 if double else torch.float32
+    kinds = {p.dtype for p in parameters.values()}
+    if not kinds or not all(kind.is_floating_point for kind in kinds):
+        raise ValueError(f"the parameters of the network must be real floats, got {kinds or None}")
+    dtype = torch.float64 if torch.float64 in kinds else torch.float32
     buffers = {
         name: b.to(dtype) if b.is_floating_point() and b.dtype.itemsize < dtype.itemsize else b
         for name, b in model.named_buffers()
@@ -238,23 +282,9 @@ def _in_full_precision(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, T
     return {name: p.detach().to(dtype) for name, p in parameters.items()}, buffers
 
 
-def _check_data(images: Tensor, labels: Tensor, chunk: int | None) -> None:
-    """Raise ValueError unless these are float images, a label each, and a chunk size."""
-    if len(images) == 0:
-        raise ValueError("no images")
-    if labels.shape != (len(images),):
-        raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floats, normalised, got {images.dtype}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-
-
-def _checked_held(weights: dict[str, Tensor], held: Held | None) -> dict[str, Tensor]:
+def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:
     """Return `held` on the weights' device, or raise ValueError."""
-    for name, mask in (held or {}).items():
+    for name, mask in held.items():
         if name not in weights:
             raise ValueError(f"held: the model has no parameter {name!r}")
         if mask.shape != weights[name].shape or mask.dtype != torch.bool:
@@ -262,49 +292,42 @@ def _checked_held(weights: dict[str, Tensor], held: Held | None) -> dict[str, Te
                 f"held[{name!r}] must be bool of shape {tuple(weights[name].shape)}, "
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
-    return {name: mask.to(weights[name].device) for name, mask in (held or {}).items()}
+    return {name: mask.to(weights[name].device) for name, mask in held.items()}
 
 
-def _check_function(loss: Loss) -> None:
-    """Raise ValueError unless the network is a function of each image, and labels are classes."""
-    x, y = loss.pieces[0]
-    devices = [x.device] if x.device.type == "cuda" else []
-    with loss.measuring(), torch.no_grad(), torch.random.fork_rng(devices):
-        before = _random_states(devices)
-        try:
-            with _FullPrecision():
-                logits = loss.logits(loss.weights, x)
-        except RuntimeError as error:
-            low = {str(p.dtype) for p in loss.model.parameters() if p.dtype.itemsize < 4}
-            if not low or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"{loss.name} has weights in {', '.join(low)} and cannot compute in float32, in "
-                f"which they are measured: {error}"
-            ) from error
-        again = loss.logits(loss.weights, x)
-        after = _random_states(devices)
-        alone = loss.logits(loss.weights, x[:2])
-    classes = logits.shape[1]
-    if loss.labels.min() < 0 or loss.labels.max() >= classes:
-        raise ValueError(
-            f"labels must be within 0 and {classes - 1}, "
-            f"got {int(loss.labels.min())} to {int(loss.labels.max())}"
-        )
-    check_finite(F.cross_entropy(logits, y))
-    drawn = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    size = float(logits.abs().max())
-    if drawn or not torch.allclose(logits, again, rtol=0, atol=1e-5 * size):
-        raise ValueError(
-            f"{loss.name} is random in evaluation mode: two passes of the same images differ "
-            "or draw random numbers (functional dropout needs training=self.training)"
-        )
-    if not torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size):
-        raise ValueError(
-            f"{loss.name} mixes the images of a batch in evaluation mode: the logits of an "
-            "image depend on the others (batch norm needs track_running_stats=True)"
-        )
+def _match(
+    loss: Loss, step: float, order: int, agreement: float = AGREEMENT, floor: float = 0.0
+) -> bool:
+    """Return whether derivatives along random directions are those of central differences."""
+    seed = round(1 / step)
+    down, here, up = (_along(loss, at, order, seed) for at in (-step, 0.0, step))
+    right = _close((up[0] - down[0]) / (2 * step), here[1], floor, agreement)
+    if order == 1 or not right:
+        return right
+    return _close((up[1] - down[1]) / (2 * step), here[3], 1e-4 * abs(here[1]))
 
 
-def _random_states(devices: list[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+def _close(a: float, b: float, scale: float, agreement: float = AGREEMENT) -> bool:
+    return abs(a - b) <= agreement * max(abs(a), abs(b), scale)
+
+
+def _along(loss: Loss, step: float, order: int, seed: int = 0) -> list[float]:
+    """Return the total loss at w + step * u, g.u and g.v, and of order 2 uHu, uHv, vHu and vHv.
+
+    u and v are random relative changes of the weights, so that pruned weights stay zero.
+    """
+    flat = torch.cat([w.flatten() for w in loss.weights.values()])
+    flat, chance = loss.filled(loss.picked(flat)), torch.Generator().manual_seed(seed)
+    u, v = (flat * torch.randn(len(flat), generator=chance).to(flat) for _ in range(2))
+    s, t = (torch.full_like(flat[0], at, requires_grad=True) for at in (step, 0.0))
+    weights = loss.moved(s * u + t * v)
+
+    def compute() -> list[float]:
+        value = loss.total(weights, loss.images, loss.labels)
+        found = list(torch.autograd.grad(value, (s, t), create_graph=order == 2))
+        if order == 2:
+            for slope in found[:]:
+                found += torch.autograd.grad(slope, (s, t), retain_graph=True)
+        return [float(x) for x in (value, *found)]
+
+    return loss.within(weights, compute)

@@ -12,7 +12,7 @@ from paperlib import data, models
 from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.diagnostics import HISTOGRAM_IMAGES, normalised_outputs
-from paperlib.loop import logits
+from paperlib.loop import logits_of
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, Pruner, WeightPruner
 from paperlib.runs import RunRecord
@@ -123,7 +123,7 @@ def check_images(
         images = torch.zeros(2, shape[0], height, width, device=where)
         try:
             with torch.no_grad(), seeded(config.seed, "check"):
-                found = logits(model.eval()(images))
+                found = logits_of(model.eval()(images), 2)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return error
         if found.shape != (2, classes):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,38 +25,29 @@ from paperlib.devices import autocast, choose_device, full_float32, memory_forma
 from paperlib.diagnostics import (
     Arrays,
     Callback,
-    Histograms,
     Moment,
     Replica,
     distance,
+    histograms,
     measured_flatness,
 )
 from paperlib.extras import fast as faster
-from paperlib.loop import PlainLoop, Totals
-from paperlib.networks import (  # noqa: F401
-    AnyPruner,
-    build,
-    check_images,
-    events_of,
-    imagenet_outputs,
-    make_optimizer,
-    make_pruner,
-    pruned_network,
-)
+from paperlib.loop import PlainLoop, Totals, finish
+from paperlib.networks import AnyPruner, build, check_images, events_of, make_optimizer, make_pruner
+from paperlib.networks import imagenet_outputs as imagenet_outputs
 from paperlib.noise import FilterNoise
 from paperlib.runs import RunRecord, Store
 from paperlib.store import checkpoints, lease
 from paperlib.store.checkpoints import Checkpoint
 from paperlib.streams import generator, seeded, stream
 
-EVALUATION_BATCH = {"cpu": 128}  # measured: larger batches leave the caches
-LARGE_EVALUATION_BATCH = 1000  # on all other devices
 # No other number of the record depends on these columns. NaN except at events; `distance` is NaN
 # except in the last epoch.
 BESIDE = ("recalibrated", "pre_loss", "post_loss", "distance")
 # torch's global generators and torch.fx's tracing belong to the process: threads take turns.
 _one_at_a_time = threading.RLock()
 
+Row = dict[str, Any]  # an epoch of the record
 Steps = Generator[str | None, None, RunRecord]
 
 
@@ -97,12 +89,7 @@ def run(
         return record
     where = choose_device(device)
     with computing(config, faster.new_stream(where)):
-        going = steps(config, store, where, callback, wait=wait, captured=fast)
-        while True:
-            try:
-                next(going)
-            except StopIteration as end:
-                return end.value
+        return finish(steps(config, store, where, callback, wait, captured=fast))
 
 
 @contextmanager
@@ -117,7 +104,6 @@ def steps(
     store: Store | None,
     device: torch.device,
     callback: Callback | None = None,
-    *,
     wait: bool = True,
     alone: bool = True,
     captured: bool = False,
@@ -127,19 +113,15 @@ def steps(
 
     Args:
         config: The run.
-        store: See `run`.
+        store: See `run`, like callback and wait.
         device: Where the run trains.
-        callback: See `run`.
-        wait: See `run`.
+        callback: Or None.
+        wait: Or raise `lease.Claimed`.
         alone: No other run uses the device: a lack of memory is this run's failure.
         captured: As `fast` for `run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
 
-    Yields:
-        None where the run would wait for the device, another value where others may launch work.
-
-    Returns:
-        The record.
+    Yields: None where the run would wait for the device, else where others may launch work.
     """
     with _one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read
@@ -157,8 +139,13 @@ def steps(
         dataset = inputs.images_of(config, store.path / "data")
         made_of = inputs.checksums(config, dataset.checksum)
         checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
+        how = config, dataset, device, callback, checkpoint, captured
         try:
-            record = yield from _resumed(config, dataset, device, callback, checkpoint, captured)
+            try:
+                record = yield from _train(*how)
+            except checkpoints.UnusableCheckpoint as error:
+                checkpoint.set_aside(error)
+                record = yield from _train(*how)
         except TrainingError as error:
             store.fail(config, error)
             checkpoints.discard(store.path, config.identity)
@@ -174,23 +161,6 @@ def steps(
         return store.read(config.identity)
 
 
-def _resumed(
-    config: Config,
-    dataset: data.Dataset,
-    device: torch.device,
-    callback: Callback | None,
-    checkpoint: Checkpoint,
-    captured: bool,
-) -> Steps:
-    """Train from the checkpoint, or from the start if it is unusable."""
-    how = config, dataset, device, callback, checkpoint, captured
-    try:
-        return (yield from _train(*how))
-    except checkpoints.UnusableCheckpoint as error:
-        checkpoint.set_aside(error)
-    return (yield from _train(*how))
-
-
 class Run:
     """A run in training: its network, pruner, optimizer, loop and batches."""
 
@@ -203,31 +173,30 @@ class Run:
         captured: bool,
     ) -> None:
         self.config, self.device, self.callback = config, device, callback
-        self.classes, self.channels = len(dataset.classes), dataset.train_images.shape[1]
-        self.layout = memory_format(device, config.precision)
-        shape = tuple(dataset.train_images.shape[1:])
-        check_images(config, shape, self.classes, device)
+        self.layout, shape = memory_format(device, config.precision), dataset.train_images.shape[1:]
+        self.classes, (self.channels, height, width) = len(dataset.classes), shape
+        check_images(config, (self.channels, height, width), self.classes, device)
         self.model = self.new_network()
-        constants = dataset.mean, dataset.std, device
-        train = dataset.train_images, dataset.train_labels
-        test = dataset.test_images, dataset.test_labels
-        self.train = Batches(*train, *constants, config.batch, config.augment, self.layout)
-        self.test = Batches(*test, *constants, layout=self.layout)
-        self.histograms = Histograms(config)
+        batches = partial(
+            Batches, mean=dataset.mean, std=dataset.std, device=device, layout=self.layout
+        )
+        train, labels = dataset.train_images, dataset.train_labels
+        self.train = batches(train, labels, size=config.batch, augment=config.augment)
+        self.test = batches(dataset.test_images, dataset.test_labels)
         # Before there is a pruner, which may observe forward passes.
-        self.arrays = self.histograms.of_norms("untrained", self.model, self.train)
+        self.arrays = histograms(config, "untrained", self.model, None, self.train)
         self.pruner = make_pruner(config, self.model)
         self.noise = self.pruner if isinstance(self.pruner, FilterNoise) else None
         self.optimizer = make_optimizer(config, self.model)
         self.loop = make_loop(config, self.model, self.optimizer, self.pruner, device, captured)
         self.events = events_of(config.pruning)
-        self.evaluation_batch = EVALUATION_BATCH.get(device.type, LARGE_EVALUATION_BATCH)
+        self.evaluation_batch = evaluation_batch(device)
         self.replica: Replica | None = None
 
     def new_network(self) -> nn.Module:
         """Return the network at its initial weights, on the device."""
         network = build(self.config, self.classes, self.channels)
-        return network.to(self.device, memory_format=self.layout)
+        return network.to(device=self.device).to(memory_format=self.layout)
 
     def replicate(self) -> Replica:
         """Return a replica of the network and pruner as they are now."""
@@ -240,9 +209,8 @@ class Run:
 
     def evaluate(self) -> Totals:
         """Test the network."""
-        size = self.evaluation_batch
-        if self.noise is not None:
-            size = self.config.noise.evaluation_batch
+        noise = self.config.noise
+        size = self.evaluation_batch if noise is None else noise.evaluation_batch
         return self.loop.evaluate(self.test, size)
 
 
@@ -256,21 +224,21 @@ def _train(
 ) -> Steps:
     """Train a network epoch by epoch, and return its record."""
     with _one_at_a_time:
-        run, rows = Run(config, dataset, device, callback, captured), []
+        run = Run(config, dataset, device, callback, captured)
         parts = run.model, run.optimizer, run.pruner
+        rows: list[Row] = []
         if checkpoint is not None:
             rows, run.arrays = checkpoint.restore(*parts) or (rows, run.arrays)
         for epoch in range(len(rows), config.epochs):
             start = time.perf_counter()
             row = yield from _epoch(run, epoch, trained=sum(row["trained"] for row in rows))
             evaluated = time.perf_counter()
-            run.arrays |= _measured(run, row)
+            run.arrays |= _measured(run, epoch, row)
             rows.append(row | {"seconds": time.perf_counter() - start})
             if checkpoint is not None and len(rows) < config.epochs:
                 measured = time.perf_counter() - evaluated
                 checkpoint.save_when_due(*parts, rows, run.arrays, measured)
-        run.arrays |= run.histograms.of_norms("trained", run.model, run.train)
-        run.arrays |= run.histograms.at_end(run.pruner)
+        run.arrays |= histograms(config, "trained", run.model, run.pruner, run.train)
         about = inputs.described(run.device, run.model, run.pruner)
         about |= {"classes": run.classes, "channels": run.channels}
         about |= inputs.checksums(config, dataset.checksum)
@@ -279,7 +247,7 @@ def _train(
         return RunRecord(config, pd.DataFrame(rows), run.arrays, about)
 
 
-def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, dict[str, float]]:
+def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, Row]:
     """Train, test, prune and test again.
 
     Args:
@@ -293,12 +261,12 @@ def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, di
     Returns:
         The epoch's row of the record, without its seconds.
     """
-    config, loop, last = run.config, run.loop, epoch == run.config.epochs - 1
+    config, loop = run.config, run.loop
     learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     if run.noise is not None:
-        run.noise.generator.manual_seed(stream(config.seed, "noise", epoch))
+        _reseed(run.noise, config.seed, "noise", epoch)
     totals = None
     if epoch > 0 or not getattr(config.pruning, "scratch", False):
         order = generator(config.seed, "order", epoch)
@@ -306,21 +274,23 @@ def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, di
         with seeded(config.seed, "dropout", epoch) if loop.draws else nullcontext():
             totals = yield from loop.launch(run.train, order, augment)
     tested = run.evaluate()
-    yield
+    yield None
     train_loss, train_accuracy = totals.read() if totals else (math.nan, math.nan)
     if totals and not math.isfinite(train_loss):
         raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
     test_loss, pre = tested.read()
     post = pre
-    removed, around = _event(run, epoch)
+    removed, beside = _event(run, epoch)
     if removed or run.noise is not None:
         # With noise every epoch has both evaluations: each of their batches is a pass.
         tested = run.evaluate()
-        yield
+        yield None
         test_loss, post = tested.read()
     if not math.isfinite(test_loss):
         raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
-    row = {
+    if epoch == config.epochs - 1:
+        beside["distance"] = distance(run.model, build(config, run.classes, run.channels))
+    return {
         "epoch": epoch,
         "trained": totals is not None,
         "learning_rate": learning_rate,
@@ -330,50 +300,51 @@ def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, di
         "pre": pre,
         "post": post,
         "removed": removed,
-    } | dict.fromkeys(BESIDE, math.nan)
-    if around:
-        (row["pre_loss"], _), (row["post_loss"], _), (_, row["recalibrated"]) = (
-            totals.read() for totals in around
-        )
-    if last:
-        row["distance"] = distance(run.model, build(config, run.classes, run.channels))
-    return row
+    } | beside
 
 
-def _event(run: Run, epoch: int) -> tuple[int, list[Totals]]:
+def _event(run: Run, epoch: int) -> tuple[int, Row]:
     """Prune, if the epoch has an event.
 
     Returns:
-        How many filters or weights were removed. If there are some, also the loss on training
-        images before and after, and the test accuracy with recalibrated batch norms.
+        How many filters or weights were removed, and the columns `BESIDE`. If some were removed,
+        these are the loss on training images before and after, and the test accuracy with
+        recalibrated batch norms.
     """
-    removed, around, pruner = 0, [], run.pruner
+    removed, beside, pruner = 0, dict.fromkeys(BESIDE, math.nan), run.pruner
     if event := run.events.get(epoch):
         replica = run.replicate()
         chooser = pruner if run.noise is None else run.noise.pruner
-        chooser.generator.manual_seed(stream(run.config.seed, "filters", epoch))
-        run.arrays |= run.histograms.before_event(epoch, pruner)
+        _reseed(chooser, run.config.seed, "filters", epoch)
+        if epoch == min(run.events):
+            run.arrays |= histograms(run.config, "before", run.model, pruner, run.train)
         removed = pruner.prune(*event)
-        run.arrays |= run.histograms.after_event(epoch, pruner)
+        if epoch == max(run.events):
+            run.arrays |= histograms(run.config, "after", run.model, pruner, run.train)
         if removed:
-            around.append(replica.loss(run.train))
+            beside["pre_loss"], _ = replica.loss(run.train).read()
     if run.noise is not None and epoch == run.config.epochs - 1:
         run.noise.remove()
     if removed:
         replica = run.replicate()
-        around += [replica.loss(run.train), replica.recalibrated(run.train, run.test)]
-    return removed, around
+        beside["post_loss"], _ = replica.loss(run.train).read()
+        _, beside["recalibrated"] = replica.recalibrated(run.train, run.test).read()
+    return removed, beside
 
 
-def _measured(run: Run, row: dict[str, float]) -> Arrays:
+def _reseed(chooser: Any, seed: int, name: str, epoch: int) -> None:
+    chooser.generator.manual_seed(stream(seed, name, epoch))
+
+
+def _measured(run: Run, epoch: int, row: Row) -> Arrays:
     """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
-    config, arrays = run.config, {}
+    config, arrays = run.config, Arrays()
     with run.noise.paused() if run.noise is not None else nullcontext():
-        if config.flatness is not None and row["epoch"] == config.flatness.epoch:
+        if config.flatness is not None and epoch == config.flatness.epoch:
             held = run.pruner.held()
             arrays |= measured_flatness(run.model, run.test, config.flatness, held)
         if run.callback is not None:
-            moment = Moment(row["epoch"], row, run.model, run.pruner, run.test, config)
+            moment = Moment(epoch, row, run.model, run.pruner, run.test, config)
             arrays |= run.callback(moment) or {}
     return arrays
 
@@ -391,10 +362,6 @@ def make_loop(
     return kind(model, optimizer, pruner, partial(autocast, config.precision, device))
 
 
-def __getattr__(name: str) -> object:
-    """Offer the names of `extras.fast.together` here, which itself needs this module."""
-    if name in ("by_turns", "run_together", "is_fatal", "spoils"):
-        from paperlib.extras.fast import together
-
-        return getattr(together, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def evaluation_batch(device: torch.device) -> int:
+    """Return the images of a batch of evaluation; on a CPU larger ones leave the caches."""
+    return 128 if device.type == "cpu" else 1000

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from paperlib import batches as batches_module
-from paperlib import data
 from paperlib.batches import Batches
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -17,28 +15,6 @@ def generator(seed: int) -> torch.Generator:
 
 def random_images(count: int, size: int = 32) -> torch.Tensor:
     return torch.randint(256, (count, 3, size, size), generator=generator(0)).byte()
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_normalisation_is_torchvisions(augment):
-    images, labels = random_images(10), torch.arange(10)
-    batches = Batches(images, labels, MEAN, STD, "cpu", size=4, augment=augment)
-    x, y = (torch.cat(parts) for parts in zip(*batches.evaluation(3), strict=True))
-    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.allclose(x, usual(images), atol=1e-5)
-    assert torch.equal(y, labels)
-
-
-def test_test_images_can_be_learned_from_after_an_evaluation():
-    dataset = data.load("digits").subset(2, 2)
-    images, labels = dataset.test_images, dataset.test_labels
-    batches = Batches(images, labels, dataset.mean, dataset.std, "cpu")
-    with torch.inference_mode():
-        list(batches.evaluation())
-    ((x, _),) = batches.evaluation()
-    weight = torch.ones((), requires_grad=True)
-    (x * weight).sum().backward()
-    assert torch.isclose(weight.grad, x.sum())
 
 
 def test_epoch_is_every_image_once_in_the_order_drawn():
@@ -106,17 +82,6 @@ def test_same_generators_same_batches_whatever_else_is_drawn():
     assert torch.equal(next(plain.epoch(generator(1)))[1], epochs[0][0][1])
 
 
-def test_evaluation_is_repeatable_and_the_same_unkept(monkeypatch):
-    batches = Batches(random_images(9), torch.arange(9), MEAN, STD, "cpu", augment=True)
-    kept = [list(batches.evaluation(4)) for _ in range(2)]
-    batches._normalised = None
-    monkeypatch.setattr(batches_module, "KEPT_BYTES", 0)
-    for first, second, third in zip(*kept, batches.evaluation(4), strict=True):
-        assert torch.equal(first[0], second[0])
-        assert torch.equal(first[0], third[0])
-    assert batches._normalised is None
-
-
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("count", [1, 4, 7, 12, 99])
 def test_first_images(count, augment):
@@ -141,14 +106,6 @@ def test_first_images_of_a_set_sorted_by_class(count, chosen, augment):
     assert torch.equal(y, labels[chosen])
     in_order = torch.cat([x for x, _ in batches.evaluation()])
     assert torch.equal(x, in_order[chosen])
-
-
-def test_batches_refuse_what_they_cannot_do():
-    images, labels = random_images(4), torch.arange(4)
-    with pytest.raises(ValueError, match="0 images"):
-        Batches(images, labels, MEAN, STD, "cpu", size=0)
-    with pytest.raises(ValueError, match="generator"):
-        Batches(images, labels, MEAN, STD, "cpu", augment=True).epoch(generator(0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,7 +1,5 @@
 """Convolutions as products of matrices against the convolution itself."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -32,12 +30,6 @@ def narrow(monkeypatch):
     monkeypatch.setattr(convolutions, "WIDER", 1)
 
 
-@pytest.fixture
-def half(monkeypatch):
-    """Products for narrow layers' gradients of the weights alone."""
-    monkeypatch.setattr(convolutions, "WIDE", 1)
-
-
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (3, 3), (4, 4), (4, 2), (5, 4)]
 
 
@@ -63,50 +55,6 @@ def test_differentiated_twice(size, narrow):
     inputs = tensors(2, 3, 2, *size)
     assert torch.autograd.gradcheck(convolve, inputs)
     assert torch.autograd.gradgradcheck(convolve, inputs)
-
-
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_what_needs_no_gradient_gets_none(frozen, narrow):
-    inputs = tensors(2, 3, 2, 4, 4)
-    inputs[frozen].requires_grad_(False)
-    convolve(*inputs).sum().backward()
-    assert [t.grad is None for t in inputs] == [i == frozen for i in range(3)]
-
-
-def test_only_the_weights_gradient_is_a_product_of_layers_less_wide(half, monkeypatch):
-    x, weight, bias = tensors(3, 5, 4, 4, 4)
-    products = []
-    patches = convolutions._patches
-    monkeypatch.setattr(convolutions, "_patches", lambda x: products.append(1) or patches(x))
-    ours, expected = convolve(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
-    assert torch.equal(ours, expected)
-    assert not products
-    upstream = torch.randn_like(expected)
-    for a, b in zip(
-        torch.autograd.grad(ours, (x, weight, bias), upstream),
-        torch.autograd.grad(expected, (x, weight, bias), upstream),
-        strict=True,
-    ):
-        assert torch.allclose(a, b, atol=1e-12)
-    assert len(products) == 1
-    assert torch.autograd.gradgradcheck(convolve, tensors(2, 3, 2, 4, 4))
-
-
-def test_which_way_is_taken(monkeypatch):
-    ways = []
-    monkeypatch.setattr(convolutions, "_dense", lambda *_: ways.append("dense"))
-    monkeypatch.setattr(convolutions._Convolution, "apply", lambda *_: ways.append("product"))
-    monkeypatch.setattr(F, "conv2d", lambda *_, **__: ways.append("plain"))
-    wider, wide, narrow = (torch.randn(n, 256, 3, 3) for n in (256, 128, 127))
-    for size in (1, 2, 3, 4, 5):
-        for weight in (wide, narrow):
-            convolve(torch.randn(1, 256, size, size), weight)
-    assert ways == ["dense"] * 4 + ["product", "plain"] * 2 + ["plain"] * 2
-    ways.clear()
-    with torch.no_grad():
-        for weight in (wider, wide):
-            convolve(torch.randn(1, 256, 4, 4), weight)
-    assert ways == ["product", "plain"]
 
 
 def test_training_after_an_evaluation():
@@ -155,29 +103,16 @@ def test_only_in_the_context_and_only_what_suits():
     assert not any("_conv_forward" in vars(module) for module in network)
 
 
-@pytest.mark.parametrize(("name", "width"), [("vgg11_bn", 0.25), ("resnet18", 0.25)])
-def test_networks(name, width):
-    torch.manual_seed(0)
-    network = models.build(name, width=width).double()
-    other = copy.deepcopy(network)
-    x, y = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
-    F.cross_entropy(network(x), y).backward()
-    with quick(other):
-        F.cross_entropy(other(x), y).backward()
-    for a, b in zip(network.parameters(), other.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, atol=1e-10)
-
-
 def test_hessian_products():
     torch.manual_seed(0)
     network = models.build("vgg11_bn", width=0.25).double().eval()
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
-    matvec, size = flatness.hessian_operator(network, x, y)
-    v = torch.randn(size, dtype=torch.float64)
+    loss = flatness.Loss(network, x, y)
+    matvec, v = flatness.hessian_operator(loss), torch.randn(loss.size, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolutions, "DENSE", 0)
         patch.setattr(convolutions, "FEW", 0)
-        plain, _ = flatness.hessian_operator(network, x, y)
+        plain = flatness.hessian_operator(loss)
     product = matvec(v)
     assert torch.allclose(product, plain(v), atol=1e-10 * float(product.abs().max()))
 

@@ -2,10 +2,7 @@
 
 import hashlib
 import io
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import unicodedata
 import zipfile
@@ -21,7 +18,6 @@ from PIL import Image
 
 from paperlib import data, images
 from paperlib.data import DataError, Dataset
-from paperlib.store import provenance
 
 ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 HALVES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -128,26 +124,6 @@ def test_subset_is_balanced_nested_and_seeded(tmp_path):
         numbered.subset(0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_images": torch.zeros(2, 3, 4, 4)}, "train images are torch.float32"),
-        ({"test_labels": torch.zeros(2, dtype=torch.int32)}, "test labels are torch.int32"),
-        ({"test_labels": torch.zeros(3, dtype=torch.int64)}, r"test labels are .* \(3,\)"),
-        ({"train_labels": torch.tensor([0, 1])}, r"not in 0\.\.0"),
-        ({"test_images": torch.zeros(2, 3, 4, 5).byte()}, "differ in shape"),
-        ({"mean": (0.5,)}, "each channel"),
-    ],
-)
-def test_dataset_of_wrong_tensors(change, message):
-    images, labels = torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).long()
-    right = dict(zip(HALVES, 2 * (images, labels), strict=True))
-    right |= {"name": "mine", "classes": ("a",), "mean": 3 * (0.0,), "std": 3 * (1.0,)}
-    Dataset(**right)
-    with pytest.raises(DataError, match=message):
-        Dataset(**right | change)
-
-
 @pytest.mark.parametrize("spec", ["cifar", "images", "images:", "digits:8", ""])
 def test_unknown_data_set(spec, tmp_path):
     with pytest.raises(DataError) as error:
@@ -242,17 +218,6 @@ def test_folder_and_archives_are_the_same(name, top, tmp_path):
     assert found.mean == pytest.approx((found.train_images / 255).mean((0, 2, 3)).tolist())
 
 
-def test_classes_of_cifar10_get_its_constants(tmp_path):
-    classes = (
-        *("airplane", "automobile", "bird", "cat", "deer"),
-        *("dog", "frog", "horse", "ship", "truck"),
-    )
-    files = {f"{split}/{name}/0.png": png() for split in ("train", "test") for name in classes}
-    found = load(write(tmp_path / "a.zip", files), tmp_path)
-    assert found.mean == (0.4914, 0.4822, 0.4465)
-    assert found.std == (0.2023, 0.1994, 0.2010)
-
-
 def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
     decode, calls = images.decode_image, []
     monkeypatch.setattr(images, "decode_image", lambda *a: calls.append(a[1]) or decode(*a))
@@ -268,21 +233,6 @@ def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
         assert len(calls) == 20
         calls.clear()
         assert not list(root.glob("*.part"))
-
-
-def test_cache_never_half_written(tmp_path, monkeypatch):
-    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
-
-    def disk_full(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "save_file", disk_full)
-        with pytest.raises(OSError, match="no space left"):
-            load(path, root)
-    assert {file.suffix for file in root.iterdir()} <= {".lock", ".txt"}
-    load(path, root)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "other", "empty"])
@@ -308,8 +258,7 @@ def test_damaged_cache_is_decoded_afresh(damage, tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: {}, "holds no images"),
-        (lambda f: {"notes.txt": b""}, "holds no images"),
+        (lambda f: {"notes.txt": b""}, "no images in train/"),
         (lambda f: {k: v for k, v in f.items() if "test/" not in k}, "no images in test/"),
         (lambda f: {k: v for k, v in f.items() if "train/" not in k}, "no images in train/"),
         (
@@ -320,7 +269,7 @@ def test_damaged_cache_is_decoded_afresh(damage, tmp_path, recwarn):
         (lambda f: f | {"test/cow/0.png": png()}, "'cow' is in test/ but not in train/: cat, dog"),
         (
             lambda f: f | {"train/cat/wide.png": png(size=(5, 4))},
-            "mixed size: test/dog/0.png is 4x4, train/cat/wide.png is 5x4",
+            "mixed size: test/cat/0.png is 4x4, train/cat/wide.png is 5x4",
         ),
         (
             lambda f: f | {"train/cat/bad.png": b"not an image"},
@@ -340,15 +289,21 @@ def test_bad_contents(change, message, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.xz"])
-@pytest.mark.parametrize(
-    "outside", ["../evil.png", "train/../../evil.txt", "/tmp/evil.png", "C:\\evil", "a\\..\\b"]
-)
-def test_member_outside_is_refused_before_decoding(name, outside, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
-    path = write(tmp_path / name, few_files() | {outside: png()})
-    with pytest.raises(DataError, match="lies outside") as error:
-        load(path, tmp_path / "root")
-    assert repr(outside) in str(error.value)
+def test_nothing_leaves_the_folder(name, tmp_path):
+    """Archives are read, not extracted: members outside train/ and test/ are nothing."""
+    outside = {
+        "../evil.png": png(),
+        "/evil.png": png(),
+        "C:\\evil.png": png(),
+        "train/../../b.png": b"",
+    }
+    (tmp_path / "in").mkdir()
+    path = write(tmp_path / "in" / name, few_files() | outside)
+    found = load(path, tmp_path / "in" / "root")
+    assert same(
+        found, load(write(tmp_path / "in" / "folder", few_files()), tmp_path / "in" / "root")
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar"])
@@ -378,15 +333,12 @@ def test_truncated_archive(name, tmp_path):
         cut.write_bytes(whole[: int(share * len(whole)) // 512 * 512])  # between blocks of a .tar
         with pytest.raises(DataError, match="truncated or damaged"):
             load(cut, tmp_path / "root")
-
-
-def test_tar_cut_between_members_is_not_taken_for_whole(tmp_path):
-    whole = write(tmp_path / "a.tar", few_files())
-    with tarfile.open(whole) as archive:
-        end = archive.getmembers()[-1].offset
-    whole.write_bytes(whole.read_bytes()[:end])
-    with pytest.raises(DataError, match="breaks off after 9 members"):
-        load(whole, tmp_path / "root")
+    if name == "a.tar":  # between two members, which is no end
+        with tarfile.open(tmp_path / name) as archive:
+            end = archive.getmembers()[-1].offset
+        cut.write_bytes(whole[:end])
+        with pytest.raises(DataError, match="breaks off"):
+            load(cut, tmp_path / "root")
 
 
 def test_missing_and_foreign_paths(tmp_path):
@@ -411,33 +363,6 @@ def test_16_bits_become_8(suffix, factor):
     found = images.decode_image(file.getvalue(), "a")
     assert found.dtype == np.uint8
     assert np.array_equal(found, np.stack(3 * [gray]))
-
-
-def test_big_endian_and_12_bits_of_a_tiff():
-    """Written by hand: one strip of 8 x 1 pixels, after the directory."""
-    values = np.arange(8, dtype=np.uint16) * 30
-    twelve = values << 4
-    packed = bytes(
-        byte
-        for a, b in twelve.reshape(-1, 2).tolist()
-        for byte in (a >> 4, (a & 15) << 4 | b >> 8, b & 255)
-    )
-    for order, bits, strip in (
-        ("big", 16, (values << 8).astype(">u2").tobytes()),
-        ("little", 16, (values << 8).astype("<u2").tobytes()),
-        ("little", 12, packed),
-    ):
-        tags = {256: 8, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1}
-        tags |= {278: 1, 279: len(strip)}
-        entries = b"".join(
-            number.to_bytes(size, order)
-            for tag, value in tags.items()
-            for number, size in ((tag, 2), (4, 2), (1, 4), (value, 4))
-        )
-        head = {"big": b"MM", "little": b"II"}[order] + (42).to_bytes(2, order)
-        head += (8).to_bytes(4, order) + len(tags).to_bytes(2, order)
-        found = images.decode_image(head + entries + bytes(4) + strip, "a")
-        assert found[0, 0].tolist() == values.tolist(), (order, bits)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
@@ -520,53 +445,6 @@ def test_checksum_is_of_the_content_alone(name, tmp_path):
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("name", ["folder", "a.zip"])
-def test_known_checksum_is_remembered_until_a_file_changes(name, tmp_path, monkeypatch):
-    files, root = few_files(), tmp_path / "root"
-    path = write(tmp_path / name, files)
-    checksum = load(path, root).checksum
-    read, calls = data.read_images, []
-    monkeypatch.setattr(data, "read_images", lambda *a: calls.append(a) or read(*a))
-    assert data.known_checksum(f"images:{path}", root) == checksum
-    assert not calls
-    file = path / "train/cat/0.png" if name == "folder" else path
-    times = file.stat()
-    files["train/cat/0.png"] = files["train/cat/0.png"][:-1] + b"x"
-    write(path, files)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its size is the same, too
-    assert data.known_checksum(f"images:{path}", root) == plain_checksum(files) != checksum
-
-
-def test_known_checksum_needs_no_torch(tmp_path):
-    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
-    checksum = load(path, root).checksum
-    assert data.known_checksum(f"images:{tmp_path / 'nowhere'}", root) is None
-    assert data.known_checksum("nothing") is None
-    code = f"""
-import sys
-from paperlib.store.provenance import known_checksum
-print(known_checksum("cifar10"), known_checksum("images:{path}", {str(root)!r}))
-assert "torch" not in sys.modules
-"""
-    run = [sys.executable, "-c", code]
-    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
-    assert printed == [data.CIFARS["cifar10"].md5, checksum]
-
-
-def test_source_checksum(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "pack_of_two").mkdir()
-    (tmp_path / "pack_of_two" / "__init__.py").write_text("")
-    for name, spec in (("mine.py", "mine:score"), ("pack_of_two/deep.py", "pack_of_two.deep:Net")):
-        (tmp_path / name).write_text("raise RuntimeError\n")
-        expected = hashlib.sha256(b"raise RuntimeError\n").hexdigest()
-        assert provenance.source_checksum(spec) == expected
-        (tmp_path / name).write_text("raise TypeError\n")
-        assert provenance.source_checksum(spec) != expected
-    for spec in ("l2", "vgg11_bn", "nowhere:score", "nowhere.deep:score", "sys:exit"):
-        assert provenance.source_checksum(spec) is None
-
-
 # CIFAR-10 as JPEG
 
 
@@ -610,17 +488,6 @@ def test_jpeg_is_found_verified_and_cached(name, place, few_jpegs, tmp_path, mon
     assert same(found, data.load("cifar10-jpeg", root))
     monkeypatch.setenv("PAPERLIB_DATA", str(root))
     assert same(found, data.load("cifar10-jpeg", tmp_path / "third"))
-
-
-def test_wrong_jpegs_are_refused(few_jpegs, tmp_path):
-    few_jpegs["test/cat/0000.png"] = png(77)
-    path = write(tmp_path / "cifar10-jpeg.tar.gz", few_jpegs)
-    with pytest.raises(DataError) as error:
-        data.load("cifar10-jpeg", tmp_path)
-    for word in (str(path), plain_checksum(few_jpegs), data.CHECKSUMS["cifar10-jpeg"]):
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_jpeg_is_downloaded(few_jpegs, web, tmp_path, monkeypatch):

@@ -12,16 +12,11 @@ from torch import nn
 
 from paperlib import data, diagnostics, training
 from paperlib.batches import Batches
-from paperlib.config import Config, FilterPruning, Noise, WeightPruning
+from paperlib.config import Config, FilterPruning, Noise
 from paperlib.loop import Totals
 from paperlib.runs import RunRecord, Store
 from paperlib.store import checkpoints
 from paperlib.training import build, run
-
-
-def test_histograms_change_no_number():
-    config = VGG.with_(pruning=FilterPruning((0.5,), ((1,),), "activation"), batch=7)
-    assert same(numbers(config), numbers(config.with_(histograms=True)))
 
 
 def test_histograms_of_batch_norms():
@@ -60,15 +55,6 @@ def test_magnitudes_by_hand(values, bins):
     assert {int(i): int(counts[i]) for i in counts.nonzero()[0]} == bins
 
 
-def test_magnitudes_of_a_layer():
-    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.03
-    weight[:7] = 0
-    found = weight.abs()[weight != 0].double().numpy()
-    expected, _ = np.histogram(np.log10(found), 140, (-6, 1))
-    assert np.array_equal(diagnostics.magnitudes(nn.Parameter(weight)), expected)
-    assert diagnostics.MAGNITUDES[[0, 20, 140]] == pytest.approx([1e-6, 1e-5, 10])
-
-
 @pytest.mark.parametrize(
     "config",
     [WEIGHTS, WEIGHTS.with_(epochs=4, optimizer="adam", pruning=TWO_LAYERS, momentum=0)],
@@ -98,18 +84,6 @@ def test_what_is_recorded_of_pruned_weights(config):
             record.arrays[f"kept.{name}"], np.packbits(seen[-1][name].numpy() != 0)
         )
     assert same(record.epochs.drop(columns="seconds"), numbers(config))
-
-
-def test_before_is_just_before_the_first_event():
-    """What the largest target takes of the weights is the upper end of their magnitudes."""
-    pruning = WeightPruning(("dense",), (0.3,), (0,), "largest")
-    config = WEIGHTS.with_(epochs=1, histograms=True, pruning=pruning)
-    arrays = run(config, device="cpu").arrays
-    before, after = arrays["before.dense"], arrays["after.dense"]
-    left = math.ceil(0.7 * before.sum())
-    assert after.sum() == left
-    assert np.array_equal(after, np.diff(np.minimum(np.cumsum(before), left), prepend=0))
-    assert np.array_equal(after, arrays["end.dense"])
 
 
 # Measured beside
@@ -207,13 +181,6 @@ def test_measuring_changes_no_number_of_a_resumed_run(name, tmp_path, monkeypatc
     same_but_for_what_is_measured(resumed, run(config, None, "cpu", all_tensors))
 
 
-def test_an_event_that_removes_nothing_is_not_measured():
-    rows = numbers(VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1)))))
-    assert rows.pre_loss.notna().tolist() == [False, True, False]
-    assert rows.recalibrated.notna().tolist() == [False, True, False]
-    assert numbers(VGG)[["recalibrated", "pre_loss", "post_loss"]].isna().all(axis=None)
-
-
 def images_of(config: Config) -> Batches:
     dataset = data.load(config.data).subset(config.train_per_class, config.test_per_class)
     return Batches(dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, "cpu")
@@ -254,35 +221,3 @@ def test_what_is_measured_by_hand(name, monkeypatch):
     initial = torch.cat([p.detach().flatten() for p in build(config).parameters()])
     moved = torch.linalg.vector_norm(torch.cat(last) - initial) / torch.linalg.vector_norm(initial)
     assert rows.distance.iloc[-1] == pytest.approx(moved.item(), rel=1e-5)
-
-
-def test_the_loss_before_an_event_is_that_of_a_run_without_it():
-    train, losses = images_of(VGG), []
-
-    @torch.no_grad()
-    def look(moment):
-        images, labels = train.first(1000)
-        losses.append(F.cross_entropy(moment.model.eval()(images), labels).item())
-        moment.model.train()
-
-    numbers(VGG, callback=look)
-    rows = numbers(PRUNED)
-    assert rows.pre_loss[1] == pytest.approx(losses[1], rel=1e-5)
-    assert rows.pre_loss[1] != pytest.approx(rows.post_loss[1], rel=1e-2)
-
-
-def test_a_choice_of_filters_for_noise_changes_no_loss():
-    """Noise acts at the passes after it, of which the measurements are none."""
-    rows = numbers(MEASURED["zeroing"])
-    event = (rows.removed > 0) & (rows.epoch < 2)
-    assert rows.pre_loss[event].equals(rows.post_loss[event])
-    assert rows.pre_loss[2] != rows.post_loss[2]  # at the end they are removed
-
-
-def test_distance_of_no_step_is_zero():
-    network = build(VGG)
-    assert diagnostics.distance(network, build(VGG)) == 0
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(-2)
-    assert diagnostics.distance(network, build(VGG)) == pytest.approx(3)

@@ -44,14 +44,6 @@ def test_few_graphs(captured):
     assert captured.made <= 6
 
 
-def test_what_waits_cannot_be_captured():
-    def waits():
-        float(torch.ones(1).sum())
-
-    with pytest.raises(RuntimeError, match="waits"):
-        Recording(waits)
-
-
 def test_the_first_call_is_an_ordinary_one():
     made, calls = [], []
 
@@ -158,13 +150,6 @@ def test_captures_that_fail(error, raised, monkeypatch):
     assert not together.is_fatal(RuntimeError())
 
 
-def test_graphs_need_a_stream(monkeypatch):
-    Pools(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: 0)
-    with pytest.raises(RuntimeError, match="a stream of their own"):
-        graphs.CudaGraphs()
-
-
 def test_what_is_random_in_graphs_takes_turns(monkeypatch):
     done = []
 
@@ -186,23 +171,6 @@ def test_what_is_random_in_graphs_takes_turns(monkeypatch):
     first = [("launch", 0), ("record", 0), ("wait", 0), ("launch", 0), ("record", 1)]
     other = [("launch", 1), ("record", 2)]
     assert done == [*first, *other, ("wait", 1), ("launch", 0), ("record", 3)]
-
-
-def test_the_next_turn_waits_for_one_that_failed(monkeypatch):
-    done = []
-
-    class Event:
-        record = wait = lambda self: done.append(self)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(graphs, "_last_turn", {})
-    with pytest.raises(ZeroDivisionError), graphs.in_turn(torch.device("cuda", 0)):
-        raise ZeroDivisionError
-    with graphs.in_turn(torch.device("cuda", 0)):
-        done.append("launch")
-    failed, waited, *rest = done
-    assert failed is waited
-    assert rest[0] == "launch"
 
 
 @pytest.mark.parametrize(("name", "turns"), [("dropout", CONV.epochs), ("filters", 0)])

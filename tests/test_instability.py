@@ -46,14 +46,6 @@ def test_stability_in_percent(pre, post, percent):
     assert isinstance(stability(pre, post), float)
 
 
-def test_stability_keeps_the_shape():
-    pre, post = np.random.default_rng(0).uniform(1, 100, (2, 3, 4))
-    percent = stability(pre, post)
-    assert percent.shape == (3, 4)
-    assert percent[2, 1] == stability(pre[2, 1], post[2, 1])
-    assert stability([80, 50], [40, 50]).tolist() == [50, 100]
-
-
 @pytest.mark.filterwarnings("error")
 def test_stability_where_there_was_no_accuracy():
     assert math.isnan(stability(0, 0))
@@ -61,9 +53,54 @@ def test_stability_where_there_was_no_accuracy():
     assert np.isnan(stability([0, 50], [10, 50])).tolist() == [True, False]
 
 
-def test_the_primary_outcome_leaves_out_the_last_epoch():
-    row = summary(epochs([95, 70, 72, 77, 10], pre=[99, 80, 80, 80, 80], removed=[0, 1, 0, 0, 1]))
-    assert row.accuracy == pytest.approx((70 + 72 + 77) / 3)
+SUMMARIES = {
+    "the primary outcome leaves out the last epoch": (
+        epochs([95, 70, 72, 77, 10], pre=[99, 80, 80, 80, 80], removed=[0, 1, 0, 0, 1]),
+        {"accuracy": (70 + 72 + 77) / 3},
+    ),
+    "without events": (
+        epochs([50, 70, 60]),
+        {"events": 0, "mean_stability": 100, "best_accuracy": 70, "best_epoch": 1}
+        | {"last_accuracy": 60, "seconds": 1.5},
+    ),
+    "scratch pruning is no event": (
+        epochs(
+            [95, 50, 80, 70],
+            pre=[99, 50, 80, 70],
+            removed=[12, 0, 0, 0],
+            train=[math.nan, 40, 85, 90],
+            scratch=True,
+        ),
+        {"events": 0, "mean_stability": 100, "best_accuracy": 80, "best_epoch": 2, "gap": 5},
+    ),
+    "mean stability is over events": (
+        epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 80], removed=[0, 3, 0, 1, 0]),
+        {"events": 2, "mean_stability": 75},
+    ),
+    "the best counts from the last event on": (
+        epochs([95, 90, 60, 70, 75, 74], pre=[95, 99, 98, 70, 75, 74], removed=[0, 2, 4, 0, 0, 0]),
+        {"best_accuracy": 75, "best_epoch": 4},
+    ),
+    "the last event counts after pruning": (
+        epochs([50, 85, 80], pre=[50, 90, 80], removed=[0, 2, 0]),
+        {"best_accuracy": 85, "best_epoch": 1},
+    ),
+    "an event in the last epoch": (
+        epochs([50, 85, 83], pre=[50, 85, 90], removed=[0, 0, 2]),
+        {"best_accuracy": 83, "best_epoch": 2},
+    ),
+    "the gap is that of the best epoch": (
+        epochs([50, 80, 70], pre=[50, 88, 70], removed=[0, 1, 0], train=[55, 91, 99]),
+        {"gap": 91 - 80},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_summaries(name):
+    frame, expected = SUMMARIES[name]
+    row = summary(frame)
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("count", "scratch"), [(3, False), (1, False), (4, True)])
@@ -75,71 +112,6 @@ def test_no_primary_outcome_of_fewer_than_four_trained_epochs(count, scratch):
     assert math.isnan(row.accuracy)
     longer = summary(epochs([50.0 + i for i in range(count + 1)], scratch=scratch))
     assert math.isnan(longer.accuracy) == (count == 1)
-
-
-def test_a_run_without_events():
-    row = summary(epochs([50, 70, 60]))
-    assert (row.events, row.mean_stability) == (0, 100)
-    assert (row.best_accuracy, row.best_epoch) == (70, 1)
-    assert row.last_accuracy == 60
-    assert row.seconds == 1.5
-
-
-def test_scratch_pruning_is_no_event():
-    row = summary(
-        epochs(
-            [95, 50, 80, 70],
-            pre=[99, 50, 80, 70],
-            removed=[12, 0, 0, 0],
-            train=[math.nan, 40, 85, 90],
-            scratch=True,
-        )
-    )
-    assert (row.events, row.mean_stability) == (0, 100)
-    assert (row.best_accuracy, row.best_epoch, row.gap) == (80, 2, 5)
-
-
-def test_mean_stability_is_over_events():
-    row = summary(epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 80], removed=[0, 3, 0, 1, 0]))
-    assert row.events == 2
-    assert row.mean_stability == pytest.approx((75 + 75) / 2)
-
-
-def test_best_accuracy_counts_from_the_last_event_on():
-    frame = epochs(
-        [95, 90, 60, 70, 75, 74], pre=[95, 99, 98, 70, 75, 74], removed=[0, 2, 4, 0, 0, 0]
-    )
-    row = summary(frame)
-    assert (row.best_accuracy, row.best_epoch) == (75, 4)
-
-
-def test_the_last_event_itself_counts_after_pruning():
-    row = summary(epochs([50, 85, 80], pre=[50, 90, 80], removed=[0, 2, 0]))
-    assert (row.best_accuracy, row.best_epoch) == (85, 1)
-    row = summary(epochs([50, 85, 83], pre=[50, 85, 90], removed=[0, 0, 2]))
-    assert (row.best_accuracy, row.best_epoch) == (83, 2)
-
-
-def test_an_epoch_that_removes_nothing_is_no_event():
-    row = summary(epochs([90, 80, 70], pre=[90, 85, 75], removed=[1, 0, 0]))
-    assert (row.events, row.best_epoch) == (1, 0)
-    assert row.mean_stability == 100
-
-
-def test_the_first_of_equal_best_epochs():
-    row = summary(epochs([50, 70, 60, 70], train=[60, 75, 90, 95]))
-    assert (row.best_epoch, row.gap) == (1, 5)
-
-
-def test_gap_is_taken_at_the_best_epoch_after_its_event():
-    row = summary(epochs([50, 80, 70], pre=[50, 88, 70], removed=[0, 1, 0], train=[55, 91, 99]))
-    assert row.gap == 91 - 80
-
-
-def test_events_without_accuracy_before_them():
-    row = summary(epochs([0, 30, 50], pre=[0, 60, 50], removed=[1, 1, 0]))
-    assert row.events == 2
-    assert row.mean_stability == 50
 
 
 def test_several_runs_at_once():
@@ -154,15 +126,3 @@ def test_several_runs_at_once():
     pd.testing.assert_frame_equal(together.reset_index(drop=True), alone.reset_index(drop=True))
     assert alone.set_index("run").mean_stability.to_dict() == {"a": 100, "b": 75, "c": 50}
     assert alone.set_index("run").accuracy.dropna().to_dict() == {"c": pytest.approx(70 / 3)}
-
-
-def test_frames_joined_without_a_new_index():
-    frames = [epochs([50, 70], run="a"), epochs([60, 40], run="b")]
-    assert summarize(pd.concat(frames)).best_accuracy.tolist() == [70, 60]
-
-
-def test_the_frame_is_left_as_it_was():
-    frame = epochs([50, 70, 60], removed=[0, 1, 0]).iloc[::-1]
-    before = frame.copy()
-    summarize(frame)
-    pd.testing.assert_frame_equal(frame, before)

@@ -14,6 +14,7 @@ from scipy import optimize
 from torch.func import functional_call, hessian
 
 from paperlib import data, measures, training
+from paperlib.batches import Batches
 from paperlib.config import Config, ConfigError, FilterPruning, Flatness, Noise
 from paperlib.runs import RunRecord
 
@@ -50,7 +51,7 @@ def test_what_a_run_measures():
     arrays = training.run(config, device="cpu", callback=keep).arrays
     dataset = data.load("digits").subset(4, 3)
     cpu = torch.device("cpu")
-    test = data.Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, cpu)
+    test = Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, cpu)
     state = {k: v.double() if v.is_floating_point() else v for k, v in kept["state"].items()}
     model = small(10, 3).eval()
     shapes = {name: state[name].shape for name, _ in model.named_parameters()}

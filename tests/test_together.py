@@ -11,15 +11,16 @@ import torch
 from recording import BASE, MAKE_LOOP, PRUNING, SETTINGS
 from small import numbers
 
+from benchmarks.gpu import run_together
 from paperlib import training
 from paperlib.config import FilterPruning
 from paperlib.extras import fast
 from paperlib.extras.fast import graphs, together
 from paperlib.extras.fast.convolutions import QuickLoop
 from paperlib.extras.fast.graphs import Replays
-from paperlib.runs import Store, StoreError
+from paperlib.runs import Store
 from paperlib.store import checkpoints, lease
-from paperlib.training import run, run_together
+from paperlib.training import run
 
 captured = recording.captured  # a fixture
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -61,19 +62,6 @@ def launching(name, monkeypatch) -> str:
 @pytest.mark.parametrize(("name", "expected"), [("plain", "00110011"), ("dropout", "00001111")])
 def test_steps_take_turns(name, expected, captured, monkeypatch):
     assert launching(name, monkeypatch) == expected
-
-
-def test_the_next_begins_when_one_is_done():
-    """Two at any time, in the order given: not in bundles that wait for their slowest."""
-    lengths, seen = (4, 1, 1, 1, 2), []
-    configs = [BASE.with_(epochs=n, seed=i) for i, n in enumerate(lengths)]
-    notes = [lambda moment, i=i: seen.append(i) for i in range(len(configs))]
-    records = run_together(configs, None, "cpu", notes, at_once=2)
-    assert [len(record.epochs) for record in records] == list(lengths)
-    begun = [seen.index(i) for i in range(5)]
-    assert begun == sorted(begun)
-    of_the_long_one = [at for at, i in enumerate(seen) if i == 0]
-    assert seen.index(2) < of_the_long_one[-1]
 
 
 def test_all_stop_when_the_time_is_up(tmp_path):
@@ -161,20 +149,6 @@ def test_one_that_fails_holds_no_memory(monkeypatch, captured):
     assert not alive[-1]
 
 
-def test_one_that_fails_leaves_what_its_caller_handles():
-    def raises():
-        kept = "to be looked at"
-        raise ZeroDivisionError(kept)
-
-    try:
-        raises()
-    except ZeroDivisionError as error:
-        (failed,) = run_together([BASE.with_(learning_rate=1e30, optimizer="sgd")], None, "cpu")
-        frame = error.__traceback__.tb_next.tb_frame
-    assert isinstance(failed, training.TrainingError)
-    assert frame.f_locals == {"kept": "to be looked at"}
-
-
 def test_one_without_memory_beside_others_is_done_after_them(tmp_path, monkeypatch):
 
     class Short(QuickLoop):
@@ -208,33 +182,6 @@ def test_one_without_memory_beside_others_is_done_after_them(tmp_path, monkeypat
     (only,) = run_together([BASE.with_(seed=2)], store, "cpu")
     assert isinstance(only, torch.OutOfMemoryError)
     assert "out of memory" in store.failure(BASE.with_(seed=2).identity)
-
-
-def test_a_record_that_cannot_be_read_leaves_the_others(tmp_path, monkeypatch):
-
-    store, other = Store(tmp_path, tmp_path / "none"), BASE.with_(seed=1)
-    run_together([BASE, other], store, "cpu")
-    real = Store.read
-
-    def read(self, identity):
-        if identity in (BASE, BASE.identity):
-            raise StoreError("damaged")
-        return real(self, identity)
-
-    monkeypatch.setattr(Store, "read", read)
-    damaged, whole = run_together([BASE, other], store, "cpu")
-    assert isinstance(damaged, StoreError)
-    assert whole.run == other.identity
-
-
-def test_one_that_another_process_has(tmp_path):
-
-    store = Store(tmp_path, tmp_path / "none")
-    other = BASE.with_(seed=1)
-    with lease.claim(store.path, other.identity, wait=False):
-        claimed, done = run_together([other, BASE], store, "cpu")
-    assert isinstance(claimed, lease.Claimed)
-    assert done.run == BASE.identity
 
 
 def test_stopped_together(tmp_path):

@@ -1,7 +1,6 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
 import hashlib
-import math
 
 import numpy as np
 import pandas as pd
@@ -12,11 +11,12 @@ from PIL import Image
 from small import CONV, GONE, NUMBERS, PRUNED, SCRATCH, VGG, WEIGHTS, numbers, same
 from torch import nn
 
-from paperlib import data, inputs, models, training
+from paperlib import data, inputs, training
 from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
+from paperlib.extras.fast.together import by_turns
+from paperlib.loop import finish
 from paperlib.pruning import PruningError
-from paperlib.runs import Mismatch, RunRecord, Store, StoreError
-from paperlib.store import checkpoints
+from paperlib.runs import Mismatch, Store, StoreError
 from paperlib.training import TrainingError, run
 
 
@@ -28,16 +28,6 @@ def plain() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def pruned() -> pd.DataFrame:
     return numbers(PRUNED)
-
-
-def test_what_an_epoch_records(plain):
-    assert plain.epoch.tolist() == [0, 1, 2]
-    assert plain.trained.all()
-    assert plain.removed.tolist() == [0, 0, 0]
-    assert plain.pre.equals(plain.post)
-    assert plain[NUMBERS].notna().all(axis=None)
-    assert plain[["train_accuracy", "pre", "post"]].stack().between(0, 100).all()
-    assert plain.train_loss.iloc[-1] < plain.train_loss.iloc[0]
 
 
 def by_hand(config: Config) -> pd.DataFrame:
@@ -162,29 +152,6 @@ def test_settings_share_what_comes_before_they_differ(plain, other):
     assert other.milestones or rows[before][:2].equals(plain[before][:2])
 
 
-def test_settings_share_initial_weights():
-    models_ = [
-        training.build(config)
-        for config in (VGG, PRUNED, SCRATCH, VGG.with_(dropout=0.5), VGG.with_(seed=1))
-    ]
-    first, *others, different = [list(model.parameters()) for model in models_]
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert not torch.equal(first[0], different[0])
-
-
-def test_streams_are_all_different():
-    names = ("weights", "order", "augmentation", "dropout", "filters")
-    seeds = {
-        training.stream(seed, name, epoch)
-        for seed in range(5)
-        for name in names
-        for epoch in range(20)
-    }
-    assert len(seeds) == 5 * len(names) * 20
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 # Events
 
 
@@ -212,35 +179,6 @@ def test_an_event_is_measured_before_and_after(pruned):
     assert zero[-1] == GONE
     assert (rows.pre != rows.post).any()
     assert rows.pre[0] == rows.post[0]
-
-
-@pytest.mark.parametrize(
-    ("score", "target"),
-    [("l1", "smallest"), ("ebn", "largest"), ("activation", "smallest"), ("l2", "random")],
-)
-def test_removed_adds_up_to_the_fractions(score, target):
-    pruning = FilterPruning(PRUNED.pruning.fractions, PRUNED.pruning.epochs, score, target)
-    rows = numbers(PRUNED.with_(pruning=pruning, train_per_class=2))
-    assert rows.removed.sum() == GONE
-    assert rows.removed[0] == 0
-
-
-def test_batch_norm_stays_without_norm():
-    seen = []
-
-    def look(moment):
-        (mask,) = moment.pruner.masks.values()
-        conv, norm = moment.model.features[25:27]
-        seen.append((conv.weight[~mask].any().item(), norm.weight[~mask].all().item()))
-
-    run(VGG.with_(pruning=FilterPruning((0.5,), ((1,),), norm=False)), None, "cpu", look)
-    assert seen[1:] == [(False, True)] * 2
-
-
-def test_weights_removed_add_up():
-    rows = numbers(WEIGHTS)
-    size = models.build("conv4", width=1 / 16).dense.weight.numel()
-    assert rows.removed.tolist() == [size // 4, 0, size // 4]
 
 
 def test_an_event_that_removes_nothing():
@@ -288,17 +226,6 @@ def test_learning_rates(config, rates):
     assert np.allclose(rows.learning_rate, np.array(rates) * config.learning_rate, rtol=1e-12)
 
 
-def test_augmentation_changes_training_only():
-    config = CONV.with_(epochs=1)
-    kept, augmented = numbers(config), numbers(config.with_(augment=True))
-    assert kept.train_loss[0] != augmented.train_loss[0]
-    still = config.with_(learning_rate=1e-20, weight_decay=0)
-    columns = ["test_loss", "pre", "post"]
-    assert np.allclose(
-        numbers(still)[columns], numbers(still.with_(augment=True))[columns], rtol=1e-6
-    )
-
-
 def test_reduced_precision(plain):
     rows = numbers(PRUNED.with_(precision="bfloat16"))
     assert rows[NUMBERS].notna().all(axis=None)
@@ -328,23 +255,6 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert "nan at epoch 1" in store.failure(config.identity)
     assert store.identities() == []
     run(config.with_(epochs=1), store, "cpu")
-
-
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_a_learning_rate_far_too_large(tmp_path, epochs):
-    config = CONV.with_(learning_rate=1e30, batch=1000, epochs=epochs)
-    store = Store(tmp_path)
-    with pytest.raises(TrainingError, match=config.identity):
-        run(config, store, "cpu")
-    assert store.failure(config.identity) is not None
-    assert config.identity not in store
-
-
-def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path):
-    store, config = Store(tmp_path), VGG.with_(model="small:Tiny")
-    store.fail(config, "killed")
-    run(config, store, "cpu")
-    assert store.failure(config.identity) is None
 
 
 # The record
@@ -389,22 +299,6 @@ def test_measuring_flatness_changes_no_other_number(plain):
     assert record.arrays["losses"].shape == (1, 3)
 
 
-@pytest.mark.parametrize("config", [VGG, PRUNED, SCRATCH, WEIGHTS])
-def test_parameters_that_are_left(config):
-    left = []
-
-    def look(moment):
-        left.append(sum(int(p.count_nonzero()) for p in moment.model.parameters()))
-
-    config = config.with_(train_per_class=2)
-    record = run(config, None, "cpu", look)
-    model = training.build(config)
-    assert record.provenance["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (record.provenance["held"] > 0) == (config.pruning is not None)
-    assert record.parameters == left[-1]
-    assert (record.provenance["classes"], record.provenance["channels"]) == (10, 3)
-
-
 # Data and code of a record
 
 
@@ -433,8 +327,7 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
     write_images(tmp_path / "images", 8)
     with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{then}"):
         untouched(config, store)
-    (result,) = training.run_together([config], store, "cpu")
-    assert isinstance(result, Mismatch)
+    assert isinstance(finish(by_turns(config, store, "cpu")), Mismatch)
     assert run(config, Store(tmp_path / "other"), "cpu").provenance["data"] != then
     write_images(tmp_path / "images", 7)
     assert untouched(config, store).provenance == record.provenance
@@ -466,39 +359,6 @@ def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
     for name, config in configs.items():
         with pytest.raises(Mismatch, match=f"{config.identity}(.|\n)*{sources[name]}"):
             untouched(config, store)
-
-
-def test_a_record_without_checksums_is_taken(tmp_path, monkeypatch):
-    store, frame = Store(tmp_path), pd.DataFrame({"epoch": [0], "post": [10.0]})
-    monkeypatch.setattr(inputs.provenance, "known_checksum", lambda *_: "ab" * 16)
-    for config, about in ((VGG, {}), (PRUNED, {"data": None, "source": None})):
-        store.write(RunRecord(config, frame, provenance=about))
-        assert untouched(config, store).provenance == about
-    store.write(RunRecord(SCRATCH, frame, provenance={"data": "cd" * 16}))
-    with pytest.raises(Mismatch, match="cd" * 16):
-        untouched(SCRATCH, store)
-    monkeypatch.setattr(inputs.provenance, "known_checksum", lambda *_: None)
-    untouched(SCRATCH, store)
-
-
-def test_a_checkpoint_of_other_code_is_not_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "of_another_score.py").write_text(SCORE.format("amax"))
-    pruning = FilterPruning((0.5,), ((2,),), "of_another_score:score", layers=("features.25",))
-    config, store = VGG.with_(pruning=pruning), Store(tmp_path / "runs")
-
-    def stop(moment):
-        if moment.epoch == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, store, "cpu", stop)
-    (tmp_path / "of_another_score.py").write_text(SCORE.format("amin"))
-    with pytest.warns(UserWarning, match="of_another_score|source"):
-        record = run(config, store, "cpu")
-    assert "resumed" not in record.provenance
 
 
 # What cannot be run

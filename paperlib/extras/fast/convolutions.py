@@ -9,6 +9,7 @@ any number of times.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def quick(model: nn.Module) -> Iterator[None]:
     """
     convs = [module for module in model.modules() if _suits(module)]
     for conv in convs:
-        conv._conv_forward = convolve
+        conv._conv_forward = convolve  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -71,7 +72,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
-def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _cast(*tensors: Tensor | None) -> list[Any]:
     """Return tensors in the precision of autocast, if it is on."""
     if not torch.is_autocast_enabled("cpu"):
         return list(tensors)
@@ -109,7 +110,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution as a product with patches. Its gradients are convolutions, too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         if min(weight.shape[:2]) < WIDER:
             return F.conv2d(x, weight, bias, padding=1)
@@ -121,7 +122,7 @@ class _Convolution(torch.autograd.Function):
         return out.view(images, height, width, len(weight)).permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0] and min(weight.shape[:2]) < WIDER:
@@ -139,14 +140,14 @@ class _OfWeight(torch.autograd.Function):
     """The gradient of a convolution's weights, as one product of matrices."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(x, gradient)
         filters, channels = gradient.shape[1], x.shape[1]
         gradients = gradient.permute(0, 2, 3, 1).reshape(-1, filters)
         return (gradients.mT @ _patches(x)).view(filters, 3, 3, channels).permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, gradient = ctx.saved_tensors
         of_x = of_gradient = None
         if ctx.needs_input_grad[0]:

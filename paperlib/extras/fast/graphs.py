@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Graph(Protocol):
         """Repeat the work."""
 
 
-Capture = Callable[[Callable[[], None]], Graph]
+Capture = Callable[[Callable[[], object]], Graph]
 
 STEPS = 4  # launched before other runs may launch theirs; with 32, streams overlap less
 GO_ON = "go on"  # yielded by a run that does not wait for the device
@@ -77,7 +77,7 @@ class CudaGraphs:
         torch.zeros((), device="cuda")
         self._keeper = self(lambda: torch.zeros((), device="cuda"))
 
-    def __call__(self, function: Callable[[], None]) -> Graph:
+    def __call__(self, function: Callable[[], object]) -> Graph:
         """Capture a function."""
         graph, device = torch.cuda.CUDAGraph(), torch.device("cuda", torch.cuda.current_device())
         try:
@@ -92,7 +92,7 @@ class CudaGraphs:
 
 
 @contextmanager
-def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+def _capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """Record the launches on the current stream in a graph, from whichever thread they come."""
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
@@ -190,15 +190,6 @@ class CapturedLoop(PlainLoop):
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
 
-    def train(self, batches: Batches, order: torch.Generator, augment: torch.Generator) -> Totals:
-        """Train on all images once."""
-        launches = self.launch(batches, order, augment)
-        while True:
-            try:
-                next(launches)
-            except StopIteration as end:
-                return end.value
-
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
     ) -> Generator[str, None, Totals]:
@@ -269,8 +260,8 @@ class CapturedLoop(PlainLoop):
     @torch.no_grad()
     def _hold(self) -> None:
         if self._keep:
-            parameters = [self._parameters[name] for name in self._keep]
-            torch._foreach_mul_(parameters, list(self._keep.values()))
+            parameters: list[Tensor] = [self._parameters[name] for name in self._keep]
+            torch._foreach_mul_(parameters, list(self._keep.values()))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -8,9 +8,7 @@ the others. On a CPU this is no faster than one run after the other.
 import math
 import sys
 import traceback
-from collections import deque
-from collections.abc import Generator, Iterable
-from contextlib import closing
+from collections.abc import Generator
 
 import torch
 
@@ -19,54 +17,9 @@ from paperlib.config import Config
 from paperlib.devices import choose_device
 from paperlib.extras import fast as faster
 from paperlib.extras.fast.graphs import GO_ON, CaptureError
-from paperlib.extras.fast.turns import ALONE, Turns
+from paperlib.extras.fast.turns import ALONE
 from paperlib.runs import RunRecord, Store
 from paperlib.training import Callback, Steps
-
-Outcome = RunRecord | Exception
-
-
-def run_together(
-    configs: Iterable[Config],
-    store: Store | None = None,
-    device: str = "auto",
-    callbacks: Iterable[Callback | None] | None = None,
-    *,
-    at_once: int | None = None,
-    fast: bool = False,
-    until: float = math.inf,
-) -> list[Outcome]:
-    """Do several runs on one device, in the order given; see `training.run`.
-
-    Args:
-        configs: The runs.
-        store: As for `training.run`.
-        device: As for `training.run`.
-        callbacks: One a run.
-        at_once: How many runs share the device; None for all.
-        fast: As for `training.run`.
-        until: As for `by_turns`.
-
-    Returns:
-        The record of each, or the exception that ended it: `locks.Claimed` if another process has
-        the run.
-    """
-    configs = list(configs)
-    at_once = at_once or len(configs)
-    callbacks = [None] * len(configs) if callbacks is None else callbacks
-    waiting = deque(enumerate(zip(configs, callbacks, strict=True)))
-    options = {"alone": min(at_once, len(configs)) == 1, "fast": fast, "until": until}
-    results: dict[int, Outcome] = {}
-    with closing(Turns()) as turns:
-        while waiting or turns:
-            while waiting and len(turns) < at_once:
-                i, (config, callback) = waiting.popleft()
-                turns.add(i, by_turns(config, store, device, callback, **options))
-            for i, worked, result in turns.turn():
-                if not worked:
-                    raise result
-                results[i] = result
-    return [results[i] for i in range(len(configs))]
 
 
 def by_turns(
@@ -78,7 +31,7 @@ def by_turns(
     alone: bool = False,
     fast: bool = False,
     until: float = math.inf,
-) -> Generator[str | None, None, Outcome]:
+) -> Generator[str | None, None, RunRecord | Exception]:
     """Do one of several runs that take turns on a device.
 
     A run that finds no memory beside the others starts again, from its checkpoint, when they are
@@ -97,7 +50,7 @@ def by_turns(
         None when it is the others' turn, `turns.ALONE` when it has to wait for their end.
 
     Returns:
-        The record, or the exception that ended the run.
+        The record, or the exception that ended the run: `lease.Claimed` if another process has it.
     """
     handled, steps = sys.exception(), None
     try:
@@ -106,8 +59,9 @@ def by_turns(
         where = choose_device(device)
         while True:
             try:
-                how = {"wait": False, "alone": alone, "captured": fast, "until": until}
-                steps = training.steps(config, store, where, callback, **how)
+                steps = training.steps(
+                    config, store, where, callback, False, alone, captured=fast, until=until
+                )
                 return (yield from _launched(config, steps, where, alone))
             except torch.OutOfMemoryError as error:
                 _free_frames(error, handled)
@@ -132,9 +86,9 @@ def _launched(config: Config, steps: Steps, device: torch.device, alone: bool) -
                 busy = next(steps) != GO_ON
             except StopIteration as end:
                 return end.value
-        yield
+        yield None
         while busy and stream is not None and not alone and not stream.query():
-            yield
+            yield None
 
 
 def _free_frames(error: BaseException | None, handled: BaseException | None) -> None:
@@ -152,6 +106,3 @@ def _free_frames(error: BaseException | None, handled: BaseException | None) -> 
 def is_fatal(error: object) -> bool:
     """Return whether everything else that this process does on a GPU may fail after an error."""
     return isinstance(error, CaptureError | torch.AcceleratorError)
-
-
-spoils = is_fatal

@@ -228,7 +228,7 @@ class FilterPruner(Pruner):
             gone = (~mask).nonzero().squeeze(1)
             if len(gone):
                 self._gone[name] = [
-                    (entries.module, key, entries.of(gone).to(entries.device))
+                    (entries.module, key, entries.of(gone).to(getattr(entries.module, key).device))
                     for entries in self.layers[name].zeroed(self.norm).values()
                     for key in entries.parameters
                 ]
@@ -294,9 +294,7 @@ def _chosen(
 ) -> list[str]:
     """Names of the layers to prune, all of which can be pruned."""
     countable = [name for name, layer in found.items() if not layer.passed_over]
-    can = ", ".join(
-        name for name in countable if not (found[name].refusal or (norm and found[name].leak))
-    )
+    can = ", ".join(name for name in countable if not found[name].problem(norm))
     if layers is None:
         if len(fractions) > len(countable):
             raise PruningError(
@@ -309,10 +307,10 @@ def _chosen(
     for name in names:
         if name not in found:
             raise PruningError(f"no prunable layer {name!r}: one of {can}")
-        layer = found[name]
-        leak = layer.leak if norm else None
-        if why := layer.passed_over or layer.refusal or leak:
-            instead = "; or mask its weights only, with norm=False" if why is leak else ""
+        if why := found[name].problem(norm):
+            instead = (
+                "; or mask its weights only, with norm=False" if why is found[name].leak else ""
+            )
             raise PruningError(
                 f"cannot prune {name!r}: {why}. Choose other layers, among {can or 'none'}{instead}"
             )

@@ -290,9 +290,9 @@ def test_prunable_layers_of_resnets(name):
     assert layers["conv1"].norm is model.bn1
     for i, block in enumerate(model.blocks):
         first, second = layers[f"blocks.{i}.conv1"], layers[f"blocks.{i}.conv2"]
-        assert (first.norm, first.sum, second.norm, second.sum) == (
+        assert (first.norm, first.output, second.norm, second.output) == (
             block.bn1,
-            None,
+            block.bn1,
             block.bn2,
             block.sum,
         )

@@ -105,15 +105,13 @@ class WeightPruner(Pruner):
 
 def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The named dense and convolutional layers, all of which can be pruned."""
-    bases = (nn.Linear, nn.Conv2d)
-    known = {name: m for name, m in model.named_modules() if isinstance(m, bases)}
+    known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     owners = parameter_owners(model)
     for name in names:
         if name not in known:
             raise PruningError(f"no prunable layer {name!r}: one of {', '.join(known)}")
         base = nn.Linear if isinstance(known[name], nn.Linear) else nn.Conv2d
-        why = weight_refusal(known[name], base, owners, "weight")
-        if why is not None:
+        if why := weight_refusal(known[name], base, owners, "weight"):
             raise PruningError(f"cannot prune {name!r}: {why}")
     check_order(names, list(known))
     return {name: known[name] for name in names}

@@ -82,8 +82,11 @@ class Network:
         self.returned = {
             node: name for name, nodes in self.traced.returns.items() for node in nodes if node
         }
-        self._branches: dict[fx.Node, fx.Node | None] = {}
-        self._behind: dict[fx.Node, set[fx.Node]] = {}
+        # Each node with all that it is computed from.
+        self.behind: dict[fx.Node, set[fx.Node]] = {}
+        for node in self.traced.graph.nodes:
+            before = (self.behind[source] for source in self.traced.tensors(node))
+            self.behind[node] = {node}.union(*before)
 
     def branch(self, node: fx.Node) -> fx.Node | None:
         """Return the operand that is a sum's branch, None where no operand is the deepest.
@@ -93,28 +96,12 @@ class Network:
         """
         if self.traced.key(node) is ResidualSum:
             return argument(node, 0, "branch")
-        if node not in self._branches:
-            of = operands(self.traced, node)
-            depths = []
-            for operand in of:
-                others = set().union(*(self.behind(o) for o in of if o is not operand))
-                depths.append(self._depth(self.behind(operand) - others))
-            alone = depths.count(max(depths)) == 1
-            self._branches[node] = of[depths.index(max(depths))] if alone else None
-        return self._branches[node]
-
-    def behind(self, node: fx.Node) -> set[fx.Node]:
-        """Return a node and all that it is computed from."""
-        if node not in self._behind:
-            found: set[fx.Node] = set()
-            left = [node]
-            while left:
-                one = left.pop()
-                if one not in found:
-                    found.add(one)
-                    left += self.traced.tensors(one)
-            self._behind[node] = found
-        return self._behind[node]
+        terms = operands(self.traced, node)
+        depths = []
+        for term in terms:
+            others = (self.behind[other] for other in terms if other is not term)
+            depths.append(self._depth(self.behind[term].difference(*others)))
+        return terms[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
 
     def _depth(self, nodes: set[fx.Node]) -> int:
         """The most convolutions of these nodes that come one after the other."""
@@ -166,7 +153,9 @@ class Trail:
         if found and node not in self.traced.shapes:
             self._check("out" not in node.kwargs, node)
             state = self._rule(node)(node, found)
-            self._check_in_place(node, state)
+            still_zero = state is not None and not state.spoilt
+            if self._writes(node) and not (still_zero and node.all_input_nodes[0] in self._at):
+                self._check_in_place(node)
             if state is not None and self._is_sum(state.spoilt) and self._can_mask(node, state):
                 name = self.network.returned[node]
                 module, channels = self.traced.modules[name], self.network.layouts[node].channels
@@ -310,7 +299,7 @@ class Trail:
         if branch is None:
             what = self.traced.describe(node)
             raise OnShortcut(f"none of what {what} adds is deeper than the others")
-        if not self.network.behind(branch) & set(self.calls):
+        if not self.network.behind[branch] & set(self.calls):
             what = self.traced.describe(node)
             raise OnShortcut(f"it is on the shortcut of the residual sum {what}")
         self._check_unspoilt(node, [self._at[term] for term in terms if term in self._at])
@@ -409,33 +398,23 @@ class Trail:
                     "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
                 )
 
-    def _check_in_place(self, node: fx.Node, state: Zeros | None) -> None:
+    def _check_in_place(self, node: fx.Node) -> None:
         """What was written into must not be used again, but where its zeros are zero as before."""
-        if not self._writes(node):
-            return
-        self._check(bool(node.args) and isinstance(node.args[0], fx.Node), node)
-        if state is not None and state.spoilt is None and node.args[0] in self._at:
-            return
-        by, base = node, node.args[0]
-        while True:
+        base = node
+        while base is node or self._is_view(base):
+            by, base = base, base.all_input_nodes[0]
             others = [user for user in self.traced.readers(base) if user is not by]
             if any(user > node or self._is_view(user) for user in others):
-                raise Refused(
-                    f"{self.traced.describe(node)} writes into a tensor that is used again "
-                    "afterwards"
-                )
-            if not self._is_view(base):
-                return
-            by, base = base, base.all_input_nodes[0]
+                what = self.traced.describe(node)
+                raise Refused(f"{what} writes into a tensor that is used again afterwards")
 
     def _writes(self, node: fx.Node) -> bool:
         """Whether an operation writes into its first argument."""
         key, module = self.traced.key(node), self.traced.module(node)
         name = key if isinstance(key, str) else getattr(key, "__name__", "")
-        if (name.endswith("_") and not name.endswith("__")) or key in ops.WRITING:
-            return True
-        inplace = getattr(module, "inplace", node.kwargs.get("inplace"))
-        return inplace is True or any(argument is True for argument in node.args[1:])
+        options = node.args[1:] if key in ops.ELEMENTWISE else ()
+        options = (*options, node.kwargs.get("inplace"), getattr(module, "inplace", False))
+        return name.endswith("_") or key in ops.WRITING or any(value is True for value in options)
 
     def _is_view(self, node: fx.Node) -> bool:
         """Whether a node's output may share its memory with its first input."""

@@ -18,10 +18,7 @@ BUFFER = "kept_channels"
 
 
 def mask_name(module: nn.Module) -> str:
-    """Return the name of a module's buffer for a mask (channels, 1, 1), whether it has one or not.
-
-    The mask is 1 where a channel is kept and 0 where it is not.
-    """
+    """Return the name of the buffer for a mask, which is 1 where a channel is kept, else 0."""
     return "keep" if isinstance(module, ResidualSum) else BUFFER
 
 
@@ -41,9 +38,10 @@ def set_mask(module: nn.Module, keep: Tensor) -> None:
     if mask is not None:
         mask.copy_(keep)
         return
-    module.register_buffer(mask_name(module), keep.clone()[:, None, None])
     if isinstance(module, ResidualSum):
+        module.keep = keep.clone()[:, None, None]
         return
+    module.register_buffer(BUFFER, keep.clone()[None, :, None, None])
     # First, so that hooks which look at the output see it masked.
     module.register_forward_hook(multiply_by_mask, prepend=True)
     if "torch._dynamo" in sys.modules:

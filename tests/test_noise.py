@@ -159,12 +159,6 @@ def test_every_batch_is_as_by_hand(kind, passes, optimizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_longer_noise_is_more_noise(kind):
-    short, long = (list(by_hand(kind, n, "sgd"))[-1] for n in (0, 6))
-    assert not same(short, long)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [8, 14, 20])
 def test_goes_on_from_its_state_in_the_middle_of_a_span(kind, start, tmp_path):
     model = network()
@@ -239,16 +233,6 @@ def test_an_event_inside_a_span_of_restored_noise_takes_its_zeros_for_the_values
             model(batch(0)[0])
     assert not model[0].weight[first].any()
     assert torch.equal(model[0].weight[~first], whole[~first])
-
-
-def test_an_event_that_chooses_nothing_starts_nothing():
-    model = network()
-    pruner = FilterPruner(model, (0.0, 0.5), target="largest", norm=False)
-    noise = FilterNoise(model, pruner, "zeroing", 100)
-    assert noise.prune(1, 1) == 3
-    model(batch(0)[0])
-    assert model[0].weight.flatten(1).any(1).all()
-    assert not model[3].weight[~noise.masks["3"]].any()
 
 
 @pytest.mark.parametrize("resumed", [False, True])

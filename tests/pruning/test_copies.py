@@ -162,17 +162,6 @@ def test_a_network_compiled_before_it_is_pruned(kind):
         assert torch.allclose(fast(x()), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_masks_follow_to_other_types_of_numbers(dtype):
-    model = NETWORKS["basic"]()
-    pruner = pruner_of(model)
-    other, seen = copy.deepcopy(model).to(dtype), []
-    other[3].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    other(x().to(dtype))
-    assert seen[0].dtype == dtype
-    assert not seen[0][:, ~pruner.masks["3.conv2"]].any()
-
-
 def test_a_second_pruner_leaves_the_masks_of_the_first():
     for make in (NETWORKS["basic"], ours):
         model = make()
@@ -212,18 +201,6 @@ def test_passes_of_a_copy_leave_the_scores_of_the_original(way):
         model(x(seed))
     assert pruner.activation.passes == 20
     assert not pruner.activation.scores["blocks.8.conv2"].equal(before["score.blocks.8.conv2"])
-
-
-def test_a_graph_that_shares_modules_is_not_observed():
-    model = network("resnet20", double=False)
-    pruner = pruner_of(model, score="activation")
-    traced = torch.fx.symbolic_trace(model)
-    for seed in range(10):
-        model.train()(x(seed))
-    before = {key: value.clone() for key, value in pruner.state_dict().items()}
-    assert before["score.blocks.8.conv2"].any()
-    traced(x(1))
-    assert all(value.equal(pruner.state_dict()[key]) for key, value in before.items())
 
 
 def test_network_and_pruner_copied_together_go_on_together():

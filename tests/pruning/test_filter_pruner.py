@@ -31,30 +31,6 @@ RESNETS = ("resnet18", "resnet20", "resnet56")
 # Masked networks against cut ones
 
 
-def cut_vgg(model: nn.Module, masks: dict[str, torch.Tensor]) -> nn.Sequential:
-    """A network without the filters that are not in `masks`."""
-    layers, alive = [], torch.arange(3)
-    for name, module in model.features.named_children():
-        if isinstance(module, nn.Conv2d):
-            kept = indices(masks.get(f"features.{name}", torch.ones(module.out_channels)))
-            conv = nn.Conv2d(len(alive), len(kept), 3, padding=1).double()
-            conv.weight = nn.Parameter(module.weight.detach()[kept][:, alive].clone())
-            conv.bias = nn.Parameter(module.bias.detach()[kept].clone())
-            layers.append(conv)
-            alive = kept
-        elif isinstance(module, nn.BatchNorm2d):
-            norm = nn.BatchNorm2d(len(alive)).double()
-            for key in ("weight", "bias", "running_mean", "running_var"):
-                getattr(norm, key).data = getattr(module, key).detach()[alive].clone()
-            layers.append(norm)
-        else:
-            layers.append(copy.deepcopy(module))
-    dense = nn.Linear(len(alive), 10).double()
-    dense.weight = nn.Parameter(model.classifier[2].weight.detach()[:, alive].clone())
-    dense.bias = nn.Parameter(model.classifier[2].bias.detach().clone())
-    return nn.Sequential(*layers, nn.Flatten(), dense)
-
-
 def cut_resnet(model: nn.Module, weights: dict, masks: dict, x: torch.Tensor, training: bool):
     """Logits and block outputs from `weights`, the filters not in `masks` sliced away."""
 
@@ -133,17 +109,6 @@ def test_masked_resnet_is_one_without_the_filters(name, training, every):
         assert not parameter.grad[held.get(key, torch.tensor(False))].any()
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("score", ["l1", "ebn"])
-def test_masked_vgg_is_one_without_the_filters(training, score):
-    model = network("vgg11_bn").train(training)
-    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9], score)
-    original = copy.deepcopy(model)
-    pruner.prune(1, 1)
-    cut = cut_vgg(original, pruner.masks).train(training)
-    assert torch.allclose(model(images()), cut(images()), rtol=0, atol=1e-10)
-
-
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=0.01)
@@ -184,28 +149,6 @@ def test_pruned_parameters_stay_zero(name, optimizer):
     assert len(held) == 4 * per_layer
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_the_rest_trains_like_a_cut_network(optimizer):
-    model = network("vgg11_bn")
-    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9], target="random", generator=generator())
-    original = copy.deepcopy(model)
-    pruner.prune(1, 1)
-    cut = cut_vgg(original, pruner.masks)
-    nets = model.train(), cut.train()
-    optimizers = [optimizer_of(optimizer, net) for net in nets]
-    for seed in range(4):
-        step(model, optimizers[0], seed)
-        pruner.hold()
-        step(cut, optimizers[1], seed)
-    trained = cut_vgg(model, pruner.masks)
-    for a, b in zip(trained.state_dict().values(), cut.state_dict().values(), strict=True):
-        if a.is_floating_point():
-            assert torch.allclose(a, b, rtol=0, atol=1e-6)
-    trained.eval(), cut.eval()
-    assert torch.allclose(model.eval()(images(seed=9)), cut(images(seed=9)), atol=1e-6)
-    assert torch.allclose(trained(images(seed=9)), cut(images(seed=9)), atol=1e-6)
-
-
 def test_only_weights_are_masked_without_norm():
     model = network("vgg11_bn")
     pruner = FilterPruner(model, [0.3, 0.9], "l2", "largest", norm=False)
@@ -228,19 +171,6 @@ def test_only_weights_are_masked_without_norm():
     )
 
 
-def test_shortcuts_stay_without_norm():
-    model = network("resnet20")
-    pruner = FilterPruner(model, [0.5], norm=False)
-    pruner.prune(1, 1)
-    mask = pruner.masks["blocks.8.conv2"]
-    outputs = []
-    model.blocks[8].register_forward_hook(lambda module, inputs, out: outputs.append((inputs, out)))
-    model.train()(images())
-    (shortcut,), out = outputs[0]
-    beta = model.blocks[8].bn2.bias[:, None, None]
-    assert torch.allclose(out[:, ~mask], F.relu(shortcut + beta)[:, ~mask], atol=1e-10)
-
-
 # What `prune` takes and returns
 
 
@@ -253,23 +183,6 @@ def test_events_of_some_layers():
     )
     assert len(gone(pruner)["features.22"]) == 0
     assert pruner.prune([None] * 4, 9) == 0
-
-
-def test_an_event_reaches_its_number_whatever_went_before():
-    pruner = FilterPruner(small_net(), [0.5], layers=["0"])
-    assert pruner.prune(3, 5) == 3
-    assert pruner.prune(2, 5) == 0
-    assert pruner.prune(5, 5) == 2
-    assert pruner.prune(5, 5) == 0
-
-
-def test_nothing_goes_at_fraction_zero():
-    model = network("resnet18")
-    before = copy.deepcopy(model.state_dict())
-    pruner = FilterPruner(model, [0.0, 0.0], target="largest")
-    assert pruner.prune(1, 1) == 0
-    assert not pruner.held()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_the_last_layers_are_taken():
@@ -296,18 +209,6 @@ def test_prunable_layers_of_resnets(name):
             block.bn2,
             block.sum,
         )
-
-
-def test_choosing_leaves_the_weights():
-    model = network("vgg11_bn")
-    before = copy.deepcopy(model.state_dict())
-    pruner = FilterPruner(model, [0.25], "l1")
-    chosen = pruner.choose(1, 2)
-    assert [len(filters) for filters in chosen.values()] == [4]
-    assert gone(pruner) == {"features.25": sorted(chosen["features.25"].tolist())}
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    again = pruner.choose(2, 2)["features.25"]
-    assert not set(again.tolist()) & set(chosen["features.25"].tolist())
 
 
 @pytest.mark.parametrize("score", ["l2", "activation"])
@@ -395,29 +296,6 @@ def test_pruned_in_inference_mode_and_trained_on():
         assert pruner.prune(2, 2) > 0
 
 
-def test_moved_to_other_numbers_after_the_pruner_was_made():
-    model = network("resnet20", double=False)
-    pruner = FilterPruner(model, [0.5] * 4, "ebn")
-    assert pruner.prune(1, 2) > 0
-    model.double()
-    assert pruner.prune(2, 2) > 0
-    for name, zero in pruner.held().items():
-        assert not model.get_parameter(name)[zero].any()
-    assert model(images()).dtype == torch.float64
-
-
-def test_precision_is_the_same_before_and_after_pruning():
-    model = network("resnet20", double=False)
-    pruner, seen = FilterPruner(model, [0.5] * 18), []
-    for block in model.blocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        model(images(double=False))
-        pruner.prune(1, 1)
-        model(images(double=False))
-    assert set(seen) == {torch.bfloat16}
-
-
 # Bad input
 
 
@@ -439,12 +317,6 @@ def test_precision_is_the_same_before_and_after_pruning():
 def test_bad_requests(options, message):
     with pytest.raises(PruningError, match=message):
         FilterPruner(small_net(), **{"fractions": [0.5, 0.5]} | options)
-
-
-@pytest.mark.parametrize("score", ["ebn", "ebn_signed"])
-def test_expected_activation_needs_batch_norm(score):
-    with pytest.raises(PruningError, match=f"'{score}' needs a batch norm .* '2'"):
-        FilterPruner(small_net(norm=False), [0.5], score)
 
 
 @pytest.mark.parametrize(

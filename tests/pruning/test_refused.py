@@ -315,11 +315,3 @@ class Branching(nn.Module):
 def test_networks_that_cannot_be_followed():
     with pytest.raises(PruningError, match="Branching"):
         FilterPruner(Branching(), [0.5])
-
-
-def test_names_of_no_convolution():
-    net = layered(nn.Conv2d(6, 2, 1))
-    net.unused = None
-    for name in ("1", "9", "", "0.weight"):
-        with pytest.raises(PruningError, match=rf"'{name}'.*0, 2"):
-            FilterPruner(net, [0.5], layers=[name])

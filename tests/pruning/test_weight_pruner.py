@@ -57,14 +57,6 @@ def test_schedule_is_the_formula(weights, fraction, events, mu):
         ) == written_out(weights, fraction, event, events, mu)
 
 
-def test_annealing_by_hand():
-    counts = [kept_weights(1000, 0.9, e, 10, "annealing", 0) for e in range(1, 11)]
-    assert counts == [820, 640, 460, 280, 100, 100, 100, 100, 100, 100]
-    # 100 + 900 * 8 / 30, 6 / 50, 4 / 70, 2 / 90
-    counts = [kept_weights(1000, 0.9, e, 10, "annealing", 10) for e in range(1, 6)]
-    assert counts == [340, 208, 152, 120, 100]
-
-
 @pytest.mark.parametrize(("schedule", "mu"), [("linear", 0), ("annealing", 0), ("annealing", 5)])
 @pytest.mark.parametrize("target", ["largest", "smallest", "random"])
 def test_events_follow_the_schedule(schedule, mu, target):
@@ -81,13 +73,6 @@ def test_events_follow_the_schedule(schedule, mu, target):
         assert network[0].weight.ne(0).equal(mask)
         before = mask.clone()
     assert int(before.sum()) == 33
-
-
-def test_an_event_that_has_been_removes_nothing_more():
-    pruner = WeightPruner(dense(), "0", 0.5)
-    assert pruner.prune(2, 4) == 25
-    assert pruner.prune(2, 4) == 0
-    assert pruner.prune(1, 4) == 0
 
 
 # Targets
@@ -112,40 +97,6 @@ def test_ties_go_by_position(target):
         pruner.prune(event, 4)
         left.append(kept(pruner))
     assert left == [[1, 2, 3, 4], [2, 3, 4], [3, 4], [4]]
-
-
-def test_only_kept_weights_are_chosen_from():
-    network = with_weights(0.0, 1.0, 2.0, 3.0)
-    pruner = WeightPruner(network, "0", 0.75, "smallest")
-    pruner.prune(1, 3)
-    assert kept(pruner) == [1, 2, 3]
-    network[0].weight.data = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    pruner.prune(2, 3)
-    assert kept(pruner) == [1, 3]
-
-
-def test_random_choice_is_its_generators():
-    def chosen(seed: int, *values: float) -> list[int]:
-        pruner = WeightPruner(with_weights(*values), "0", 0.5, "random", generator=generator(seed))
-        pruner.prune(1, 2)
-        pruner.prune(2, 2)
-        return kept(pruner)
-
-    weights = torch.randn(40, generator=generator()).tolist()
-    assert chosen(1, *weights) == chosen(1, *weights)
-    assert chosen(1, *weights) == chosen(1, *weights[::-1])  # whatever the weights are
-    assert chosen(1, *weights) != chosen(2, *weights)
-
-
-def test_random_choice_is_uniform():
-    counts = torch.zeros(10)
-    g = generator()
-    for _ in range(400):
-        pruner = WeightPruner(with_weights(*range(10)), "0", 0.5, "random", generator=g)
-        pruner.prune(1, 1)
-        counts += pruner.masks["0"].flatten()
-    assert counts.sum() == 2000
-    assert (counts - 200).abs().max() < 45  # 4.5 standard deviations
 
 
 # Zero stays zero
@@ -189,18 +140,6 @@ def test_pruned_weights_stay_zero_and_the_others_train(name):
         assert pruner.masks["0"].equal(mask)
 
 
-def test_without_hold_momentum_brings_weights_back():
-    network = dense(3)
-    optimizer = OPTIMIZERS["sgd"](network.parameters())
-    pruner = WeightPruner(network, "0", 0.9)
-    steps(network, optimizer, 2)
-    pruner.prune(1, 1)
-    steps(network, optimizer, 1)
-    assert network[0].weight[~pruner.masks["0"]].ne(0).any()
-    pruner.hold()
-    assert network[0].weight[~pruner.masks["0"]].eq(0).all()
-
-
 def test_training_is_that_of_a_network_multiplied_by_its_mask():
     """Gradient descent by hand on what is kept alone."""
     network = dense(3).double()
@@ -216,16 +155,6 @@ def test_training_is_that_of_a_network_multiplied_by_its_mask():
             weight -= 0.1 * gradients[0]
             bias -= 0.1 * gradients[1]
     torch.testing.assert_close(network[0].weight.detach(), weight.detach() * mask)
-
-
-def test_held_names_what_is_zero():
-    network = dense()
-    pruner = WeightPruner(network, "0", 0.6)
-    assert not pruner.held()["0.weight"].any()
-    pruner.prune(1, 1)
-    (name, gone), *others = pruner.held().items()
-    assert not others
-    assert gone.equal(network.get_parameter(name) == 0)
 
 
 @pytest.mark.parametrize("event", [1, 3])
@@ -268,11 +197,6 @@ def test_several_layers_each_by_its_own_fraction():
         weight = network.get_submodule(name).weight.detach().abs()
         assert weight.count_nonzero() == left[name]
     assert network.features[0].weight.ne(0).all()
-
-
-def test_one_fraction_for_several_layers():
-    pruner = WeightPruner(models.build("conv4", width=0.25), ("dense", "fc"), 0.5)
-    assert pruner.fractions == {"dense": 0.5, "fc": 0.5}
 
 
 @pytest.mark.parametrize("target", ["largest", "random"])
@@ -340,11 +264,3 @@ def test_what_cannot_be_done(options, named):
     with pytest.raises(PruningError, match=named):
         WeightPruner(network, **{"layer": "dense", "fraction": 0.5} | options)
     assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
-
-
-@pytest.mark.parametrize(("event", "events"), [(0, 3), (4, 3), (-1, 3), (1, 0)])
-def test_events_out_of_range(event, events):
-    pruner = WeightPruner(dense(), "0", 0.5)
-    with pytest.raises(PruningError, match="event must be from 1"):
-        pruner.prune(event, events)
-    assert pruner.masks["0"].all()

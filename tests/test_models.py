@@ -57,13 +57,6 @@ def test_logits_of_each_image(name, channels):
     assert torch.allclose(model(images)[1:], model(images[1:]), atol=1e-5)
 
 
-def test_pooling_of_vgg11():
-    kinds = {nn.Conv2d: "c", nn.BatchNorm2d: "b", nn.ReLU: "r", nn.MaxPool2d: "M"}
-    layout = "".join(kinds[type(layer)] for layer in meta("vgg11_bn").features)
-    block = "cbr"
-    assert layout == f"{block}M{block}M{2 * block}M{2 * block}M{2 * block}M"
-
-
 @pytest.mark.parametrize(("name", "blocks"), BLOCKS.items())
 @pytest.mark.parametrize("width", [1, 0.25])
 def test_stages_of_resnets(name, blocks, width):
@@ -105,16 +98,6 @@ def test_parameter_free_shortcut(before, after, front):
             expected[:, front : front + before, i, j] = x[:, :, 2 * i, 2 * j]
     assert torch.equal(model.blocks[3].shortcut(x), expected)
     assert not list(model.blocks[3].shortcut.parameters())
-
-
-def test_projection_shortcut_is_a_strided_convolution():
-    block = narrow("resnet18").blocks[2].eval()
-    conv, norm = (m for m in block.shortcut if list(m.parameters()))
-    nn.init.normal_(norm.weight)
-    x = torch.randn(2, 4, 9, 9)
-    strided = nn.Conv2d(4, 8, 1, stride=2, bias=False)
-    strided.weight = conv.weight
-    assert torch.allclose(block.shortcut(x), norm(strided(x)), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from pruned_networks import (
     WIDTHS,
     exactly_kept,
@@ -254,46 +253,6 @@ def test_state_of_before_takes_pruning_back():
     pruner.hold()
     assert not pruner.held()
     assert torch.equal(model(images()), expected)
-
-
-def operations(model: nn.Module, x: torch.Tensor) -> list[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(x)
-    return [event.name for event in profile.events() if event.name.startswith("aten::")]
-
-
-def test_a_pruned_network_computes_no_masks():
-    model = network("vgg11_bn", double=False).train()
-    x = images(double=False)
-    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9])
-    model(x)
-    dense = operations(model, x)
-    pruner.prune(1, 1)
-    assert operations(model, x) == dense
-
-    model = network("resnet18", double=False).train()
-    pruner = FilterPruner(model, [0.5] * 4)
-    model(x)
-    dense = operations(model, x)
-    pruner.prune(1, 1)
-    sums, views = {"aten::add_", "aten::addcmul_"}, {"aten::to", "aten::resolve_conj"}
-    ours, dense = (
-        ["sum" if name in sums else name for name in names if name not in views]
-        for names in (operations(model, x), dense)
-    )
-    assert ours == dense
-
-
-def test_pruned_in_inference_mode_and_trained_on():
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), torchvision.models.resnet.BasicBlock(8, 8))
-    for model, name in ((plain, "1.conv2"), (network("resnet20", double=False), "blocks.8.conv2")):
-        pruner = FilterPruner(model, [0.5], layers=[name])
-        with torch.inference_mode():
-            model(images(double=False))
-            pruner.prune(1, 2)
-        model.train()(images(double=False)).sum().backward()
-        pruner.hold()
-        assert pruner.prune(2, 2) > 0
 
 
 # Bad input

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from paperlib import models
 from paperlib.pruning import PruningError, WeightPruner, kept_weights
@@ -87,16 +87,6 @@ def test_targets_go_by_magnitude():
         assert kept(pruner) == left
         expected = [value if i in left else 0.0 for i, value in enumerate(values)]
         assert network[0].weight.flatten().tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("target", ["largest", "smallest"])
-def test_ties_go_by_position(target):
-    pruner = WeightPruner(with_weights(1.0, -1.0, 1.0, -1.0, 1.0), "0", 0.8, target)
-    left = []
-    for event in range(1, 5):
-        pruner.prune(event, 4)
-        left.append(kept(pruner))
-    assert left == [[1, 2, 3, 4], [2, 3, 4], [3, 4], [4]]
 
 
 # Zero stays zero
@@ -197,42 +187,6 @@ def test_several_layers_each_by_its_own_fraction():
         weight = network.get_submodule(name).weight.detach().abs()
         assert weight.count_nonzero() == left[name]
     assert network.features[0].weight.ne(0).all()
-
-
-@pytest.mark.parametrize("target", ["largest", "random"])
-def test_how_weights_lie_in_memory_does_not_matter(target):
-    """Networks are trained in channels-last format."""
-    masks = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        network = models.build("conv4", width=0.25).to(memory_format=memory_format)
-        pruner = WeightPruner(network, "features.2", 0.5, target, generator=generator())
-        assert pruner.prune(1, 2) == pruner.prune(2, 2) == 144
-        masks.append(pruner.masks["features.2"])
-        assert torch.equal(network.features[2].weight != 0, masks[-1])
-    assert torch.equal(*masks)
-
-
-class Own(nn.Module):
-    """Grouped convolution, a branch in the forward pass: nothing torch.fx could follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, groups=2, bias=False)
-        self.heads = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 2)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).mean((2, 3))
-        return self.heads["a" if x.sum() > 0 else "b"](x)
-
-
-def test_network_of_ones_own():
-    network = Own()
-    pruner = WeightPruner(network, ["conv", "heads.b"], 0.5, "smallest")
-    assert pruner.prune(1, 1) == 36 + 4
-    assert network.conv.weight.count_nonzero() == 36
-    assert network.heads["a"].weight.count_nonzero() == 8
-    network(torch.randn(2, 4, 5, 5)).sum().backward()
 
 
 # Bad input

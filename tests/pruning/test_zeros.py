@@ -467,28 +467,6 @@ def test_a_tensor_that_a_sum_is_written_into_is_not_used_again():
         FilterPruner(net, [0.5], layers=["1.conv2"])
 
 
-def test_a_sum_that_is_kept_in_an_attribute_is_refused():
-    """What another module reads there has not passed the block's mask."""
-
-    class Keeping(Block):
-        def forward(self, x):
-            self.kept = super().forward(x)
-            return self.kept
-
-    class Reading(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.block, self.last = nn.Conv2d(3, 6, 3), Keeping(), nn.Conv2d(6, 2, 1)
-
-        def forward(self, x):
-            out = self.block(self.first(x))
-            return self.last(out) + self.last(self.block.kept)
-
-    with pytest.raises(PruningError, match=r"'block\.conv2'"):
-        FilterPruner(Reading(), [0.5], layers=["block.conv2"])
-    FilterPruner(Reading(), [0.5], layers=["block.conv1"])
-
-
 def test_a_sum_that_is_also_used_within_its_block_is_refused():
     class Peeking(Block):
         def forward(self, x):

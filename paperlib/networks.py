@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,11 @@ def events_of(pruning: FilterPruning | WeightPruning | None) -> dict[int, tuple]
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Return Adam or SGD over all parameters, fused."""
-    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    common: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
     return torch.optim.Adam(model.parameters(), **common)
@@ -144,6 +149,7 @@ def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
         raise ValueError(f"{run} is not of single weights pruned")
     model = initial_network(record)
     pruner = make_pruner(record.config, model)
+    assert isinstance(pruner, WeightPruner)
     state = {}
     for name, mask in pruner.masks.items():
         packed = record.arrays.get(f"kept.{name}")

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -68,7 +69,9 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict) -> object:
+    def call_module(
+        self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict
+    ) -> object:
         name, out = self.path_of_module(module), super().call_module(module, forward, args, kwargs)
         if isinstance(out, fx.Proxy) and not self.is_leaf_module(module, name):
             out = self.create_proxy("call_function", ops.returned, (out,), {})
@@ -97,7 +100,7 @@ class Traced:
             self.returns = tracer.returns
         finally:
             vars(tracer).clear()  # it is part of a cycle, and would keep the network
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
         self.shapes: set[fx.Node] = set()
         for node in self.graph.nodes:
             if self._tells_shape(node):
@@ -112,7 +115,7 @@ class Traced:
         arithmetic = node.op == "call_function" and node.target in ops.SHAPE_ARITHMETIC
         return arithmetic and bool(inputs) and self.shapes.issuperset(inputs)
 
-    def key(self, node: fx.Node) -> object:
+    def key(self, node: fx.Node) -> Any:
         """Return what a node does: a type of layer, a function, or the name of a method."""
         if node.op == "call_module":
             return layer_type(self.modules[node.target])
@@ -120,9 +123,13 @@ class Traced:
             return "stochastic_depth"
         return node.target if node.op in ("call_function", "call_method") else node.op
 
-    def module(self, node: fx.Node) -> nn.Module | None:
+    def module(self, node: fx.Node) -> Any:
         """Return the module that a node calls, if it calls one."""
         return self.modules[node.target] if node.op == "call_module" else None
+
+    def name(self, node: fx.Node) -> str:
+        """Return the name of the module, parameter or method that a node calls."""
+        return str(node.target)
 
     def tensors(self, node: fx.Node) -> list[fx.Node]:
         """Return the inputs of a node whose values it may use."""
@@ -152,14 +159,15 @@ class Traced:
         except (TypeError, ValueError, RuntimeError, AttributeError):
             return None
 
-    def evaluate(self, node: fx.Node, value: Callable[[fx.Node], object]) -> object:
+    def evaluate(self, node: fx.Node, value: Callable[[fx.Node], object]) -> Any:
         """Return what a node makes of these values of its inputs, without hooks."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)  # type: ignore[arg-type, misc]
+        target: Any = node.target
         if node.op == "call_module":
-            return self.modules[node.target].forward(*args, **kwargs)
+            return self.modules[target].forward(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
     def describe(self, node: fx.Node) -> str:
         """Name a node as its network's author would."""
@@ -172,7 +180,7 @@ class Traced:
         return f"{name!r} in {scope!r}" if scope else repr(name)
 
 
-def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
     """Return an argument of a node, by position or by name."""
     return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
 

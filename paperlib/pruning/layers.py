@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ class PrunableLayer:
     """
 
     name: str
-    conv: nn.Module | None
-    norm: nn.Module | None = None
+    conv: Any
+    norm: Any = None
     output: nn.Module | None = None
     entries: Mapping[str, Entries] = field(default_factory=dict)
     masks: Mapping[str, Mask] = field(default_factory=dict)
@@ -139,7 +140,8 @@ def weight_refusal(
     kind = type(module).__name__
     if has_own_forward(module, base):
         return f"{kind} has a forward pass of its own, which may use its weights in any way"
-    if is_lazy(module._parameters.get(names[0])):
+    first = module._parameters.get(names[0])
+    if first is not None and is_lazy(first):
         return f"{kind} has no weights yet: run it on a batch first"
     for name in names:
         parameter = module._parameters.get(name)

@@ -1,6 +1,7 @@
 """Operations by how they treat a channel that is zero. One that is in no set here is not known."""
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import nn
 from paperlib.models import PadChannels
 
 
-def named(names: str) -> set[object]:
+def named(names: str) -> set[Any]:
     """Return the functions and layers of torch, and operators, that have these names.
 
     The names themselves are in the set, too: they are how torch.fx writes a tensor's methods.

@@ -29,6 +29,7 @@ class PassHook:
         self.before_pass, self.on = before_pass, True
 
     def __call__(self, model: nn.Module, inputs: tuple) -> None:
+        """Tell of a pass."""
         if self.on:
             self.before_pass(model.training)
 
@@ -40,14 +41,21 @@ class Pruner:
     replayed, the caller does so, within `by_hand`.
 
     Attributes:
-        due: the next pass is observed.
-        busy: `before_pass` changes weights in the passes to come.
         generator: draws what is random.
     """
 
-    due = busy = False
     generator: torch.Generator | None = None
     _hook: PassHook | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next pass is observed."""
+        return False
+
+    @property
+    def busy(self) -> bool:
+        """Whether `before_pass` changes weights in the passes to come."""
+        return False
 
     def prune(self, event: Events, events: Events) -> int:
         """Do one event; return how many filters or weights were removed."""
@@ -179,11 +187,11 @@ class FilterPruner(Pruner):
         )
         for values in (numbers, counts):
             if len(values) != len(self.layers):
-                n = len(self.layers)
-                raise PruningError(f"an event for {len(values)} layers, but {n} are pruned")
+                found = f"{len(values)} layers, but {len(self.layers)} are pruned"
+                raise PruningError(f"an event for {found}")
         chosen = {}
         for name, i, n in zip(self.layers, numbers, counts, strict=True):
-            if i is None:
+            if i is None or n is None:
                 continue
             mask = self.masks[name]
             count = int(mask.sum()) - kept_filters(len(mask), self.fractions[name], i, n)

@@ -150,6 +150,7 @@ class ActivationScore:
             self.scores[layer.name] = torch.zeros(
                 layer.filters, device=layer.conv.weight.device, dtype=torch.float32
             )
+            assert layer.output is not None
             layer.output.register_forward_hook(_Observer(self, layer.name))
 
     def before_pass(self, training: bool) -> None:
@@ -219,5 +220,6 @@ def select(
     if target == "random":
         order = torch.randperm(len(candidates), generator=generator).to(candidates.device)
     else:
+        assert scores is not None
         order = scores[candidates].sort(descending=target == "largest", stable=True).indices
     return candidates[order[:count]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -41,7 +42,7 @@ def layouts(traced: Traced) -> dict[fx.Node, Layout]:
     return found
 
 
-def norm_channels(norm: nn.Module) -> int:
+def norm_channels(norm: Any) -> int:
     """Return how many channels a norm's scale and shift have."""
     return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
 
@@ -93,11 +94,10 @@ def _layout(traced: Traced, node: fx.Node, found: Mapping[fx.Node, Layout]) -> L
         listed = argument(node, 0, "tensors")
         if not isinstance(listed, tuple | list):
             return None
-        parts = [found.get(source) for source in listed]
-        if None in parts or any(part.channels is None for part in parts):
-            return replace(first, channels=None)
-        flat = any(part.flat for part in parts)
-        return replace(first, channels=sum(part.channels for part in parts), flat=flat)
+        parts = [found[source] for source in listed if source in found]
+        counts = [part.channels for part in parts if part.channels is not None]
+        channels = sum(counts) if len(counts) == len(listed) else None
+        return replace(first, channels=channels, flat=any(part.flat for part in parts))
     if key in NORMS and not first.flat:
         return replace(first, channels=norm_channels(module))
     if key in ops.TO_A_SIZE:
@@ -151,7 +151,7 @@ def _flattened(module: nn.Module | None, node: fx.Node, before: Layout) -> Layou
 def _viewed(
     traced: Traced, node: fx.Node, before: Layout, found: Mapping[fx.Node, Layout]
 ) -> Layout | None:
-    sizes = node.args[1:] or (node.kwargs.get("shape"),)
+    sizes: Any = node.args[1:] or (node.kwargs.get("shape"),)
     sizes = tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
     if len(sizes) < 2:
         return None
@@ -171,17 +171,18 @@ def _viewed(
     return Layout(before.channels, len(sizes)) if images and same and not before.flat else None
 
 
-def _size(node: object, found: Mapping[fx.Node, Layout]) -> int | None:
+def _size(node: Any, found: Mapping[fx.Node, Layout]) -> int | None:
     """Return of which dimension of a tensor with a layout a node is the size, None if of none."""
     if not isinstance(node, fx.Node) or len(node.args) != 2:
         return None
+    of: Any
     of, dim = node.args
     if node.target in ops.INDEX and isinstance(of, fx.Node):
         whole = of.target == "size" and len(of.args) == 1
         of = of.args[0] if whole or (of.target is getattr and of.args[1] == "shape") else None
     elif node.target != "size":
         return None
-    return dim if of in found else None
+    return dim if of in found and isinstance(dim, int) else None
 
 
 def _indexed(index: object, before: Layout) -> Layout | None:
@@ -214,6 +215,6 @@ def _padded(module: nn.Module | None, node: fx.Node, before: Layout) -> Layout |
     return replace(before, channels=channels, pixel=False)
 
 
-def padding(module: nn.Module | None, node: fx.Node) -> Sequence[int]:
+def padding(module: Any, node: fx.Node) -> Sequence[int]:
     """Return the entries that a padding adds, before and after each dimension, the last first."""
     return module.padding if module is not None else argument(node, 1, "pad")

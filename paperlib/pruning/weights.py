@@ -1,6 +1,7 @@
 """The pruner of single weights (arXiv 1805.01930)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class WeightPruner(Pruner):
         }
 
     @torch.no_grad()
-    def prune(self, event: int, events: int) -> int:
+    def prune(self, event: Any, events: Any) -> int:
         """Do one event (1-based) in every layer; return how many weights were removed."""
         chosen = {}
         for name, module in self.layers.items():
@@ -103,7 +104,7 @@ class WeightPruner(Pruner):
         self.hold()
 
 
-def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The named dense and convolutional layers, all of which can be pruned."""
     known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     owners = parameter_owners(model)

@@ -143,7 +143,7 @@ class Trail:
                 state = self._follow(node)
                 if state is not None:
                     self._at[node] = state
-            self.passed += [node.target for node in self._at if node.op == "call_module"]
+            self.passed += [self.traced.name(n) for n in self._at if n.op == "call_module"]
             self._check_not_shared()
 
     def _follow(self, node: fx.Node) -> Zeros | None:
@@ -158,8 +158,9 @@ class Trail:
                 self._check_in_place(node)
             if state is not None and self._is_sum(state.spoilt) and self._can_mask(node, state):
                 name = self.network.returned[node]
-                module, channels = self.traced.modules[name], self.network.layouts[node].channels
-                self._note(self.masks, name, Mask(module, channels, state.offsets))
+                channels = self.network.layouts[node].channels or 0
+                mask = Mask(self.traced.modules[name], channels, state.offsets or ())
+                self._note(self.masks, name, mask)
                 state = replace(state, spoilt=None)
         return Zeros() if node in self.calls else state
 
@@ -255,18 +256,20 @@ class Trail:
     def _cat(self, node: fx.Node, found: list[Zeros]) -> Zeros:
         parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
         self._check(isinstance(parts, tuple | list), node)
-        mine = [self._layout(part, node) for part in parts if part in self._at]
-        self._check(isinstance(dim, int) and dim % mine[0].dims == 1, node)
-        self._check(all(layout.dims == mine[0].dims for layout in mine), node)
+        dims = {self._layout(part, node).dims for part in parts if part in self._at}
+        self._check(len(dims) == 1 and isinstance(dim, int) and dim % max(dims) == 1, node)
         before: int | None = 0
         offsets: tuple[int, ...] | None = ()
         for part in parts:
             layout, state = self.network.layouts.get(part), self._at.get(part)
             if state is not None:
-                known = None not in (before, state.offsets, offsets) and not layout.flat
-                offsets = (*offsets, *(before + o for o in state.offsets)) if known else None
+                mine = state.offsets if layout is not None and not layout.flat else None
+                if offsets is None or mine is None or before is None:
+                    offsets = None
+                else:
+                    offsets += tuple(before + offset for offset in mine)
             channels = layout.channels if layout is not None else None
-            before = None if None in (before, channels) else before + channels
+            before = None if before is None or channels is None else before + channels
         spoilt = next((state.spoilt for state in found if state.spoilt is not None), None)
         return replace(found[0], offsets=offsets, spoilt=spoilt)
 
@@ -290,7 +293,7 @@ class Trail:
         together = self._together(terms, direct=False)
         if together is not None:
             return together
-        if branch in self._at:
+        if branch is not None and branch in self._at:
             state = self._at[branch]
             if state.direct and self._aligned(branch, state):
                 module = self.traced.module(node)
@@ -354,12 +357,13 @@ class Trail:
         module = self.traced.module(node)
         size = norm_channels(module) if isinstance(module, NORMS) else module.out_channels
         layout = self._layout(self.traced.tensors(node)[0], node)
-        self._check(None not in (layout.channels, state.offsets), node)
-        repeat = size // layout.channels
-        self._check(repeat * layout.channels == size and (layout.flat or repeat == 1), node)
-        offsets = tuple(offset * repeat for offset in state.offsets)
-        self._met.setdefault(node.target, set()).add(node)
-        self._note(self.entries, node.target, Entries(module, names, offsets, repeat))
+        channels, name = layout.channels or size + 1, self.traced.name(node)
+        repeat = size // channels
+        fits = repeat * channels == size and (layout.flat or repeat == 1)
+        self._check(fits and state.offsets is not None, node)
+        offsets = tuple(offset * repeat for offset in state.offsets or ())
+        self._met.setdefault(name, set()).add(node)
+        self._note(self.entries, name, Entries(module, names, offsets, repeat))
 
     def _note(self, where: dict, name: str, value: Entries | Mask) -> None:
         if where.setdefault(name, value) != value:
@@ -391,7 +395,8 @@ class Trail:
             if self._met.get(name, set()) != set(self.traced.calls(name)):
                 raise Refused(f"{name!r}, which would have to be zero with it, is used elsewhere")
         for name, mask in self.masks.items():
-            states = [self._at.get(node) for node in self.traced.returns.get(name, ())]
+            nodes = self.traced.returns.get(name, ())
+            states = [self._at.get(node) if node is not None else None for node in nodes]
             if any(s is None or s.spoilt or s.offsets != mask.offsets for s in states):
                 raise Refused(
                     f"{name!r} returns its residual sum and, elsewhere, something else: add with "

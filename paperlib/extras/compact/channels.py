@@ -7,6 +7,7 @@ which are one and the same; and which layers read and write them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.graph import Traced, argument
-from paperlib.pruning.masks import BUFFER, mask_of
+from paperlib.pruning.masks import BUFFER
 from paperlib.pruning.shapes import layouts
 
 # Operations on single values, the same for all channels: their constants are computed.
@@ -54,7 +55,7 @@ class Layer:
         masks: its mask is resized, and nothing else of it.
     """
 
-    module: nn.Module
+    module: Any
     reads: Channels
     writes: Channels
     mixes: bool = False
@@ -97,7 +98,7 @@ class Following:
         self.fixed: list[Tensor] = []
         self.ties: list[Tensor] = []
         self.layers: dict[str, Layer] = {}
-        self.channels: dict[fx.Node, Channels | None] = {}
+        self.channels: dict[fx.Node, Any] = {}
         for node in self.traced.graph.nodes:
             self.channels[node] = self._follow(node)
 
@@ -108,7 +109,7 @@ class Following:
         if node.op == "placeholder":
             return self._fix(node)
         if node.op == "get_attr":
-            return self._mask(node) if node.target.rpartition(".")[2] == BUFFER else None
+            return self._mask(node) if self.traced.name(node).rpartition(".")[2] == BUFFER else None
         if node in self.traced.shapes and not isinstance(
             node.meta.get("tensor_meta"), TensorMetadata
         ):
@@ -119,7 +120,7 @@ class Following:
         module = self.traced.module(node)
         if module is not None and getattr(module, BUFFER, None) is not None:
             # Its hook is not in the graph.
-            values = torch.where(mask_of(module) == 0, 0, channels.values)
+            values = torch.where(module.get_buffer(BUFFER).flatten() == 0, 0, channels.values)
             channels = replace(channels, values=values)
             self._add(f"{node.target}.{BUFFER}", Layer(module, channels, channels, masks=True))
         return channels
@@ -127,7 +128,7 @@ class Following:
     def _understood(self, node: fx.Node) -> Channels | None:
         """Return the channels of a node's output, None where its operation is not known."""
         sources, key = self._sources(node), self.traced.key(node)
-        if not sources or None in sources or _shape(node) is None:
+        if not sources or None in sources or not _shape(node):
             return None
         for keys, rule in (
             (_AFFINE, self._convolved),
@@ -196,7 +197,7 @@ class Following:
             values = values + module.bias.detach()
         values = torch.where(varies, torch.nan, values)
         writes = Channels(source.ids, values) if groups > 1 else self._new(values)
-        return self._add(node.target, Layer(module, source, writes, mixes=groups == 1))
+        return self._add(self.traced.name(node), Layer(module, source, writes, mixes=groups == 1))
 
     def _normed(self, node: fx.Node, sources: Sequence[Channels]) -> Channels:
         [source] = sources
@@ -204,23 +205,25 @@ class Following:
         if norm.weight is not None:
             shift = 0 if norm.bias is None else norm.bias
             values = torch.where(norm.weight == 0, shift, values)
-        return self._add(node.target, Layer(norm, source, replace(source, values=values)))
+        return self._add(
+            self.traced.name(node), Layer(norm, source, replace(source, values=values))
+        )
 
     def _summed(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
         if len(sources) != 2:
             return None
         module, values = self.traced.module(node), sources[1].values
         if module.keep is not None:
-            values = torch.where(mask_of(module) == 0, 0, values)
+            values = torch.where(module.keep.flatten() == 0, 0, values)
         tied = self._tied(sources, sources[0].values + values)
-        return self._add(node.target, Layer(module, sources[0], tied, masks=True))
+        return self._add(self.traced.name(node), Layer(module, sources[0], tied, masks=True))
 
     def _padded(self, node: fx.Node, sources: Sequence[Channels]) -> Channels:
         [source] = sources
         module = self.traced.module(node)
         before, after = (self._new(torch.zeros(n)) for n in module.padding[-2:])
         padded = _joined([before, source, after])
-        return self._add(node.target, Layer(module, source, padded))
+        return self._add(self.traced.name(node), Layer(module, source, padded))
 
     def _elementwise(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
         out, shapes = _shape(node), [_shape(source) for source in self.traced.tensors(node)]
@@ -232,17 +235,17 @@ class Following:
             values = torch.where(zero, 0, values)
         channels = self._tied(sources, values)
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            self._add(node.target, Layer(module, channels, channels))
+            self._add(self.traced.name(node), Layer(module, channels, channels))
         return channels
 
     def _mask(self, node: fx.Node) -> Channels:
-        owner = self.traced.modules[node.target.rpartition(".")[0]]
-        keep = self._new(mask_of(owner))
-        return self._add(node.target, Layer(owner, keep, keep, masks=True))
+        owner = self.traced.modules[self.traced.name(node).rpartition(".")[0]]
+        keep = self._new(getattr(owner, BUFFER).flatten())
+        return self._add(self.traced.name(node), Layer(owner, keep, keep, masks=True))
 
     # What the rules are made of
 
-    def _sources(self, node: fx.Node) -> list[Channels | None]:
+    def _sources(self, node: fx.Node) -> list[Any]:
         return [self.channels[source] for source in self.traced.tensors(node)]
 
     @torch.no_grad()
@@ -267,7 +270,7 @@ class Following:
 
     def _fix(self, node: fx.Node) -> Channels | None:
         shape = _shape(node)
-        if shape is None or len(shape) < 2:
+        if len(shape) < 2:
             return None
         channels = self._new(torch.full(shape[1:2], torch.nan))
         self.fixed.append(channels.ids)
@@ -284,12 +287,12 @@ class Following:
         return layer.writes
 
 
-def takes(module: nn.Module) -> Tensor:
+def takes(module: Any) -> Tensor:
     """Return, (outputs, inputs) bool, whether an output takes anything of an input."""
     return module.weight[..., None].flatten(2).any(2)
 
 
-def total(module: nn.Module) -> Tensor:
+def total(module: Any) -> Tensor:
     """Return, (outputs, inputs), what outputs take of inputs that are the same at every pixel."""
     return module.weight.detach()[..., None].flatten(2).sum(2)
 
@@ -302,9 +305,9 @@ def foldable(module: nn.Module, values: Tensor) -> Tensor:
     return ~values.isnan()
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
+def _shape(node: fx.Node) -> tuple[int, ...]:
     meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
+    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else ()
 
 
 def _joined(parts: Sequence[Channels]) -> Channels:

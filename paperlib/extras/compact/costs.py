@@ -104,7 +104,7 @@ def _latencies(
     inputs = [example_input(network, (batch, *image)) for network in networks]
     if any(x.device.type != "cpu" for x in inputs):
         raise CompactError("times are measured on the CPU: move the network there first")
-    seconds = [[] for _ in networks]
+    seconds: list[list[float]] = [[] for _ in networks]
     for network, x, times in [*zip(networks, inputs, seconds, strict=True)] * (repeats + 1):
         with in_mode(network, False):
             start = time.perf_counter()

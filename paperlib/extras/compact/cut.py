@@ -1,5 +1,7 @@
 """Which channels of a network are noticed by nothing after them, and the cut itself."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.sparse import coo_array
@@ -100,7 +102,7 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, name, tensor)
 
 
-def _fit(module: nn.Module, channels: int) -> None:
+def _fit(module: Any, channels: int) -> None:
     """Set the sizes that a layer states of itself to those of its tensors."""
     kind = layer_type(module)
     if kind is nn.Conv2d:

@@ -165,8 +165,9 @@ def masked(config: Config) -> nn.Module:
     model.load_state_dict(training.build(config).state_dict(), strict=False)
     for name, mask in pruner.masks.items():
         names = [name]
-        if isinstance(pruner, FilterPruner) and pruner.layers[name].norm_name:
-            names.append(pruner.layers[name].norm_name)
+        if isinstance(pruner, FilterPruner):
+            norm = pruner.layers[name].norm
+            names += [other for other, module in model.named_modules() if module is norm]
         for each in names:
             parent, _, last = each.rpartition(".")
             setattr(model.get_submodule(parent), last, Masked(model.get_submodule(each), mask))

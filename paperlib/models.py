@@ -31,6 +31,7 @@ class ResidualSum(nn.Module):
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.inplace = inplace
+        self.keep: Tensor | None
         self.register_buffer("keep", None)
         self.register_load_state_dict_pre_hook(_expect_keep)
 
@@ -89,7 +90,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         if stride == 1 and inputs == outputs:
-            self.shortcut = nn.Identity()
+            self.shortcut: nn.Module = nn.Identity()
         elif projection:
             # A 1x1 convolution of stride 2, written so because oneDNN crashes in the backward pass
             # of one with 4 channels, channels last.
@@ -145,7 +146,8 @@ class VGG(nn.Module):
 
     def __init__(self, layout: tuple, in_channels: int, head: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        layers, inputs = [], in_channels
+        layers: list[nn.Module] = []
+        inputs = in_channels
         for item in layout:
             if item == POOL:
                 layers.append(nn.MaxPool2d(2))
@@ -161,7 +163,7 @@ class VGG(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.get_parameter("bias"), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, num_classes)."""
@@ -256,7 +258,9 @@ def resnet56(num_classes: int, in_channels: int, width: float, dropout: tuple) -
     return _thin_resnet(9, num_classes, in_channels, width, dropout)
 
 
-def _thin_resnet(blocks: int, num_classes: int, in_channels: int, width: float, dropout: tuple):
+def _thin_resnet(
+    blocks: int, num_classes: int, in_channels: int, width: float, dropout: tuple
+) -> nn.Module:
     filters = tuple(scaled(n, width) for n in (16, 32, 64))
     model = ResNet(blocks, filters, False, num_classes, in_channels, dropout[1])
     for module in model.modules():

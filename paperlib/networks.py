@@ -2,11 +2,12 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from paperlib import data, models
 from paperlib.batches import Batches
@@ -21,25 +22,7 @@ from paperlib.streams import seeded
 SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 224)  # of square images, to name some that fit
 
 
-class NoPruner(Pruner):
-    """Prunes nothing."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator()
-
-    def prune(self, event: object, events: object) -> int:
-        """Return 0: nothing is pruned."""
-        return 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return no state."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over no state."""
-
-
-AnyPruner = NoPruner | FilterPruner | FilterNoise | WeightPruner
+AnyPruner = Pruner | FilterPruner | FilterNoise | WeightPruner
 
 
 def resolve(spec: str) -> Callable:
@@ -66,7 +49,7 @@ def make_pruner(config: Config, model: nn.Module) -> AnyPruner:
     if isinstance(p, WeightPruning):
         return WeightPruner(model, p.layers, p.fractions, p.target, p.schedule, p.mu, chance)
     if not isinstance(p, FilterPruning):
-        return NoPruner()
+        return Pruner()
     score = resolve(p.score) if ":" in p.score else p.score
     pruner = FilterPruner(model, p.fractions, score, p.target, p.layers, chance, p.norm)
     if config.noise is None:
@@ -91,7 +74,11 @@ def events_of(pruning: FilterPruning | WeightPruning | None) -> dict[int, tuple]
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Return Adam or SGD over all parameters, fused."""
-    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    common: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
     return torch.optim.Adam(model.parameters(), **common)
@@ -162,6 +149,7 @@ def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
         raise ValueError(f"{run} is not of single weights pruned")
     model = initial_network(record)
     pruner = make_pruner(record.config, model)
+    assert isinstance(pruner, WeightPruner)
     state = {}
     for name, mask in pruner.masks.items():
         packed = record.arrays.get(f"kept.{name}")

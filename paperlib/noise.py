@@ -110,7 +110,7 @@ class FilterNoise(Pruner):
         self._hook = PassHook(self.before_pass)
         model.register_forward_pre_hook(self._hook)
 
-    def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:
+    def prune(self, event: int | Sequence[int | None], events: int | Sequence[int | None]) -> int:
         """One event, as for `FilterPruner.prune`; returns how many filters were chosen."""
         if self.removed:
             return self.pruner.prune(event, events)

@@ -159,12 +159,6 @@ def test_every_batch_is_as_by_hand(kind, passes, optimizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_longer_noise_is_more_noise(kind):
-    short, long = (list(by_hand(kind, n, "sgd"))[-1] for n in (0, 6))
-    assert not same(short, long)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [8, 14, 20])
 def test_goes_on_from_its_state_in_the_middle_of_a_span(kind, start, tmp_path):
     model = network()
@@ -191,64 +185,6 @@ def test_goes_on_from_its_state_in_the_middle_of_a_span(kind, start, tmp_path):
     optimizer.load_state_dict(state["optimizer"])
     resumed = list(steps(model, noise, optimizer, start))
     assert all(same(a, b) for a, b in zip(resumed, expected, strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_weights_named_change_and_only_in_the_span(kind):
-    model = network()
-    noise, optimizer = noised(model, kind, 3), optimizer_of("adam", model)
-    train_on(model, optimizer, 0)
-    before = snapshot(model)
-    moments = {k: v.clone() for s in optimizer.state.values() for k, v in s.items()}
-    assert noise.prune(1, 2) == 3
-    assert same(before, model.state_dict()), "an event alone changes nothing"
-    assert noise.held() == {}
-    model.eval()
-    states = []
-    with torch.inference_mode():
-        for i in range(6):
-            model(batch(i)[0])
-            states.append(snapshot(model))
-    changed = {
-        name for state in states for name in state if not torch.equal(state[name], before[name])
-    }
-    weights = {"0.weight", "3.weight"}
-    norms = {"1.weight", "1.bias", "4.weight", "4.bias"}
-    assert changed == weights | (norms if kind == "restored" else set())
-    for name, layer in noise.masks.items():
-        kept = states[0][f"{name}.weight"][layer]
-        assert torch.equal(kept, before[f"{name}.weight"][layer])
-    assert same(states[3], states[5]), "over after pass N + 1"
-    assert same(states[3], before) == (kind == "restored")
-    after = {k: v.clone() for s in optimizer.state.values() for k, v in s.items()}
-    assert same(moments, after)
-    train_on(model, optimizer, 1)
-    assert not torch.equal(model[0].weight, states[5]["0.weight"])
-
-
-def test_an_event_inside_a_span_of_restored_noise_takes_its_zeros_for_the_values_to_restore():
-    model = network().eval()
-    noise = noised(model, "restored", 2)
-    whole = snapshot(model)["0.weight"]
-    noise.prune([1, None], 2)
-    first = ~noise.masks["0"].clone()
-    with torch.inference_mode():
-        model(batch(0)[0])
-        noise.prune([2, None], 2)
-        for _ in range(4):
-            model(batch(0)[0])
-    assert not model[0].weight[first].any()
-    assert torch.equal(model[0].weight[~first], whole[~first])
-
-
-def test_an_event_that_chooses_nothing_starts_nothing():
-    model = network()
-    pruner = FilterPruner(model, (0.0, 0.5), target="largest", norm=False)
-    noise = FilterNoise(model, pruner, "zeroing", 100)
-    assert noise.prune(1, 1) == 3
-    model(batch(0)[0])
-    assert model[0].weight.flatten(1).any(1).all()
-    assert not model[3].weight[~noise.masks["3"]].any()
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -296,32 +232,6 @@ def test_measurements_in_a_pause_are_no_passes():
     assert same(before, model.state_dict())
     model(batch(0)[0])
     assert not same(before, model.state_dict())
-
-
-def test_autocast_sees_the_noise_of_every_pass():
-    outputs = []
-    for evaluation in range(2):
-        model = network().eval()
-        noise = noised(model, "gaussian", 5)
-        noise.prune(1, 2)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=not evaluation):
-            outputs.append(torch.stack([model(batch(0)[0]) for _ in range(6)]))
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_sees_the_same_noise(kind):
-    weights = []
-    for device in ("cpu", "cuda"):
-        model = network().eval().to(device, memory_format=torch.channels_last)
-        noise = noised(model, kind, 3)
-        noise.prune(1, 2)
-        with torch.inference_mode():
-            for i in range(3):
-                model(batch(i)[0].to(device))
-        weights.append(model[0].weight.detach().cpu())
-    torch.testing.assert_close(*weights)
 
 
 class Late(nn.Module):
@@ -416,39 +326,3 @@ def test_passes_and_training_batches_are_inverse(kind, evaluation_batch):
         noise = noise_for(kind, batches, evaluation_batch=evaluation_batch)
         assert noise.evaluation_batch == evaluation_batch
         assert training_batches(noise, 128, 50_000, 10_000) == batches
-
-
-@pytest.mark.parametrize(
-    ("kind", "batches", "evaluation_batch", "changes"),
-    [
-        ("gaussian", 0, 128, 1),
-        ("gaussian", 51, 128, 79 + 51),
-        ("gaussian", 1106, 128, 1501),
-        ("restored", 89, 256, 129),
-        ("restored", 630, 256, 750),
-    ],
-)
-def test_the_last_noised_batch_of_training(kind, batches, evaluation_batch, changes):
-    """Passes in the order of a run's, two evaluations an epoch: the event is between them."""
-    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2))
-    pruner = FilterPruner(model, [0.5], target="largest", norm=False)
-    setting = noise_for(kind, batches, evaluation_batch=evaluation_batch)
-    noise = FilterNoise(model, pruner, kind, setting.passes, torch.Generator())
-    noise.prune(1, 1)
-    chosen = int((~noise.masks["0"]).nonzero())
-    evaluation = math.ceil(10_000 / evaluation_batch)
-    x = torch.ones(2, 1, 2, 2)
-    before, seen, trained, last = model[0].weight[chosen].clone(), 0, 0, 0
-    for passes, training in [(evaluation, False)] + 4 * [(391, True), (2 * evaluation, False)]:
-        for _ in range(passes):
-            model.train(training)
-            with torch.no_grad():
-                model(x)
-            trained += training
-            now = model[0].weight[chosen].clone()
-            # Gaussian noise moves the weights at each of its passes; zeroed ones are zero.
-            if (now != before).any() if kind == "gaussian" else not now.any():
-                seen, last = seen + 1, trained
-            before = now
-    assert seen == changes
-    assert last == batches

@@ -1,13 +1,14 @@
 """A network's forward pass as a graph (torch.fx), and what its operations are."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from paperlib.models import ResidualSum
+from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
@@ -37,41 +38,40 @@ def has_own_forward(module: nn.Module, base: type) -> bool:
 class _Proxy(fx.Proxy):
     """As torch.fx's, but `x += y` is told from `x + y`: it writes into x."""
 
-    def __iadd__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
-    def __isub__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+def _in_place(function: Callable) -> Callable:
+    return lambda x, y: x.tracer.create_proxy("call_function", function, (x, y), {})
 
 
-class Tracer(fx.Tracer):
-    """Traces a network down to torch's layers, classes made of them, and `leaves`.
+for _name in ("iadd", "isub", "imul"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    """Traces a network down to torch's layers, classes made of them, and our own layers.
 
     What another module returns is a node of its own, `operations.returned`. Whoever uses the value
     without calling the module, as from inside it, uses the node before that.
 
     Attributes:
-        leaves: types of modules not to look into.
         returns: by name of module, the node that each of its calls returns, None for no tensor.
     """
 
-    def __init__(self, *leaves: type) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.leaves = (ResidualSum, *leaves)
         self.returns: dict[str, list[fx.Node | None]] = {}
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         # A norm's forward pass branches on its input: one of its own class is not looked into.
-        known = isinstance(module, (*self.leaves, *NORMS)) or layer_type(module) in _BASES
-        return known or super().is_leaf_module(module, name)
+        known = isinstance(module, (ResidualSum, PadChannels, *NORMS))
+        return known or layer_type(module) in _BASES or super().is_leaf_module(module, name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict) -> object:
+    def call_module(
+        self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict
+    ) -> object:
         name, out = self.path_of_module(module), super().call_module(module, forward, args, kwargs)
         if isinstance(out, fx.Proxy) and not self.is_leaf_module(module, name):
             out = self.create_proxy("call_function", ops.returned, (out,), {})
@@ -81,23 +81,28 @@ class Tracer(fx.Tracer):
 
 
 class Traced:
-    """A traced network.
+    """A network's forward pass in one mode; the network and torch's generators stay as they were.
 
     Attributes:
         graph: its operations, in the order of the forward pass.
         modules: by every name that they have.
-        returns: as of `Tracer`.
-        order: each node's place in the forward pass.
+        returns: by name of module, the node that each of its calls returns, None for no tensor.
         shapes: nodes that tell a shape or a type, and no value of any tensor.
+
+    Raises whatever the tracing raises.
     """
 
-    def __init__(
-        self, graph: fx.Graph, modules: dict[str, nn.Module], returns: dict[str, list]
-    ) -> None:
-        self.graph, self.modules, self.returns = graph, modules, returns
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        tracer = _Tracer()
+        try:
+            with in_mode(model, training), torch.random.fork_rng(devices=[]):
+                self.graph = tracer.trace(model)
+            self.returns = tracer.returns
+        finally:
+            vars(tracer).clear()  # it is part of a cycle, and would keep the network
+        self.modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
         self.shapes: set[fx.Node] = set()
-        for node in graph.nodes:
+        for node in self.graph.nodes:
             if self._tells_shape(node):
                 self.shapes.add(node)
 
@@ -110,15 +115,21 @@ class Traced:
         arithmetic = node.op == "call_function" and node.target in ops.SHAPE_ARITHMETIC
         return arithmetic and bool(inputs) and self.shapes.issuperset(inputs)
 
-    def key(self, node: fx.Node) -> object:
+    def key(self, node: fx.Node) -> Any:
         """Return what a node does: a type of layer, a function, or the name of a method."""
         if node.op == "call_module":
             return layer_type(self.modules[node.target])
+        if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision's
+            return "stochastic_depth"
         return node.target if node.op in ("call_function", "call_method") else node.op
 
-    def module(self, node: fx.Node) -> nn.Module | None:
+    def module(self, node: fx.Node) -> Any:
         """Return the module that a node calls, if it calls one."""
         return self.modules[node.target] if node.op == "call_module" else None
+
+    def name(self, node: fx.Node) -> str:
+        """Return the name of the module, parameter or method that a node calls."""
+        return str(node.target)
 
     def tensors(self, node: fx.Node) -> list[fx.Node]:
         """Return the inputs of a node whose values it may use."""
@@ -130,12 +141,12 @@ class Traced:
 
     def calls(self, name: str) -> list[fx.Node]:
         """Return the nodes that call one module, in order."""
-        module = self.modules[name]
-        return [node for node in self.graph.nodes if self.module(node) is module]
+        module = self.modules.get(name)
+        return [node for node in self.graph.nodes if module and self.module(node) is module]
 
-    def scopes(self, node: fx.Node) -> dict[str, str]:
-        """Return the calls of modules that a node is part of, outermost first, with their names."""
-        return {call: name for call, (name, _) in node.meta.get("nn_module_stack", {}).items()}
+    def scopes(self, node: fx.Node) -> list[str]:
+        """Return the names of the modules whose calls a node is part of, outermost first."""
+        return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
 
     def at_zero(self, node: fx.Node) -> float | None:
         """Return what an operation on single values makes of zeros, None where it cannot tell."""
@@ -143,15 +154,20 @@ class Traced:
         def value(source: fx.Node) -> object:
             return 1 if source in self.shapes else torch.zeros(1, device="cpu")
 
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         try:
-            if node.op == "call_module":
-                return float(self.modules[node.target].forward(*args, **kwargs))
-            if node.op == "call_method":
-                return float(getattr(args[0], node.target)(*args[1:], **kwargs))
-            return float(node.target(*args, **kwargs))
+            return float(self.evaluate(node, value))
         except (TypeError, ValueError, RuntimeError, AttributeError):
             return None
+
+    def evaluate(self, node: fx.Node, value: Callable[[fx.Node], object]) -> Any:
+        """Return what a node makes of these values of its inputs, without hooks."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)  # type: ignore[arg-type, misc]
+        target: Any = node.target
+        if node.op == "call_module":
+            return self.modules[target].forward(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
     def describe(self, node: fx.Node) -> str:
         """Name a node as its network's author would."""
@@ -159,33 +175,19 @@ class Traced:
             return f"{node.target!r} ({type(self.modules[node.target]).__name__})"
         if node.op == "output":
             return "the network's output"
-        *_, scope = ["", *self.scopes(node).values()]
+        *_, scope = ["", *self.scopes(node)]
         name = getattr(node.target, "__name__", node.target)
         return f"{name!r} in {scope!r}" if scope else repr(name)
 
 
-def trace(model: nn.Module, training: bool, *leaves: type) -> Traced:
-    """Trace a network's forward pass, and leave its mode and torch's generators as they were.
-
-    Args:
-        model: the network.
-        training: in which mode to trace it.
-        leaves: further types of modules not to look into.
-
-    Raises whatever the tracing raises.
-    """
-    tracer = Tracer(*leaves)
-    try:
-        with _in_mode(model, training), torch.random.fork_rng(devices=[]):
-            graph = tracer.trace(model)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        return Traced(graph, modules, tracer.returns)
-    finally:
-        vars(tracer).clear()  # it is part of a cycle, and would keep the network
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
+    """Return an argument of a node, by position or by name."""
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
 
 
 @contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Have all modules of a network in training or evaluation mode, and as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = training

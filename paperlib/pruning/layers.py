@@ -1,19 +1,18 @@
 """The convolutions of a network: which can be pruned, and what goes with a filter."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import is_lazy
 
-from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import Traced, has_own_forward, trace
+from paperlib.pruning.graph import Traced, has_own_forward, layer_type
 from paperlib.pruning.masks import multiply_by_mask
 from paperlib.pruning.operations import CONVOLUTIONS, TRANSPOSED
-from paperlib.pruning.sums import Sums
-from paperlib.pruning.zeros import Entries, Mask, OnShortcut, Refused, Trail
+from paperlib.pruning.zeros import Entries, Mask, Network, OnShortcut, Refused, Trail
 
 
 class PruningError(ValueError):
@@ -27,28 +26,24 @@ class PrunableLayer:
     Attributes:
         name: the convolution's name in its network.
         conv: the convolution itself.
-        norm_name: the name of the norm of its output, before any activation; None without one.
-        norm: that norm.
-        sum: the `ResidualSum` whose branch it ends.
+        norm: the norm of its output, before any activation; None without one.
+        output: the module whose output is this layer's, before its activation: the sum whose branch
+            it ends, or the norm, or the convolution; None where the sum is no module.
         entries: by name of module, further parameters that are zero with a filter.
         masks: by name of module, the masks of residual sums whose branch it ends.
         uses: how many times a forward pass calls the convolution.
-        plain_sum: it ends the branch of a sum that is no `ResidualSum`, so no module's output is
-            this sum before its activation.
         passed_over: why it is not among the prunable ones (grouped, or on a shortcut), or None.
         refusal: why its weights cannot be set to zero, or None.
         leak: why its filters would not be zero where they are used, or None.
     """
 
     name: str
-    conv: nn.Module | None
-    norm_name: str | None = None
-    norm: nn.Module | None = None
-    sum: ResidualSum | None = None
+    conv: Any
+    norm: Any = None
+    output: nn.Module | None = None
     entries: Mapping[str, Entries] = field(default_factory=dict)
     masks: Mapping[str, Mask] = field(default_factory=dict)
     uses: int = 1
-    plain_sum: bool = False
     passed_over: str | None = None
     refusal: str | None = None
     leak: str | None = None
@@ -58,12 +53,11 @@ class PrunableLayer:
         """Number of filters of the convolution."""
         return self.conv.out_channels
 
-    @property
-    def output(self) -> nn.Module | None:
-        """The module whose output is this layer's, before its activation; None where none is."""
-        return None if self.plain_sum else self.sum or self.norm or self.conv
+    def problem(self, norm: bool) -> str | None:
+        """Return why the layer cannot be pruned, or None; norm: as of `FilterPruner`."""
+        return self.passed_over or self.refusal or (self.leak if norm else None)
 
-    def zeroed(self, norm: bool = True) -> dict[str, Entries]:
+    def zeroed(self, norm: bool) -> dict[str, Entries]:
         """Return the parameters that are zero with a filter, by name of module.
 
         norm: the convolution's bias and the norms that follow are among them.
@@ -80,11 +74,7 @@ def prunable_layers(model: nn.Module, norm: bool = True) -> dict[str, PrunableLa
 
     Raises PruningError where torch.fx cannot follow the network's forward pass.
     """
-    return {
-        name: layer
-        for name, layer in survey(model).items()
-        if not (layer.passed_over or layer.refusal or (norm and layer.leak))
-    }
+    return {name: layer for name, layer in survey(model).items() if not layer.problem(norm)}
 
 
 def survey(model: nn.Module) -> dict[str, PrunableLayer]:
@@ -95,24 +85,17 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
     Raises PruningError where torch.fx cannot follow its forward pass, and where it is compiled.
     """
     check_network(model)
-    graphs = []
-    for training in (True, False):
-        try:
-            graphs.append(trace(model, training))
-        except Exception as error:
-            raise PruningError(
-                f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
-            ) from error
-    if str(graphs[0].graph) == str(graphs[1].graph):
-        del graphs[1]
-    found: dict[str, PrunableLayer] = {}
+    try:
+        networks = [Network(model, training) for training in (True, False)]
+    except Exception as error:
+        raise PruningError(
+            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
+        ) from error
+    if str(networks[0].traced.graph) == str(networks[1].traced.graph):
+        del networks[1]
     owners = parameter_owners(model)
-    for traced in graphs:
-        sums = Sums(traced)
-        for name in _convolutions(traced):
-            layer = _layer(traced, sums, name, owners)
-            found[name] = _merged(found[name], layer) if name in found else layer
-    return found
+    names = dict.fromkeys(name for network in networks for name in _convolutions(network.traced))
+    return {name: _layer(networks, name, owners) for name in names}
 
 
 def check_network(model: nn.Module) -> None:
@@ -157,7 +140,8 @@ def weight_refusal(
     kind = type(module).__name__
     if has_own_forward(module, base):
         return f"{kind} has a forward pass of its own, which may use its weights in any way"
-    if is_lazy(module._parameters.get(names[0])):
+    first = module._parameters.get(names[0])
+    if first is not None and is_lazy(first):
         return f"{kind} has no weights yet: run it on a batch first"
     for name in names:
         parameter = module._parameters.get(name)
@@ -180,98 +164,68 @@ def _address(parameter: Tensor) -> int:
 
 def _convolutions(traced: Traced) -> Iterator[str]:
     """Names of the modules that convolve, in forward order; of functions, those they are in."""
-    seen = set()
     for node in traced.graph.nodes:
-        names = [n for n in traced.scopes(node).values() if _convolves(traced.modules[n])]
+        scopes = traced.scopes(node)
+        names = [name for name in scopes if _convolves(traced.modules[name])]
         if not names and traced.key(node) in ops.FUNCTIONAL_CONVOLUTIONS:
-            names = [list(traced.scopes(node).values())[-1] if traced.scopes(node) else node.name]
-        for name in names:
-            if name not in seen:
-                seen.add(name)
-                yield name
+            names = scopes[-1:] or [node.name]
+        yield from names
 
 
-def _convolves(module: nn.Module) -> bool:
+def _convolves(module: nn.Module | None) -> bool:
     quantised = "quantized" in type(module).__module__ and "Conv" in type(module).__name__
     return quantised or isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
 
 
-def _layer(traced: Traced, sums: Sums, name: str, owners: Mapping[int, list[str]]) -> PrunableLayer:
-    conv = traced.modules.get(name)
+def _layer(
+    networks: Sequence[Network], name: str, owners: Mapping[int, list[str]]
+) -> PrunableLayer:
+    conv = networks[0].traced.modules.get(name)
     if not isinstance(conv, nn.Conv2d):
-        kind = "a convolution by a function" if not _convolves(conv) else type(conv).__name__
+        kind = type(conv).__name__ if _convolves(conv) else "a convolution by a function"
         return PrunableLayer(name, conv, refusal=f"it is {kind}, and not an nn.Conv2d")
     if conv.groups != 1:
         why = f"it is a grouped convolution (groups={conv.groups})"
         return PrunableLayer(name, conv, passed_over=why)
-    names = ["weight"] if conv.bias is None else ["weight", "bias"]
-    refusal = weight_refusal(conv, nn.Conv2d, owners, *names) or _read_directly(traced, name)
+    names = ("weight",) if conv.bias is None else ("weight", "bias")
+    refusal = weight_refusal(conv, nn.Conv2d, owners, *names) or _read_directly(networks, name)
     if refusal is not None:
         return PrunableLayer(name, conv, refusal=refusal)
     try:
-        trail = Trail(traced, sums, name)
+        trail = Trail(networks, name)
     except OnShortcut as error:
         return PrunableLayer(name, conv, passed_over=str(error))
     except Refused as error:
-        return PrunableLayer(name, conv, leak=str(error))
-    norm_name = trail.norms[0] if len(set(trail.norms)) == 1 else None
+        return PrunableLayer(name, conv, output=conv, leak=str(error))
+    norm = next(iter(trail.norms)) if len(trail.norms) == 1 else None
+    output = next(iter(trail.sums)) if len(trail.sums) == 1 else norm or conv
+    leak = _leak(networks, trail, owners)
     return PrunableLayer(
-        name,
-        conv,
-        norm_name,
-        traced.modules.get(norm_name),
-        traced.modules.get(trail.observed),
-        trail.entries,
-        trail.masks,
-        len(trail.calls),
-        trail.plain_sum,
-        leak=_leak(traced, trail, owners),
+        name, conv, norm, output, trail.entries, trail.masks, trail.uses, leak=leak
     )
 
 
-def _leak(traced: Traced, trail: Trail, owners: Mapping[int, list[str]]) -> str | None:
+def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[str]]) -> str | None:
     """Why what is to be zero with a filter cannot be, or what might turn its zeros into others."""
     for name, entries in trail.entries.items():
-        module = entries.module
-        base = traced.key(traced.calls(name)[0])
-        why = weight_refusal(module, base, owners, *entries.parameters)
-        if why := why or _read_directly(traced, name):
+        base = layer_type(entries.module)
+        why = weight_refusal(entries.module, base, owners, *entries.parameters)
+        if why := why or _read_directly(networks, name):
             return f"of {name!r}, which is zero with it, {why}"
     for name in trail.passed:
-        module = traced.modules[name]
+        module = networks[0].traced.modules[name]
         hooks = list(module._forward_hooks.values())
-        if name != trail.name:
+        if name != trail.passed[0]:
             hooks += module._forward_pre_hooks.values()
         if any(hook is not multiply_by_mask and not hasattr(hook, "watches") for hook in hooks):
             return f"{name!r} has a forward hook, which may change its output: remove the hook"
     return None
 
 
-def _read_directly(traced: Traced, name: str) -> str | None:
+def _read_directly(networks: Sequence[Network], name: str) -> str | None:
     """Say which parameter of a module is used without the module, or return None."""
-    for node in traced.graph.nodes:
-        if node.op == "get_attr" and node.target.rpartition(".")[0] == name:
-            return f"the forward pass also reads {node.target!r} by itself"
+    for network in networks:
+        for node in network.traced.graph.nodes:
+            if node.op == "get_attr" and node.target.rpartition(".")[0] == name:
+                return f"the forward pass also reads {node.target!r} by itself"
     return None
-
-
-def _merged(one: PrunableLayer, other: PrunableLayer) -> PrunableLayer:
-    """Combine the findings on a layer in training and in evaluation mode."""
-    leak = one.leak or other.leak
-    for mine, its in ((one.entries, other.entries), (one.masks, other.masks)):
-        if any(mine[name] != its[name] for name in mine.keys() & its.keys()):
-            leak = leak or "training and evaluation mode have it in different channels"
-    same_norm = one.norm is other.norm
-    return replace(
-        one,
-        norm_name=one.norm_name if same_norm else None,
-        norm=one.norm if same_norm else None,
-        sum=one.sum if one.sum is other.sum else None,
-        entries={**one.entries, **other.entries},
-        masks={**one.masks, **other.masks},
-        uses=max(one.uses, other.uses),
-        plain_sum=one.plain_sum or other.plain_sum,
-        passed_over=one.passed_over or other.passed_over,
-        refusal=one.refusal or other.refusal,
-        leak=leak,
-    )

@@ -2,13 +2,12 @@
 
 A pruned filter is zero through its weights alone, and nothing is masked in the forward pass. A
 residual sum is the exception: its shortcut would fill the filter again. A `ResidualSum` has a mask
-of its own. Any other module that returns the sum gets a buffer, `kept_channels`, and a forward hook
-that multiplies by it. Both go with the network wherever it goes: deepcopy, `state_dict`,
-`torch.save`, `torch.fx` and `torch.compile`.
+of its own, `keep`. Any other module that returns the sum gets a buffer, `kept_channels`, and a
+forward hook that multiplies by it. Both go with the network wherever it goes: deepcopy,
+`state_dict`, `torch.save`, `torch.fx` and `torch.compile`.
 """
 
 import sys
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +17,22 @@ from paperlib.models import ResidualSum
 BUFFER = "kept_channels"
 
 
+def mask_name(module: nn.Module) -> str:
+    """Return the name of the buffer for a mask, which is 1 where a channel is kept, else 0."""
+    return "keep" if isinstance(module, ResidualSum) else BUFFER
+
+
 def mask_of(module: nn.Module) -> Tensor | None:
-    """Return a module's mask (channels,), 1 where one is kept and 0 where it is not, or None."""
-    mask = getattr(module, _name(module), None)
+    """Return a module's mask (channels,), or None."""
+    mask = getattr(module, mask_name(module), None)
     return None if mask is None else mask.flatten()
 
 
 @torch.inference_mode(False)  # it is kept for training, whenever it is made
 def set_mask(module: nn.Module, keep: Tensor) -> None:
-    """Have a module multiply its output, or a `ResidualSum` its shortcut, by a mask.
+    """Have a module multiply its output, or a `ResidualSum` its shortcut, by a mask (channels,).
 
     A mask that is there already keeps its place in memory, where a captured CUDA graph reads it.
-
-    Args:
-        module: returns a tensor (images, channels, height, width).
-        keep: (channels,), 1 where a channel is kept and 0 where it is not.
     """
     mask = mask_of(module)
     if mask is not None:
@@ -49,33 +49,6 @@ def set_mask(module: nn.Module, keep: Tensor) -> None:
         torch.compiler.reset()
 
 
-def remove_mask(module: nn.Module) -> None:
-    """Undo `set_mask`."""
-    if isinstance(module, ResidualSum):
-        module.keep = None
-        return
-    delattr(module, BUFFER)
-    for key in [k for k, hook in module._forward_hooks.items() if hook is multiply_by_mask]:
-        del module._forward_hooks[key]
-
-
 def multiply_by_mask(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """Forward hook of a module that `set_mask` has given a buffer."""
-    return output * module.kept_channels.to(output.device, output.dtype)
-
-
-def expect_mask(module: nn.Module) -> None:
-    """Let `load_state_dict` give this module the mask that the state of a pruned network holds."""
-    if not isinstance(module, ResidualSum):
-        module.register_load_state_dict_pre_hook(_make_room)
-
-
-def _make_room(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
-    stored = state.get(prefix + BUFFER)
-    if stored is not None and mask_of(module) is None:
-        parameter = next(module.parameters(), stored)
-        set_mask(module, torch.ones_like(stored, device=parameter.device).flatten())
-
-
-def _name(module: nn.Module) -> str:
-    return "keep" if isinstance(module, ResidualSum) else BUFFER
+    return output * module.get_buffer(BUFFER).to(output.device, output.dtype)

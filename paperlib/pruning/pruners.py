@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.pruning.layers import PrunableLayer, PruningError, check_order, survey
-from paperlib.pruning.masks import expect_mask, mask_of, set_mask
+from paperlib.pruning.masks import mask_of, set_mask
 from paperlib.pruning.scores import (
     ActivationScore,
     check_fraction,
@@ -19,6 +19,8 @@ from paperlib.pruning.scores import (
 )
 from paperlib.pruning.zeros import Entries
 
+Events = int | Sequence[int | None]
+
 
 class PassHook:
     """A forward pre-hook of a network that tells something of each pass, unless it is off."""
@@ -27,6 +29,7 @@ class PassHook:
         self.before_pass, self.on = before_pass, True
 
     def __call__(self, model: nn.Module, inputs: tuple) -> None:
+        """Tell of a pass."""
         if self.on:
             self.before_pass(model.training)
 
@@ -38,15 +41,35 @@ class Pruner:
     replayed, the caller does so, within `by_hand`.
 
     Attributes:
-        due: the next pass is observed.
-        busy: `before_pass` changes weights in the passes to come.
+        generator: draws what is random.
     """
 
-    due = busy = False
+    generator: torch.Generator | None = None
     _hook: PassHook | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next pass is observed."""
+        return False
+
+    @property
+    def busy(self) -> bool:
+        """Whether `before_pass` changes weights in the passes to come."""
+        return False
+
+    def prune(self, event: Events, events: Events) -> int:
+        """Do one event; return how many filters or weights were removed."""
+        return 0
 
     def hold(self) -> None:
         """Set what is pruned to zero again, after an optimizer step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that later events depend on, as named tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from a `state_dict`: what it says is pruned is set to zero."""
 
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
@@ -58,20 +81,17 @@ class Pruner:
     @contextmanager
     def by_hand(self) -> Iterator[None]:
         """Leave `before_pass` to the caller within this context."""
-        before = self._hook is not None and self._hook.on
-        self._switch(False)
+        hook = self._hook or PassHook(self.before_pass)
+        before, hook.on = hook.on, False
         try:
             yield
         finally:
-            self._switch(before)
+            hook.on = before
 
     def unhook(self) -> None:
         """Leave `before_pass` to the caller from now on."""
-        self._switch(False)
-
-    def _switch(self, on: bool) -> None:
         if self._hook is not None:
-            self._hook.on = on
+            self._hook.on = False
 
 
 class FilterPruner(Pruner):
@@ -123,18 +143,20 @@ class FilterPruner(Pruner):
             name: torch.ones(layer.filters, dtype=torch.bool, device=layer.conv.weight.device)
             for name, layer in self.layers.items()
         }
-        # By name of layer: parameters, by their module, and the indices that are zero in them.
-        self._gone: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
-        # By name of module that masks a sum: its mask as it was before this pruner.
-        self._before: dict[str, Tensor] = {}
+        # Parameters that have zeros: name, module, name in it, and the indices of the zeros.
+        self._gone: list[tuple[str, nn.Module, str, Tensor]] = []
+        # By name of the modules that mask residual sums: their masks before this pruner.
+        self._before = {
+            where: None if (there := mask_of(mask.module)) is None else there.clone()
+            for layer in self.layers.values()
+            for where, mask in layer.masks.items()
+        }
         self._masked = True
         self.activation: ActivationScore | None = None
         if score == "activation":
             self.activation = ActivationScore(self.layers.values())
             self._hook = PassHook(self.activation.before_pass)
             model.register_forward_pre_hook(self._hook)
-        for module in {m.module for layer in self._masking() for m in layer.masks.values()}:
-            expect_mask(module)
 
     @property
     def due(self) -> bool:
@@ -146,9 +168,7 @@ class FilterPruner(Pruner):
         if self.activation is not None:
             self.activation.before_pass(training)
 
-    def choose(
-        self, event: int | Sequence[int | None], events: int | Sequence[int]
-    ) -> dict[str, Tensor]:
+    def choose(self, event: Events, events: Events) -> dict[str, Tensor]:
         """Mark the filters that go at one event as pruned, and leave the weights as they are.
 
         Args:
@@ -161,23 +181,29 @@ class FilterPruner(Pruner):
         Raises PruningError, with nothing changed, on an event that there is not, and on scores and
         parameters that are not finite.
         """
+        numbers, counts = (
+            [value] * len(self.layers) if isinstance(value, int) else list(value)
+            for value in (event, events)
+        )
+        for values in (numbers, counts):
+            if len(values) != len(self.layers):
+                found = f"{len(values)} layers, but {len(self.layers)} are pruned"
+                raise PruningError(f"an event for {found}")
         chosen = {}
-        for name, i, n in self._each_layer(event, events):
-            layer, mask = self.layers[name], self.masks[name]
-            count = int(mask.sum()) - kept_filters(layer.filters, self.fractions[name], i, n)
-            if count <= 0:
+        for name, i, n in zip(self.layers, numbers, counts, strict=True):
+            if i is None or n is None:
                 continue
-            for _, parameter, _ in _parameters(layer, self.norm):
-                if not parameter.isfinite().all():
-                    raise PruningError(f"layer {name!r} or its norm is not finite")
-            scores = None if self.target == "random" else self._checked_scores(name)
-            chosen[name] = select(scores, mask, count, self.target, self.generator)
+            mask = self.masks[name]
+            count = int(mask.sum()) - kept_filters(len(mask), self.fractions[name], i, n)
+            if count > 0:
+                scores = self._checked_scores(name)
+                chosen[name] = select(scores, mask, count, self.target, self.generator)
         for name, indices in chosen.items():
             self.masks[name][indices] = False
         self._refresh()
         return chosen
 
-    def prune(self, event: int | Sequence[int | None], events: int | Sequence[int]) -> int:
+    def prune(self, event: Events, events: Events) -> int:
         """Do one event in every layer, as for `choose`; return how many filters were removed."""
         chosen = self.choose(event, events)
         self.hold()
@@ -186,21 +212,17 @@ class FilterPruner(Pruner):
     @torch.no_grad()
     def hold(self) -> None:
         """Set every pruned parameter to zero; to be called after each optimizer step."""
-        for gone in self._gone.values():
-            for module, name, indices in gone:
-                getattr(module, name).index_fill_(0, indices, 0)
+        for _, module, key, indices in self._gone:
+            getattr(module, key).index_fill_(0, indices, 0)
         if not self._masked:
             self._mask_sums()
 
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
         out: dict[str, Tensor] = {}
-        for name, mask in self.masks.items():
-            gone = (~mask).nonzero().squeeze(1)
-            for full_name, parameter, entries in _parameters(self.layers[name], self.norm):
-                if len(gone):
-                    zero = out.setdefault(full_name, torch.zeros_like(parameter, dtype=torch.bool))
-                    zero[entries.of(gone)] = True
+        for name, module, key, indices in self._gone:
+            like = getattr(module, key)
+            out.setdefault(name, torch.zeros_like(like, dtype=torch.bool))[indices] = True
         return out
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -223,62 +245,47 @@ class FilterPruner(Pruner):
 
     def _refresh(self) -> None:
         """Find the indices that `hold` needs, once an event: they cost no masking at each step."""
-        self._gone.clear()
+        self._gone, self._masked = [], False
         for name, mask in self.masks.items():
             gone = (~mask).nonzero().squeeze(1)
-            if len(gone):
-                self._gone[name] = [
-                    (entries.module, key, entries.of(gone).to(entries.device))
-                    for entries in self.layers[name].zeroed(self.norm).values()
-                    for key in entries.parameters
-                ]
-        self._masked = False
+            for full_name, module, key, entries in self._parameters(name) if len(gone) else ():
+                indices = entries.of(gone).to(getattr(module, key).device)
+                self._gone.append((full_name, module, key, indices))
 
-    @torch.no_grad()
     def _mask_sums(self) -> None:
         """Bring the masks of residual sums up to date; a sum with nothing pruned gets none."""
-        new: dict[str, Tensor] = {}
-        for layer in self._masking():
-            kept = self.masks[layer.name]
-            for name, mask in layer.masks.items():
-                if name not in self._before and (layer.name not in self._gone):
-                    continue
-                if name not in self._before:
-                    there, weight = mask_of(mask.module), layer.conv.weight
-                    whole = torch.ones(mask.channels, dtype=weight.dtype, device=weight.device)
-                    self._before[name] = whole if there is None else there.clone()
-                keep = new.setdefault(name, self._before[name].clone())
+        new: dict[str, tuple[nn.Module, Tensor]] = {}
+        for name, layer in self.layers.items():
+            for where, mask in layer.masks.items() if self.norm else ():
+                before = self._before[where]
+                before = torch.ones(mask.channels) if before is None else before
+                whole = mask.module, before.to(layer.conv.weight, copy=True)
+                _, keep = new.setdefault(where, whole)
                 for offset in mask.offsets:
-                    keep[offset : offset + len(kept)] *= kept.to(keep.device)
-        modules = {n: m.module for layer in self._masking() for n, m in layer.masks.items()}
-        for name, keep in new.items():
-            set_mask(modules[name], keep)
+                    keep[offset : offset + layer.filters] *= self.masks[name].to(keep.device)
+        for module, keep in new.values():
+            if mask_of(module) is not None or not keep.all():
+                set_mask(module, keep)
         self._masked = True
 
-    def _masking(self) -> list[PrunableLayer]:
-        """The layers that end residual branches, where shortcuts are to be masked."""
-        return [layer for layer in self.layers.values() if self.norm and layer.masks]
+    def _parameters(self, name: str) -> Iterator[tuple[str, nn.Module, str, Entries]]:
+        """A layer's parameters that are zero with a filter: name, module, its key, and where."""
+        for where, entries in self.layers[name].zeroed(self.norm).items():
+            for key in entries.parameters:
+                yield f"{where}.{key}", entries.module, key, entries
 
-    def _each_layer(
-        self, event: int | Sequence[int | None], events: int | Sequence[int]
-    ) -> Iterator[tuple[str, int, int]]:
-        n = len(self.layers)
-        event = [event] * n if isinstance(event, int) else list(event)
-        events = [events] * n if isinstance(events, int) else list(events)
-        if len(event) != n or len(events) != n:
-            given = len(event) if len(event) != n else len(events)
-            raise PruningError(f"an event for {given} layers, but {n} are pruned")
-        for name, i, of in zip(self.layers, event, events, strict=True):
-            if i is not None:
-                yield name, i, of
-
-    def _checked_scores(self, name: str) -> Tensor:
-        layer = self.layers[name]
-        scores = scores_of(layer, self.score, self.activation)
+    def _checked_scores(self, name: str) -> Tensor | None:
+        """Scores (filters,), or None where chance decides; a layer must be finite."""
+        if not all(getattr(m, key).isfinite().all() for _, m, key, _ in self._parameters(name)):
+            raise PruningError(f"layer {name!r} or its norm is not finite")
+        if self.target == "random":
+            return None
+        scores = scores_of(self.layers[name], self.score, self.activation)
         scores = torch.as_tensor(scores, device=self.masks[name].device)
-        if scores.shape != (layer.filters,):
+        shape = tuple(self.masks[name].shape)
+        if tuple(scores.shape) != shape:
             raise PruningError(
-                f"the score of {name!r} has shape {tuple(scores.shape)}, not ({layer.filters},)"
+                f"the score of {name!r} has shape {tuple(scores.shape)}, not {shape}"
             )
         if not scores[self.masks[name]].isfinite().all():
             raise PruningError(f"the score of {name!r} is not finite")
@@ -294,36 +301,22 @@ def _chosen(
 ) -> list[str]:
     """Names of the layers to prune, all of which can be pruned."""
     countable = [name for name, layer in found.items() if not layer.passed_over]
-    can = ", ".join(
-        name for name in countable if not (found[name].refusal or (norm and found[name].leak))
-    )
-    if layers is None:
-        if len(fractions) > len(countable):
-            raise PruningError(
-                f"{len(fractions)} fractions, but {type(model).__name__} has {len(countable)} "
-                f"prunable convolutions: {', '.join(countable)}"
-            )
-        names = countable[len(countable) - len(fractions) :]
-    else:
-        names = list(layers)
+    can = ", ".join(name for name in countable if not found[name].problem(norm)) or "none"
+    if layers is None and len(fractions) > len(countable):
+        raise PruningError(
+            f"{len(fractions)} fractions, but {type(model).__name__} has {len(countable)} "
+            f"prunable convolutions: {', '.join(countable)}"
+        )
+    names = countable[len(countable) - len(fractions) :] if layers is None else list(layers)
     for name in names:
         if name not in found:
             raise PruningError(f"no prunable layer {name!r}: one of {can}")
-        layer = found[name]
-        leak = layer.leak if norm else None
-        if why := layer.passed_over or layer.refusal or leak:
-            instead = "; or mask its weights only, with norm=False" if why is leak else ""
+        if why := found[name].problem(norm):
             raise PruningError(
-                f"cannot prune {name!r}: {why}. Choose other layers, among {can or 'none'}{instead}"
+                f"cannot prune {name!r}: {why}. Choose other layers, among {can}"
+                + ("; or mask its weights only, with norm=False" * (why is found[name].leak))
             )
     check_order(names, countable)
     if len(names) != len(fractions):
         raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
     return names
-
-
-def _parameters(layer: PrunableLayer, norm: bool) -> Iterator[tuple[str, Tensor, Entries]]:
-    """The parameters that are zero with a layer's filters: name, parameter, and where."""
-    for name, entries in layer.zeroed(norm).items():
-        for key in entries.parameters:
-            yield f"{name}.{key}", getattr(entries.module, key), entries

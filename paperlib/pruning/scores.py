@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paperlib.pruning.layers import PrunableLayer, PruningError
 
+SCORES = ("l2", "l1", "ebn", "ebn_signed", "activation")
 TARGETS = ("smallest", "largest", "random")
 SCHEDULES = ("linear", "annealing")
 OBSERVE_EVERY = 10
@@ -94,25 +95,6 @@ def expected_activation(gamma: Tensor, beta: Tensor, signed: bool = False) -> Te
     return torch.where(scale == 0, beta.relu(), value)
 
 
-def _norm_of(order: int) -> Callable[[PrunableLayer], Tensor]:
-    return lambda layer: layer.conv.weight.flatten(1).norm(p=order, dim=1)
-
-
-def _expected(signed: bool) -> Callable[[PrunableLayer], Tensor]:
-    return lambda layer: expected_activation(
-        layer.norm.weight.float().cpu(), layer.norm.bias.float().cpu(), signed
-    )
-
-
-_SCORES = {
-    "l2": _norm_of(2),
-    "l1": _norm_of(1),
-    "ebn": _expected(signed=False),
-    "ebn_signed": _expected(signed=True),
-}
-SCORES = (*_SCORES, "activation")
-
-
 def check_score(score: str | Callable, layers: Iterable[PrunableLayer]) -> None:
     """Raise PruningError where there is no such score, or a layer lacks what it needs."""
     if callable(score):
@@ -122,21 +104,15 @@ def check_score(score: str | Callable, layers: Iterable[PrunableLayer]) -> None:
     for layer in layers:
         norm = layer.norm
         scaled = isinstance(norm, _BatchNorm) and norm.weight is not None and norm.bias is not None
+        why = None
         if score.startswith("ebn") and not scaled:
-            raise PruningError(
-                f"score {score!r} needs a batch norm with scale and shift after convolution "
-                f"{layer.name!r}, which has none"
-            )
-        if score == "activation" and layer.output is None:
-            raise PruningError(
-                f"score 'activation' cannot see the residual sum after {layer.name!r}: add with "
-                "paperlib.models.ResidualSum() instead"
-            )
-        if score == "activation" and layer.uses > 1:
-            raise PruningError(
-                f"score 'activation' needs a convolution that is called once in a forward pass, "
-                f"and {layer.name!r} is called {layer.uses} times"
-            )
+            why = "needs a batch norm with scale and shift after convolution {}, which has none"
+        elif score == "activation" and layer.output is None:
+            why = "cannot see the sum after {}: add with paperlib.models.ResidualSum() instead"
+        elif score == "activation" and layer.uses > 1:
+            why = f"needs a convolution that is called once a pass, and {{}} is called {layer.uses}"
+        if why is not None:
+            raise PruningError(f"score {score!r} {why.format(repr(layer.name))}")
 
 
 @torch.no_grad()
@@ -146,7 +122,12 @@ def scores_of(
     """Return the score of each filter of a layer, (filters,)."""
     if callable(score):
         return score(layer.conv)
-    return activation.scores[layer.name] if activation is not None else _SCORES[score](layer)
+    if activation is not None:
+        return activation.scores[layer.name]
+    if score in ("l1", "l2"):
+        return layer.conv.weight.flatten(1).norm(p=int(score[1]), dim=1)
+    gamma, beta = layer.norm.weight.float().cpu(), layer.norm.bias.float().cpu()
+    return expected_activation(gamma, beta, signed=score == "ebn_signed")
 
 
 class ActivationScore:
@@ -169,6 +150,7 @@ class ActivationScore:
             self.scores[layer.name] = torch.zeros(
                 layer.filters, device=layer.conv.weight.device, dtype=torch.float32
             )
+            assert layer.output is not None
             layer.output.register_forward_hook(_Observer(self, layer.name))
 
     def before_pass(self, training: bool) -> None:
@@ -238,5 +220,6 @@ def select(
     if target == "random":
         order = torch.randperm(len(candidates), generator=generator).to(candidates.device)
     else:
+        assert scores is not None
         order = scores[candidates].sort(descending=target == "largest", stable=True).indices
     return candidates[order[:count]]

@@ -1,14 +1,14 @@
-"""Operations that give a tensor another shape: flattenings, views, means over pixels, paddings."""
+"""How each tensor of a traced network is laid out, as far as its layers and operations tell."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import Traced
+from paperlib.pruning.graph import Traced, argument
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
 
@@ -20,97 +20,128 @@ class Layout:
         channels: how many there are, None where that is not known.
         dims: its number of dimensions.
         flat: a channel is several features, one after the other.
-        shift: how many channels have come before the first.
+        pixel: it has been pooled to one pixel.
     """
 
     channels: int | None
-    dims: int
+    dims: int = 4
     flat: bool = False
-    shift: int = 0
+    pixel: bool = False
 
 
-def channels_of(traced: Traced, node: fx.Node) -> int | None:
-    """Return the size of dimension 1 of a node's output, None where layers do not tell it."""
-    key, module, tensors = traced.key(node), traced.module(node), traced.tensors(node)
-    if key in (*CONVOLUTIONS, *TRANSPOSED):
-        return module.out_channels
-    if key in NORMS:
-        return norm_channels(module)
-    if key in ops.CAT:
-        parts = [channels_of(traced, part) for part in tensors]
-        return None if None in parts else sum(parts)
-    if key in ops.VIEW:
-        sizes = _sizes(node)
-        source, dim = _size(sizes[1] if len(sizes) > 1 else None)
-        return channels_of(traced, source) if dim == 1 else None
-    if key in ops.ELEMENTWISE:
-        counts = [channels_of(traced, source) for source in tensors]
-        most = max((count for count in counts if count is not None), default=None)
-        # A tensor of one channel is spread over the other's.
-        return None if most == 1 and None in counts else most
-    pads = argument(node, 1, "pad") if key is F.pad else ()
-    pixels = isinstance(pads, tuple | list) and len(pads) <= 4
-    same = key in ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | {ResidualSum, F.pad}
-    return channels_of(traced, tensors[0]) if same and pixels else None
+def layouts(traced: Traced) -> dict[fx.Node, Layout]:
+    """Return the layout of each tensor that has images and channels in its first dimensions.
+
+    A tensor whose images or channels may be mixed up has none.
+    """
+    found: dict[fx.Node, Layout] = {}
+    for node in traced.graph.nodes:
+        layout = None if node in traced.shapes else _layout(traced, node, found)
+        if layout is not None:
+            found[node] = layout
+    return found
 
 
-def norm_channels(norm: nn.Module) -> int:
+def norm_channels(norm: Any) -> int:
     """Return how many channels a norm's scale and shift have."""
     return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
 
 
-def laid_out(
-    traced: Traced, node: fx.Node, before: Layout, per_image: Callable[[fx.Node], bool]
-) -> Layout | None:
-    """Return the layout of a node's output, None where images or channels may be mixed up.
+def operands(traced: Traced, node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that a sum adds, in whatever form it is written; none if it is no sum."""
+    key = traced.key(node)
+    if key in ops.REDUCE and _is_over_stack(traced, node):
+        node = node.all_input_nodes[0]
+    elif key is not ResidualSum and key not in ops.ADD:
+        return []
+    tensors = [source for source in traced.tensors(node) if source.op != "get_attr"]
+    return tensors if len(tensors) > 1 else []
 
-    Args:
-        traced: the node's network.
-        node: one of the operations in `operations.MOVES`.
-        before: the layout of its input.
-        per_image: whether the first dimension of a node's output is that of the images.
-    """
-    key, dims = traced.key(node), before.dims
+
+def _is_over_stack(traced: Traced, node: fx.Node) -> bool:
+    """Whether a reduction is over the dimension that a stack of tensors has made for it."""
+    stack = node.all_input_nodes[0]
+    if traced.key(stack) not in ops.STACK or len(stack.users) > 1:
+        return False
+    made, reduced = argument(stack, 1, "dim", 0), argument(node, 1, "dim")
+    return reduced in (made, [made], (made,)) and not argument(node, 2, "keepdim", False)
+
+
+def _layout(traced: Traced, node: fx.Node, found: Mapping[fx.Node, Layout]) -> Layout | None:
+    key, module = traced.key(node), traced.module(node)
+    inputs = operands(traced, node) or traced.tensors(node)
+    if node.op == "placeholder":
+        return Layout(None)
+    if key in (*CONVOLUTIONS, *TRANSPOSED):
+        return Layout(module.out_channels, ops.dimensions(key))
+    known = [found[source] for source in inputs if source in found]
+    if not known:
+        return None
+    first = known[0]
+    if operands(traced, node) or key in ops.ELEMENTWISE:
+        widest = max(known, key=lambda layout: layout.dims)
+        channels = max(layout.channels or 0 for layout in known) or None
+        if channels == 1 and any(x not in found or not found[x].channels for x in inputs):
+            channels = None  # it is spread over those of another
+        pixel = len(known) == len(inputs) and all(layout.pixel for layout in known)
+        return replace(widest, channels=channels, pixel=pixel)
+    if inputs[0] not in found:
+        return None
+    if key in ops.MIXING:
+        channels = module.out_features if isinstance(module, nn.Linear) else None
+        return Layout(channels, first.dims) if first.dims == ops.dimensions(key) else None
+    if key in ops.CAT:
+        listed = argument(node, 0, "tensors")
+        if not isinstance(listed, tuple | list):
+            return None
+        parts = [found[source] for source in listed if source in found]
+        counts = [part.channels for part in parts if part.channels is not None]
+        channels = sum(counts) if len(counts) == len(listed) else None
+        return replace(first, channels=channels, flat=any(part.flat for part in parts))
+    if key in NORMS and not first.flat:
+        return replace(first, channels=norm_channels(module))
+    if key in ops.TO_A_SIZE:
+        size = argument(node, 1, "output_size") if module is None else module.output_size
+        return replace(first, pixel=size in (1, (1, 1), [1, 1]))
+    if key in ops.SPATIAL:
+        return replace(first, pixel=False)
+    if key in ops.PASSING | ops.ACTIVATIONS or key in NORMS:
+        return first
+    alone = traced.tensors(node) == node.all_input_nodes[:1]
+    return _moved(traced, node, found) if key in ops.MOVES and alone else None
+
+
+def _moved(traced: Traced, node: fx.Node, found: Mapping[fx.Node, Layout]) -> Layout | None:
+    key, before = traced.key(node), found[traced.tensors(node)[0]]
+    dims = before.dims
     if key in ops.FLATTEN:
         return _flattened(traced.module(node), node, before)
     if key in ops.VIEW:
-        return _viewed(traced, node, before, per_image)
-    if key in ops.REDUCE:
-        over = argument(node, 1, "dim")
-        over = [over] if isinstance(over, int) else over
-        if not over or not isinstance(over, tuple | list):
-            return None
-        if not all(isinstance(d, int) and d % dims >= 2 for d in over):
-            return None
-        kept = argument(node, 2, "keepdim", False)
-        return Layout(before.channels, dims if kept else dims - len(over))
+        return _viewed(traced, node, before, found)
     if key in ops.INDEX:
         return _indexed(node.args[1], before)
+    if key in ops.PAD:
+        return _padded(traced.module(node), node, before)
+    dim = argument(node, 1, "dim")
+    if key in ops.SQUEEZE and before.pixel and dim is None:
+        return Layout(before.channels, 2)
+    over = [dim] if isinstance(dim, int) else dim
+    after = dims + (key in ops.UNSQUEEZE)
+    if not over or not all(isinstance(d, int) and d % after >= 2 for d in over):
+        return None
     if key in ops.UNSQUEEZE:
-        dim = argument(node, 1, "dim")
-        fits = isinstance(dim, int) and dim % (dims + 1) >= 2
-        return Layout(before.channels, dims + 1) if fits else None
-    if key in ops.SQUEEZE:
-        dim = argument(node, 1, "dim")
-        if before.flat or not _one_pixel(traced, traced.tensors(node)[0]):
-            return None
-        if dim is None:
-            return Layout(before.channels, 2)
-        fits = isinstance(dim, int) and dim % dims >= 2
-        return Layout(before.channels, dims - 1) if fits else None
-    return _padded(traced.module(node), node, before)
+        return replace(before, dims=after)
+    if key in ops.REDUCE and argument(node, 2, "keepdim", False):
+        return replace(before, pixel=before.pixel or len(over) == dims - 2)
+    if key in ops.SQUEEZE and not before.pixel:
+        return None
+    return replace(before, dims=dims - len(over))
 
 
-def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
-    """Return an argument of a node, by position or by name."""
-    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
-
-
-def _flattened(module: nn.Flatten | None, node: fx.Node, before: Layout) -> Layout | None:
+def _flattened(module: nn.Module | None, node: fx.Node, before: Layout) -> Layout | None:
+    start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
     if module is not None:
         start, end = module.start_dim, module.end_dim
-    else:
-        start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
     if not isinstance(start, int) or end not in (-1, before.dims - 1) or start % before.dims < 1:
         return None
     start %= before.dims
@@ -118,71 +149,40 @@ def _flattened(module: nn.Flatten | None, node: fx.Node, before: Layout) -> Layo
 
 
 def _viewed(
-    traced: Traced, node: fx.Node, before: Layout, per_image: Callable[[fx.Node], bool]
+    traced: Traced, node: fx.Node, before: Layout, found: Mapping[fx.Node, Layout]
 ) -> Layout | None:
-    sizes = _sizes(node)
-    if len(sizes) < 2 or not all(isinstance(size, int | fx.Node) for size in sizes):
+    sizes: Any = node.args[1:] or (node.kwargs.get("shape"),)
+    sizes = tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
+    if len(sizes) < 2:
         return None
-    source, dim = _size(sizes[0])
-    images = source is not None and dim == 0 and per_image(source)
+    images, channels = _size(sizes[0], found) == 0, sizes[1]
     flat = Layout(before.channels, 2, before.flat or before.dims > 2)
     if len(sizes) == 2 and images:
         return flat
-    if len(sizes) == 2 and sizes[0] == -1 and isinstance(sizes[1], int) and before.channels:
+    if len(sizes) == 2 and sizes[0] == -1 and isinstance(channels, int) and before.channels:
         # Rows of whole images, if of whole channels and nothing makes images of them again.
-        whole = sizes[1] % before.channels == 0 and not _becomes_images(traced, node)
-        return flat if whole else None
-    source, dim = _size(sizes[1])
-    channels = channels_of(traced, source) if dim == 1 and per_image(source) else sizes[1]
+        after = [traced.key(n) for n in traced.graph.nodes if n > node]
+        again = ops.CONVOLVING | ops.VIEW | ops.UNSQUEEZE | {nn.Unflatten, "unflatten"}
+        return flat if channels % before.channels == 0 and not again.intersection(after) else None
+    if _size(channels, found) == 1:
+        of = channels.args[0]
+        channels = found[of if of in found else of.args[0]].channels
     same = before.channels is not None and channels == before.channels
     return Layout(before.channels, len(sizes)) if images and same and not before.flat else None
 
 
-def _sizes(node: fx.Node) -> tuple:
-    """The sizes in the arguments of a view."""
-    sizes = node.args[1:] or (node.kwargs.get("shape"),)
-    return tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
-
-
-def _size(node: object) -> tuple[fx.Node | None, int | None]:
-    """Which dimension of which tensor a node tells the size of; None of both where it does not."""
-    if not isinstance(node, fx.Node):
-        return None, None
-    if node.target == "size" and len(node.args) == 2:
-        return node.args[0], node.args[1]
-    if node.op == "call_function" and node.target in ops.INDEX:
-        of, dim = node.args
-        if isinstance(of, fx.Node) and isinstance(dim, int):
-            whole = of.target == "size" and len(of.args) == 1
-            if whole or (of.target is getattr and of.args[1] == "shape"):
-                return of.args[0], dim
-    return None, None
-
-
-def _becomes_images(traced: Traced, node: fx.Node) -> bool:
-    """Whether anything computed from a node could be read as images again."""
-    seen, left = set(), [node]
-    while left:
-        for user in left.pop().users:
-            if user not in seen:
-                seen.add(user)
-                left.append(user)
-    mixing = ops.MIXING - {nn.Linear}
-    keys = {traced.key(user) for user in seen}
-    return bool(keys & (mixing | ops.VIEW | ops.UNSQUEEZE | {nn.Unflatten, "unflatten"}))
-
-
-def _one_pixel(traced: Traced, node: fx.Node) -> bool:
-    """Whether a tensor is known to have been pooled to one pixel."""
-    key, module = traced.key(node), traced.module(node)
-    if key in ops.TO_A_SIZE:
-        size = argument(node, 1, "output_size") if module is None else module.output_size
-        return size in (1, (1, 1), [1, 1])
-    if key in ops.REDUCE:
-        over = argument(node, 1, "dim")
-        return argument(node, 2, "keepdim", False) is True and isinstance(over, tuple | list)
-    through = key in ops.PASSING | ops.ACTIVATIONS | ops.ELEMENTWISE | ops.SQUEEZE
-    return through and all(_one_pixel(traced, source) for source in traced.tensors(node))
+def _size(node: Any, found: Mapping[fx.Node, Layout]) -> int | None:
+    """Return of which dimension of a tensor with a layout a node is the size, None if of none."""
+    if not isinstance(node, fx.Node) or len(node.args) != 2:
+        return None
+    of: Any
+    of, dim = node.args
+    if node.target in ops.INDEX and isinstance(of, fx.Node):
+        whole = of.target == "size" and len(of.args) == 1
+        of = of.args[0] if whole or (of.target is getattr and of.args[1] == "shape") else None
+    elif node.target != "size":
+        return None
+    return dim if of in found and isinstance(dim, int) else None
 
 
 def _indexed(index: object, before: Layout) -> Layout | None:
@@ -196,20 +196,25 @@ def _indexed(index: object, before: Layout) -> Layout | None:
     if not all(i is None or isinstance(i, int | slice) for i in index[2:]):
         return None
     change = sum(i is None for i in index) - sum(isinstance(i, int) for i in index)
-    return Layout(before.channels, before.dims + change, before.flat)
+    return replace(before, dims=before.dims + change)
 
 
-def _padded(module: nn.ConstantPad2d | None, node: fx.Node, before: Layout) -> Layout | None:
-    pads = module.padding if module is not None else argument(node, 1, "pad")
-    value = module.value if module is not None else argument(node, 3, "value")
+def _padded(module: nn.Module | None, node: fx.Node, before: Layout) -> Layout | None:
+    pads = padding(module, node)
     constant = module is not None or argument(node, 2, "mode", "constant") == "constant"
-    if not isinstance(pads, tuple | list) or (constant and value not in (None, 0)):
-        return None
+    value = getattr(module, "value", 0) if module is not None else argument(node, 3, "value")
     pixels = 2 * (before.dims - 2)
-    if before.flat or len(pads) > pixels + 2 or (len(pads) > pixels and not constant):
+    if not isinstance(pads, tuple | list) or not all(isinstance(p, int) for p in pads[pixels:]):
         return None
-    front, back = [*pads[pixels:], 0, 0][:2]
-    if not isinstance(front, int) or not isinstance(back, int) or min(front, back) < 0:
+    if before.flat or len(pads) > pixels + 2 or min(pads[pixels:], default=0) < 0:
         return None
-    channels = None if before.channels is None else before.channels + front + back
-    return Layout(channels, before.dims, shift=front)
+    if value not in (None, 0) if constant else len(pads) > pixels:
+        return None
+    more = sum(pads[pixels:])
+    channels = before.channels + more if before.channels is not None else None
+    return replace(before, channels=channels, pixel=False)
+
+
+def padding(module: Any, node: fx.Node) -> Sequence[int]:
+    """Return the entries that a padding adds, before and after each dimension, the last first."""
+    return module.padding if module is not None else argument(node, 1, "pad")

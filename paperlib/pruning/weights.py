@@ -1,6 +1,7 @@
 """The pruner of single weights (arXiv 1805.01930)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class WeightPruner(Pruner):
         }
 
     @torch.no_grad()
-    def prune(self, event: int, events: int) -> int:
+    def prune(self, event: Any, events: Any) -> int:
         """Do one event (1-based) in every layer; return how many weights were removed."""
         chosen = {}
         for name, module in self.layers.items():
@@ -103,17 +104,15 @@ class WeightPruner(Pruner):
         self.hold()
 
 
-def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The named dense and convolutional layers, all of which can be pruned."""
-    bases = (nn.Linear, nn.Conv2d)
-    known = {name: m for name, m in model.named_modules() if isinstance(m, bases)}
+    known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     owners = parameter_owners(model)
     for name in names:
         if name not in known:
             raise PruningError(f"no prunable layer {name!r}: one of {', '.join(known)}")
         base = nn.Linear if isinstance(known[name], nn.Linear) else nn.Conv2d
-        why = weight_refusal(known[name], base, owners, "weight")
-        if why is not None:
+        if why := weight_refusal(known[name], base, owners, "weight"):
             raise PruningError(f"cannot prune {name!r}: {why}")
     check_order(names, list(known))
     return {name: known[name] for name in names}

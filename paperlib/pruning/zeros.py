@@ -2,9 +2,9 @@
 
 A pruned filter's weights and bias are zero, and so is its output. `Trail` follows that output
 through a traced network to every use. On the way it collects the further parameters that must be
-zero (scale and shift of the norms that follow) and the residual sums that need a mask. It fails
-closed: an operation that it does not know is refused, and so is one that turns a zero into
-something else which the next layer reads.
+zero (scale and shift of the norms that follow) and the modules whose output must be masked, because
+a shortcut fills the filter again. It fails closed: an operation that it does not know is refused,
+and so is one that turns a zero into something else which the next layer reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,9 @@ from torch import Tensor, fx, nn
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import Traced
+from paperlib.pruning.graph import Traced, argument
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
-from paperlib.pruning.shapes import Layout, argument, channels_of, laid_out, norm_channels
-from paperlib.pruning.sums import Sums
+from paperlib.pruning.shapes import Layout, layouts, norm_channels, operands, padding
 
 
 class Refused(Exception):
@@ -30,35 +29,20 @@ class OnShortcut(Exception):
 
 
 @dataclass(frozen=True)
-class Channels:
-    """Where one convolution's filters are in a tensor that has its channels in dimension 1.
+class Zeros:
+    """The filters of one convolution in a tensor.
 
     Attributes:
-        total: how many channels the tensor has, None where that is not known.
         offsets: the channels from which on copies of the filters lie; None where not known.
-        dims: the tensor's number of dimensions.
-        flat: a channel is several features, as after a flattening.
         direct: there is no activation between the convolution and this tensor.
         normed: there is a norm between them.
         spoilt: the operation that turns a zero into something else; None while zeros are zero.
     """
 
-    total: int | None
     offsets: tuple[int, ...] | None = (0,)
-    dims: int = 4
-    flat: bool = False
     direct: bool = True
     normed: bool = False
     spoilt: fx.Node | None = None
-
-    def aligned(self, filters: int) -> bool:
-        """Whether the tensor's channels are these filters, one for one, and it is not flattened."""
-        return (self.total, self.offsets, self.dims, self.flat) == (filters, (0,), 4, False)
-
-    def same_place(self, other: "Channels") -> bool:
-        """Whether the filters are where they are in another tensor."""
-        mine, its = ((c.offsets, c.dims, c.flat) for c in (self, other))
-        return mine == its and self.offsets is not None
 
 
 @dataclass(frozen=True)
@@ -73,15 +57,8 @@ class Entries:
     offsets: tuple[int, ...] = (0,)
     repeat: int = 1
 
-    @property
-    def device(self) -> torch.device:
-        """Where these parameters are."""
-        return getattr(self.module, self.parameters[0]).device
-
     def of(self, filters: Tensor) -> Tensor:
         """Return the indices of these filters' entries, for indices of filters (n,)."""
-        if self.offsets == (0,) and self.repeat == 1:
-            return filters
         within = torch.arange(self.repeat, device=filters.device)
         begins = torch.cat([filters * self.repeat + offset for offset in self.offsets])
         return (begins[:, None] + within).flatten()
@@ -89,65 +66,111 @@ class Entries:
 
 @dataclass(frozen=True)
 class Mask:
-    """A module that masks a residual sum of so many channels; the filters lie at the offsets."""
+    """A module whose output is masked in so many channels; the filters lie at the offsets."""
 
     module: nn.Module
     channels: int
     offsets: tuple[int, ...] = (0,)
 
 
+class Network:
+    """A traced network with the layout of its tensors, its sums, and what its modules return."""
+
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        self.traced = Traced(model, training)
+        self.layouts = layouts(self.traced)
+        self.returned = {
+            node: name for name, nodes in self.traced.returns.items() for node in nodes if node
+        }
+        # Each node with all that it is computed from.
+        self.behind: dict[fx.Node, set[fx.Node]] = {}
+        for node in self.traced.graph.nodes:
+            before = (self.behind[source] for source in self.traced.tensors(node))
+            self.behind[node] = {node}.union(*before)
+
+    def branch(self, node: fx.Node) -> fx.Node | None:
+        """Return the operand that is a sum's branch, None where no operand is the deepest.
+
+        It is the one with the most convolutions, one after the other, that are behind no other
+        operand; the others are shortcuts. Of a `ResidualSum` it is the first operand.
+        """
+        if self.traced.key(node) is ResidualSum:
+            return argument(node, 0, "branch")
+        terms = operands(self.traced, node)
+        depths = []
+        for term in terms:
+            others = (self.behind[other] for other in terms if other is not term)
+            depths.append(self._depth(self.behind[term].difference(*others)))
+        return terms[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
+
+    def _depth(self, nodes: set[fx.Node]) -> int:
+        """The most convolutions of these nodes that come one after the other."""
+        depths: dict[fx.Node, int] = {}
+        for node in sorted(nodes):
+            before = (depths.get(source, 0) for source in node.all_input_nodes)
+            depths[node] = (self.traced.key(node) in ops.CONVOLVING) + max(before, default=0)
+        return max(depths.values(), default=0)
+
+
 class Trail:
-    """Follows the output of one convolution through a network.
+    """Follows the output of one convolution through a network, in each of its modes.
 
     Attributes:
         entries: by name of module, parameters that have to be zero with a filter of it.
         masks: by name of module, masks that residual sums need.
-        norms: names of the norms of its output alone, before any activation.
-        observed: name of the `ResidualSum` that adds to its output alone, or None.
-        plain_sum: a sum that is not a `ResidualSum` does.
+        norms: the norms of its output alone, before any activation.
+        sums: the residual sums that add to its output alone, None for one that is no module.
         passed: names of the modules that the filters pass through, their convolution first.
+        uses: how many times a forward pass calls the convolution.
 
     Raises Refused or OnShortcut.
     """
 
-    def __init__(self, traced: Traced, sums: Sums, name: str) -> None:
-        self.traced, self.sums, self.name = traced, sums, name
-        self.calls = traced.calls(name)
-        self.filters = traced.modules[name].out_channels
+    def __init__(self, networks: Sequence[Network], name: str) -> None:
         self.entries: dict[str, Entries] = {}
         self.masks: dict[str, Mask] = {}
-        self.norms: list[str] = []
-        self.observed: str | None = None
-        self.plain_sum = False
-        self._met: dict[str, set[fx.Node]] = {}
-        self._at: dict[fx.Node, Channels] = {}
-        for node in traced.graph.nodes:
-            state = self._follow(node)
-            if state is not None:
-                self._at[node] = state
-        self.passed = [node.target for node in self._at if node.op == "call_module"]
-        self._check_not_shared()
+        self.norms: set[nn.Module] = set()
+        self.sums: set[nn.Module | None] = set()
+        self.passed: list[str] = []
+        self.uses = 0
+        for network in networks:
+            self.network, self.traced = network, network.traced
+            self.calls = self.traced.calls(name)
+            self.uses = max(self.uses, len(self.calls))
+            self._met: dict[str, set[fx.Node]] = {}
+            self._at: dict[fx.Node, Zeros] = {}
+            for node in self.traced.graph.nodes:
+                state = self._follow(node)
+                if state is not None:
+                    self._at[node] = state
+            self.passed += [self.traced.name(n) for n in self._at if n.op == "call_module"]
+            self._check_not_shared()
 
-    def _follow(self, node: fx.Node) -> Channels | None:
+    def _follow(self, node: fx.Node) -> Zeros | None:
         """Where the filters are in a node's output, None where its zeros are of no effect on it."""
         found = [self._at[source] for source in node.all_input_nodes if source in self._at]
         state = None
         if found and node not in self.traced.shapes:
+            self._check("out" not in node.kwargs, node)
             state = self._rule(node)(node, found)
-            self._check_in_place(node, state)
-        if node in self.calls:
-            return Channels(self.filters)
-        return state
+            still_zero = state is not None and not state.spoilt
+            if self._writes(node) and not (still_zero and node.all_input_nodes[0] in self._at):
+                self._check_in_place(node)
+            if state is not None and self._is_sum(state.spoilt) and self._can_mask(node, state):
+                name = self.network.returned[node]
+                channels = self.network.layouts[node].channels or 0
+                mask = Mask(self.traced.modules[name], channels, state.offsets or ())
+                self._note(self.masks, name, mask)
+                state = replace(state, spoilt=None)
+        return Zeros() if node in self.calls else state
 
-    def _rule(self, node: fx.Node) -> Callable[[fx.Node, list[Channels]], Channels | None]:
+    def _rule(self, node: fx.Node) -> Callable[[fx.Node, list[Zeros]], Zeros | None]:
         key = self.traced.key(node)
-        self._check("out" not in node.kwargs, node)
-        if self.sums.is_part(node):
-            # Its sum looks at what it adds.
-            return lambda node, found: replace(found[0], spoilt=node)
-        if self.sums.is_sum(node):
+        if self._is_sum(node):
             return self._sum
         for keys, rule in (
+            (ops.STACK, self._stack),
+            (ops.MULTIPLY, self._multiply),
             (ops.ELEMENTWISE, self._single_values),
             (ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL, self._channel_by_channel),
             (ops.MIXING | {"output"}, self._mix),
@@ -157,165 +180,205 @@ class Trail:
         ):
             if key in keys:
                 return rule
-        if getattr(key, "__name__", "") == "stochastic_depth":  # torchvision's
-            return self._channel_by_channel
         raise Refused(
             f"it is not known whether {self.traced.describe(node)} keeps a pruned filter zero"
         )
 
     # Rules: from where the filters are in a node's inputs to where they are in its output
 
-    def _single_values(self, node: fx.Node, found: list[Channels]) -> Channels:
-        key, tensors, first = self.traced.key(node), self.traced.tensors(node), found[0]
-        direct = key in ops.MULTIPLY | ops.ADD and all(c.direct for c in found)
-        known = all(t in self._at or t.op == "get_attr" for t in tensors)
-        if key in ops.MULTIPLY:
-            # Zero times anything is zero; what has fewer dimensions is spread over the others'.
-            zero = [c for c in found if c.spoilt is None] or found
-            first = max(zero, key=lambda c: c.dims)
-            self._check(first.dims == max(c.dims for c in found), node)
-            self._check(first.dims == 4 or known, node)
-            return replace(first, direct=direct)
-        self._check(known, node)
-        spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
-        same = len(found) == len(tensors) and all(c.same_place(first) for c in found)
-        if spoilt is None and not (same and self.traced.at_zero(node) == 0):
-            spoilt = node  # also by a parameter, which is not zero
-        return replace(first, direct=direct, spoilt=spoilt)
+    def _multiply(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        """Zero times anything is zero; what has fewer dimensions is spread over the others'."""
+        mine = {t: self._at[t] for t in self.traced.tensors(node) if t in self._at}
+        zero = [t for t, state in mine.items() if state.spoilt is None] or list(mine)
+        first = max(zero, key=lambda t: self._layout(t, node).dims)
+        dims = self._layout(first, node).dims
+        self._check(dims == max(self._layout(t, node).dims for t in mine), node)
+        self._check(dims == 4 or self._known(node), node)
+        return replace(mine[first], direct=all(state.direct for state in found))
 
-    def _channel_by_channel(self, node: fx.Node, found: list[Channels]) -> Channels:
-        key, first = self.traced.key(node), found[0]
-        self._check(len(found) == 1 and self.traced.tensors(node)[0] in self._at, node)
+    def _single_values(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        tensors = self.traced.tensors(node)
+        self._check(self._known(node), node)
+        direct = self.traced.key(node) in ops.ADD and all(state.direct for state in found)
+        together = self._together(tensors, direct)
+        if together is not None and self.traced.at_zero(node) == 0:
+            return together
+        # Also by a parameter, which is not zero.
+        spoilt = next((s.spoilt for s in found if s.spoilt and not self._is_sum(s.spoilt)), node)
+        return replace(found[0], direct=direct, spoilt=spoilt)
+
+    def _channel_by_channel(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        key, module = self.traced.key(node), self.traced.module(node)
+        tensor = self.traced.tensors(node)[0]
+        self._check(len(found) == 1 and tensor in self._at, node)
         if key in ops.ACROSS:
             self._check_unspoilt(node, found)
         if key in ops.SPATIAL:
-            module = self.traced.module(node)
+            layout = self._layout(tensor, node)
             indices = getattr(module, "return_indices", node.kwargs.get("return_indices"))
-            self._check(not first.flat and first.dims > 2 and not indices, node)
-        return replace(first, direct=first.direct and key not in ops.ACTIVATIONS)
+            self._check(not layout.flat and layout.dims > 2 and not indices, node)
+        return replace(found[0], direct=found[0].direct and key not in ops.ACTIVATIONS)
 
-    def _mix(self, node: fx.Node, found: list[Channels]) -> Channels | None:
-        key, module, first = self.traced.key(node), self.traced.module(node), found[0]
+    def _mix(self, node: fx.Node, found: list[Zeros]) -> Zeros | None:
+        key, module = self.traced.key(node), self.traced.module(node)
         if key != "output":
-            self._check(self.traced.tensors(node)[0] in self._at and len(found) == 1, node)
-            self._check(first.dims == ops.dimensions(key), node)
+            tensor = self.traced.tensors(node)[0]
+            self._check(tensor in self._at and len(found) == 1, node)
+            self._check(self._layout(tensor, node).dims == ops.dimensions(key), node)
         if key in ops.FUNCTIONAL_CONVOLUTIONS:
             self._check(argument(node, 6, "groups", 1) == 1, node)
         if key in CONVOLUTIONS and module.groups == module.in_channels > 1:
             # Every channel for itself.
             self._check(module.out_channels == module.in_channels, node)
             if module.bias is not None:
-                self._zero(node, ("bias",), first)
-            return replace(first, direct=False)
+                self._zero(node, ("bias",), found[0])
+            return replace(found[0], direct=False)
         self._check_unspoilt(node, found)
         return None
 
-    def _norm(self, node: fx.Node, found: list[Channels]) -> Channels:
-        norm, first = self.traced.module(node), found[0]
+    def _norm(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        norm, state = self.traced.module(node), found[0]
         if isinstance(norm, nn.GroupNorm):  # its statistics are of several channels
             self._check_unspoilt(node, found)
-        if first.direct and not first.normed and first.aligned(self.filters):
-            self.norms.append(node.target)
+        if state.direct and not state.normed and self._aligned(self.traced.tensors(node)[0], state):
+            self.norms.add(norm)
         names = tuple(n for n in ("weight", "bias") if getattr(norm, n) is not None)
         if names:
-            self._zero(node, names, first)
-            return replace(first, normed=True, spoilt=None)
+            self._zero(node, names, state)
+            return replace(state, normed=True, spoilt=None)
         if isinstance(norm, nn.GroupNorm) or norm.running_mean is not None:
             raise Refused(
                 f"{self.traced.describe(node)} has no scale and shift that could be zero: give it "
                 "affine=True"
             )
-        return replace(first, normed=True)
+        return replace(state, normed=True)
 
-    def _cat(self, node: fx.Node, found: list[Channels]) -> Channels:
-        first, parts = found[0], node.args[0] if node.args else ()
-        dim = argument(node, 1, "dim", 0)
-        self._check(isinstance(dim, int) and dim % first.dims == 1 and len(parts) > 0, node)
-        self._check(all(c.dims == first.dims for c in found), node)
-        total, offsets = 0, ()
+    def _cat(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+        self._check(isinstance(parts, tuple | list), node)
+        dims = {self._layout(part, node).dims for part in parts if part in self._at}
+        self._check(len(dims) == 1 and isinstance(dim, int) and dim % max(dims) == 1, node)
+        before: int | None = 0
+        offsets: tuple[int, ...] | None = ()
         for part in parts:
-            channels = self._at.get(part, Channels(channels_of(self.traced, part), ()))
-            if offsets is not None and channels.offsets:
-                known = total is not None and not channels.flat
-                offsets = (*offsets, *(total + o for o in channels.offsets)) if known else None
-            elif channels.offsets is None:
-                offsets = None
-            total = None if None in (total, channels.total) else total + channels.total
-        spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
-        flat = any(c.flat for c in found)
-        return replace(first, total=total, offsets=offsets, flat=flat, spoilt=spoilt)
+            layout, state = self.network.layouts.get(part), self._at.get(part)
+            if state is not None:
+                mine = state.offsets if layout is not None and not layout.flat else None
+                if offsets is None or mine is None or before is None:
+                    offsets = None
+                else:
+                    offsets += tuple(before + offset for offset in mine)
+            channels = layout.channels if layout is not None else None
+            before = None if before is None or channels is None else before + channels
+        spoilt = next((state.spoilt for state in found if state.spoilt is not None), None)
+        return replace(found[0], offsets=offsets, spoilt=spoilt)
 
-    def _move(self, node: fx.Node, found: list[Channels]) -> Channels:
-        alone = self.traced.tensors(node) == node.all_input_nodes[:1]
-        self._check(alone and len(found) == 1, node)
-        first = found[0]
-        before = Layout(first.total, first.dims, first.flat)
-        after = laid_out(
-            self.traced, node, before, lambda n: n in self._at or n.op == "placeholder"
-        )
-        self._check(after is not None, node)
-        offsets = first.offsets and tuple(offset + after.shift for offset in first.offsets)
-        return replace(
-            first, total=after.channels, offsets=offsets, dims=after.dims, flat=after.flat
-        )
+    def _move(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        self._check(len(found) == 1 and node in self.network.layouts, node)
+        if self.traced.key(node) not in ops.PAD:
+            return found[0]
+        pads = padding(self.traced.module(node), node)
+        [front] = [*pads[2 * self.network.layouts[node].dims - 4 :], 0][:1]
+        offsets = found[0].offsets and tuple(offset + front for offset in found[0].offsets)
+        return replace(found[0], offsets=offsets)
 
-    def _sum(self, node: fx.Node, found: list[Channels]) -> Channels | None:
-        operands, branch = self.sums.operands(node), self.sums.branch(node)
-        found = [self._at[operand] for operand in operands if operand in self._at]
-        first, what = found[0], self.traced.describe(node)
-        if len(found) == len(operands) and all(c.same_place(first) for c in found):
-            spoilt = next((c.spoilt for c in found if c.spoilt is not None), None)
-            return replace(first, direct=False, spoilt=spoilt)
-        if branch in self._at:
-            self._check_unspoilt(node, found)
-            return self._ends_branch(node, self._at[branch])
+    def _stack(self, node: fx.Node, found: list[Zeros]) -> Zeros:
+        """Its sum looks at what is stacked."""
+        readers = self.traced.readers(node)
+        self._check(len(readers) == 1 and self._is_sum(readers[0]), node)
+        return replace(found[0], spoilt=node)
+
+    def _sum(self, node: fx.Node, found: list[Zeros]) -> Zeros | None:
+        terms, branch = operands(self.traced, node), self.network.branch(node)
+        together = self._together(terms, direct=False)
+        if together is not None:
+            return together
+        if branch is not None and branch in self._at:
+            state = self._at[branch]
+            if state.direct and self._aligned(branch, state):
+                module = self.traced.module(node)
+                self.sums.add(module if isinstance(module, ResidualSum) else None)
+            return replace(state, direct=False, spoilt=state.spoilt or node)
         if branch is None:
+            what = self.traced.describe(node)
             raise OnShortcut(f"none of what {what} adds is deeper than the others")
-        if not self.sums.behind(branch) & set(self.calls):
+        if not self.network.behind[branch] & set(self.calls):
+            what = self.traced.describe(node)
             raise OnShortcut(f"it is on the shortcut of the residual sum {what}")
-        self._check_unspoilt(node, found)
+        self._check_unspoilt(node, [self._at[term] for term in terms if term in self._at])
         return None
 
     # What a rule needs and finds
 
-    def _ends_branch(self, node: fx.Node, channels: Channels) -> Channels:
-        """The filters end the branch of a sum, to which its shortcuts then add nothing."""
-        where = self.sums.where_to_mask(node)
-        known = channels.total is not None and channels.offsets is not None
-        if where is None or not known or channels.dims != 4 or channels.flat:
-            raise Refused(
-                f"no module returns the residual sum {self.traced.describe(node)}: add with "
-                "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
-            )
-        module = self.traced.modules[where]
-        self._note(self.masks, where, Mask(module, channels.total, channels.offsets))
-        if channels.direct and channels.aligned(self.filters):
-            if isinstance(module, ResidualSum):
-                self.observed = where
-            else:
-                self.plain_sum = True
-        return replace(channels, direct=False)
+    def _layout(self, tensor: fx.Node, node: fx.Node) -> Layout:
+        self._check(tensor in self.network.layouts, node)
+        return self.network.layouts[tensor]
 
-    def _zero(self, node: fx.Node, names: tuple[str, ...], channels: Channels) -> None:
+    def _is_sum(self, node: fx.Node | None) -> bool:
+        return node is not None and bool(operands(self.traced, node))
+
+    def _known(self, node: fx.Node) -> bool:
+        """Whether all inputs have the filters, or are parameters."""
+        return all(t in self._at or t.op == "get_attr" for t in self.traced.tensors(node))
+
+    def _aligned(self, tensor: fx.Node, state: Zeros) -> bool:
+        """Whether a tensor's channels are these filters, one for one, and it is not flattened."""
+        layout, filters = self.network.layouts.get(tensor), self.network.layouts[self.calls[0]]
+        aligned = layout is not None and replace(layout, pixel=False) == filters
+        return aligned and state.offsets == (0,)
+
+    def _together(self, tensors: Sequence[fx.Node], direct: bool) -> Zeros | None:
+        """The filters in what is made of tensors that all have them in the same place, or None."""
+        states = [self._at[tensor] for tensor in tensors if tensor in self._at]
+        places = {
+            (self._at[t].offsets, layout.dims, layout.flat)
+            for t in tensors
+            if t in self._at and (layout := self._layout(t, t))
+        }
+        if len(states) < len(tensors) or len(places) > 1 or states[0].offsets is None:
+            return None
+        spoilt = next((state.spoilt for state in states if state.spoilt is not None), None)
+        return replace(states[0], direct=direct, spoilt=spoilt)
+
+    def _can_mask(self, node: fx.Node, state: Zeros) -> bool:
+        """Whether a module returns this node, no more often than the convolution is called.
+
+        Hooks of the network itself are none of its graph, so that it cannot mask.
+        """
+        layout, name = self.network.layouts[node], self.network.returned.get(node, "")
+        if not 0 < len(self.traced.returns.get(name, ())) <= len(self.calls):
+            return False
+        if isinstance(self.traced.module(node), ResidualSum) and state.spoilt is not node:
+            return False  # it masks its own shortcut only
+        return layout.channels is not None and state.offsets is not None and layout.dims == 4
+
+    def _zero(self, node: fx.Node, names: tuple[str, ...], state: Zeros) -> None:
         """The filters' entries of these parameters of a module are zero with the filters."""
         module = self.traced.module(node)
         size = norm_channels(module) if isinstance(module, NORMS) else module.out_channels
-        known = channels.total is not None and channels.offsets is not None
-        repeat = size // channels.total if known else 0
-        fits = known and repeat * channels.total == size and (channels.flat or repeat == 1)
-        self._check(fits, node)
-        offsets = tuple(offset * repeat for offset in channels.offsets)
-        self._met.setdefault(node.target, set()).add(node)
-        self._note(self.entries, node.target, Entries(module, names, offsets, repeat))
+        layout = self._layout(self.traced.tensors(node)[0], node)
+        channels, name = layout.channels or size + 1, self.traced.name(node)
+        repeat = size // channels
+        fits = repeat * channels == size and (layout.flat or repeat == 1)
+        self._check(fits and state.offsets is not None, node)
+        offsets = tuple(offset * repeat for offset in state.offsets or ())
+        self._met.setdefault(name, set()).add(node)
+        self._note(self.entries, name, Entries(module, names, offsets, repeat))
 
     def _note(self, where: dict, name: str, value: Entries | Mask) -> None:
         if where.setdefault(name, value) != value:
             raise Refused(f"{name!r} is used more than once, with other channels each time")
 
-    def _check_unspoilt(self, node: fx.Node, found: Sequence[Channels]) -> None:
-        for spoilt in (c.spoilt for c in found if c.spoilt is not None):
+    def _check_unspoilt(self, node: fx.Node, found: Sequence[Zeros]) -> None:
+        for spoilt in (state.spoilt for state in found if state.spoilt is not None):
+            what = self.traced.describe(spoilt)
+            if self._is_sum(spoilt):
+                raise Refused(
+                    f"no module returns the residual sum {what}: add with "
+                    "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
+                )
             raise Refused(
-                f"{self.traced.describe(spoilt)} turns its zeros into something else, which "
+                f"{what} turns its zeros into something else, which "
                 f"{self.traced.describe(node)} reads"
             )
 
@@ -329,41 +392,36 @@ class Trail:
     def _check_not_shared(self) -> None:
         """Refuse a module that must be zero for this convolution but is also used elsewhere."""
         for name in self.entries:
-            if self._met[name] != set(self.traced.calls(name)):
+            if self._met.get(name, set()) != set(self.traced.calls(name)):
                 raise Refused(f"{name!r}, which would have to be zero with it, is used elsewhere")
         for name, mask in self.masks.items():
-            outputs = [self._at.get(node) for node in self.traced.returns[name]]
-            if any(c is None or c.spoilt or c.offsets != mask.offsets for c in outputs):
+            nodes = self.traced.returns.get(name, ())
+            states = [self._at.get(node) if node is not None else None for node in nodes]
+            if any(s is None or s.spoilt or s.offsets != mask.offsets for s in states):
                 raise Refused(
                     f"{name!r} returns its residual sum and, elsewhere, something else: add with "
                     "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
                 )
 
-    def _check_in_place(self, node: fx.Node, state: Channels | None) -> None:
+    def _check_in_place(self, node: fx.Node) -> None:
         """What was written into must not be used again, but where its zeros are zero as before."""
-        module, key = self.traced.module(node), self.traced.key(node)
-        writes = ops.in_place(key, getattr(module, "inplace", node.kwargs.get("inplace")))
-        if not writes or not node.args or not isinstance(node.args[0], fx.Node):
-            return
-        still_zero = state is not None and state.spoilt is None and not self.sums.is_sum(node)
-        if still_zero and node.args[0] in self._at:
-            return
-        base = node.args[0]
-        while self._is_view(base):
-            base = base.all_input_nodes[0]
-        views = {base}
-        for other in self.traced.graph.nodes:
-            if other is not node and self._is_view(other) and other.all_input_nodes[0] in views:
-                views.add(other)
-        last = max(self.traced.order[u] for v in views for u in v.users)
-        if last > self.traced.order[node]:
-            raise Refused(
-                f"{self.traced.describe(node)} writes into a tensor that is used again afterwards"
-            )
+        base = node
+        while base is node or self._is_view(base):
+            by, base = base, base.all_input_nodes[0]
+            others = [user for user in self.traced.readers(base) if user is not by]
+            if any(user > node or self._is_view(user) for user in others):
+                what = self.traced.describe(node)
+                raise Refused(f"{what} writes into a tensor that is used again afterwards")
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether an operation writes into its first argument."""
+        key, module = self.traced.key(node), self.traced.module(node)
+        name = key if isinstance(key, str) else getattr(key, "__name__", "")
+        options = node.args[1:] if key in ops.ELEMENTWISE else ()
+        options = (*options, node.kwargs.get("inplace"), getattr(module, "inplace", False))
+        return name.endswith("_") or key in ops.WRITING or any(value is True for value in options)
 
     def _is_view(self, node: fx.Node) -> bool:
-        module, key = self.traced.module(node), self.traced.key(node)
-        if not node.all_input_nodes or node in self.traced.shapes:
-            return False
-        writes = ops.in_place(key, getattr(module, "inplace", node.kwargs.get("inplace")))
-        return writes or key in ops.PASSING | ops.MOVES
+        """Whether a node's output may share its memory with its first input."""
+        viewing = self._writes(node) or self.traced.key(node) in ops.VIEWING
+        return viewing and bool(node.all_input_nodes)

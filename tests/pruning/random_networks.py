@@ -1,9 +1,8 @@
-"""Small networks made at random, and the same networks with pruned filters cut out by hand.
+"""Small networks made at random, and the same networks with each tensor masked by hand.
 
-A network is a tree of bodies, each a list of steps on the tensors so far. `Body.forward` runs them;
-`Body.cut` runs them again with a pruned filter absent: its channel is not in the tensors at all, no
-layer reads it, and to the end of a residual branch the shortcut adds nothing. The second knows
-nothing of the first, nor of how `paperlib.pruning` follows zeros.
+A network is a tree of bodies, each a list of steps on the tensors so far. `Body.run` with masks
+sets a pruned filter's channel to zero after every step: a residual sum has the channels of its
+branch. It knows nothing of how `paperlib.pruning` follows zeros, and calls no hook.
 """
 
 import operator
@@ -77,24 +76,19 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass
-class Present:
-    """Channels that are there: (N, channels there, H, W), and which of all they are, bool."""
-
-    x: Tensor
-    kept: Tensor
-
-    def whole(self) -> Tensor:
-        """With zeros for the others."""
-        out = self.x.new_zeros(len(self.x), len(self.kept), *self.x.shape[2:])
-        return out.index_copy(1, self.kept.nonzero().flatten(), self.x)
-
-
-@dataclass
 class Step:
     kind: str
     sources: list[int]
     part: str | None = None
     name: str = ""
+
+
+@dataclass
+class Masks:
+    """The filters that are kept, by name of convolution; `seen`: what each mixing layer reads."""
+
+    kept: dict[str, Tensor]
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Body(nn.Module):
@@ -109,92 +103,46 @@ class Body(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         values = [x]
         for step in self.steps:
-            inputs = [values[i] for i in step.sources]
-            part = self._part(step)
-            if step.kind == "function":
-                values.append((FUNCTIONS | STRANGE)[step.name](*inputs))
-            elif step.kind == "cat":
-                values.append(torch.cat(inputs, 1))
-            elif step.kind in ("residual", "equal"):
-                values.append(SUMS[step.name](*inputs) if part is None else part(*inputs))
-            elif step.kind == "gate":
-                pooled = F.adaptive_avg_pool2d(inputs[0], 1)
-                values.append(inputs[0] * torch.sigmoid(part(pooled)))
-            elif step.kind == "scale":
-                values.append(inputs[0] * self.scales[step.part])
-            else:
-                values.append(part(*inputs))
+            part = dict(self.parts.items()).get(step.part)
+            values.append(self._after(step, part, [values[i] for i in step.sources]))
         return values[-1]
 
-    def _part(self, step: Step) -> nn.Module | None:
-        return dict(self.parts.items()).get(step.part)
+    def _after(self, step: Step, part: Callable | None, inputs: list[Tensor]) -> Tensor:
+        if step.kind == "function":
+            return (FUNCTIONS | STRANGE)[step.name](*inputs)
+        if step.kind == "cat":
+            return torch.cat(inputs, 1)
+        if step.kind in ("residual", "equal"):
+            return SUMS[step.name](*inputs) if part is None else part(*inputs)
+        if step.kind == "gate":
+            return inputs[0] * torch.sigmoid(part(F.adaptive_avg_pool2d(inputs[0], 1)))
+        if step.kind == "scale":
+            return inputs[0] * self.scales[step.part]
+        return part(*inputs)
 
-    def cut(
-        self, x: Present, masks: dict[str, Tensor], training: bool, seen: dict, path: str
-    ) -> Present:
-        """As `forward`, without the filters that are not in `masks`.
-
-        seen: is filled, by name of each layer that mixes channels, with those that it reads.
-        """
-        values = [x]
+    def masked(self, x: Tensor, kept: Tensor, masks: Masks, path: str) -> tuple[Tensor, Tensor]:
+        """As `forward`, each tensor masked; and which of the last one's channels are kept."""
+        values = [(x, kept)]
         for step in self.steps:
-            inputs = [values[i] for i in step.sources]
-            name = f"{path}parts.{step.part}"
-            part = self._part(step)
-            first = inputs[0]
+            inputs, there = zip(*(values[i] for i in step.sources), strict=True)
+            name, part = f"{path}parts.{step.part}", dict(self.parts.items()).get(step.part)
+            kept = there[0]
             if step.kind in ("conv", "gate"):
-                seen[name] = first.kept
+                masks.seen[name] = kept
+            if step.kind == "body":
+                values.append(part.masked(inputs[0], kept, masks, f"{name}."))
+                continue
             if step.kind == "conv":
-                kept = masks.get(name, torch.ones(part.out_channels, dtype=torch.bool))
-                bias = None if part.bias is None else part.bias[kept]
-                weight = part.weight[kept][:, first.kept]
-                out = Present(F.conv2d(first.x, weight, bias, padding=part.padding), kept)
-            elif step.kind == "depthwise":
-                bias = None if part.bias is None else part.bias[first.kept]
-                count = int(first.kept.sum())
-                y = F.conv2d(first.x, part.weight[first.kept], bias, padding=1, groups=count)
-                out = Present(y, first.kept)
-            elif step.kind == "norm":
-                out = _normed(part, first, training)
-            elif step.kind == "prelu":
-                out = Present(F.prelu(first.x, part.weight[first.kept]), first.kept)
+                kept = masks.kept.get(name, torch.ones(part.out_channels, dtype=torch.bool))
             elif step.kind == "cat":
-                kept = torch.cat([one.kept for one in inputs])
-                out = Present(torch.cat([one.x for one in inputs], 1), kept)
-            elif step.kind == "residual":
-                branch, shortcut = inputs
-                times = 2 if step.name in ("three", "nested") and part is None else 1
-                x = branch.x + times * shortcut.whole()[:, branch.kept]
-                out = Present(x, branch.kept)
+                kept = torch.cat(there)
             elif step.kind == "equal":
-                whole = sum(one.whole() for one in inputs)
-                out = Present(whole, torch.ones(whole.shape[1], dtype=torch.bool))
-            elif step.kind == "gate":
-                pooled = first.x.mean((2, 3), keepdim=True)
-                gate = F.conv2d(pooled, part.weight[:, first.kept], part.bias)
-                out = Present(first.x * gate.sigmoid()[:, first.kept], first.kept)
-            elif step.kind == "scale":
-                out = Present(first.x * self.scales[step.part][first.kept], first.kept)
-            elif step.kind == "body":
-                out = part.cut(first, masks, training, seen, f"{name}.")
-            else:
-                function = part or (FUNCTIONS | STRANGE)[step.name]
-                out = Present(function(first.x.clone()), first.kept)
-            values.append(out)
+                kept = torch.ones_like(kept)
+            add = isinstance(part, ResidualSum)
+            forward = operator.add if add else None if part is None else part.forward
+            x = self._after(step, forward, [one.clone() for one in inputs])
+            values.append((x * kept[:, None, None], kept))
         return values[-1]
-
-
-def _normed(norm: nn.Module, value: Present, training: bool) -> Present:
-    weight, bias = norm.weight[value.kept], norm.bias[value.kept]
-    if isinstance(norm, nn.GroupNorm):
-        # Its groups have zeros in them: what it makes of the others is part of the network.
-        whole = F.group_norm(value.whole(), norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return Present(whole[:, value.kept], value.kept)
-    if isinstance(norm, nn.InstanceNorm2d):
-        return Present(F.instance_norm(value.x, weight=weight, bias=bias), value.kept)
-    mean, variance = (s[value.kept].clone() for s in (norm.running_mean, norm.running_var))
-    x = F.batch_norm(value.x, mean, variance, weight, bias, training, eps=norm.eps)
-    return Present(x, value.kept)
 
 
 @dataclass
@@ -350,18 +298,12 @@ class Network(nn.Module):
         x = self.body(x)
         return self.head(x.mean((2, 3)) if self.pooled else x.flatten(1))
 
-    def cut(
-        self, x: Tensor, masks: dict[str, Tensor], training: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output without the filters that are not in `masks`; and which channels are read.
+    def masked(self, x: Tensor, kept: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output without the filters that are not kept; and which channels are read.
 
         The latter, bool (channels,), by name of each layer that mixes channels.
         """
-        seen: dict[str, Tensor] = {}
-        start = Present(x, torch.ones(3, dtype=torch.bool))
-        value = self.body.cut(start, masks, training, seen, "body.")
-        pixels = self.head.in_features // len(value.kept)
-        seen["head"] = value.kept.repeat_interleave(pixels)
-        weight = self.head.weight.view(3, len(value.kept), -1)[:, value.kept].flatten(1)
-        x = value.x.mean((2, 3)) if self.pooled else value.x.flatten(1)
-        return F.linear(x, weight, self.head.bias), seen
+        masks = Masks(kept)
+        x, there = self.body.masked(x, torch.ones(3, dtype=torch.bool), masks, "body.")
+        masks.seen["head"] = there.repeat_interleave(self.head.in_features // len(there))
+        return self.head(x.mean((2, 3)) if self.pooled else x.flatten(1)), masks.seen

@@ -108,15 +108,6 @@ def test_weights_that_are_shared(net, named):
         FilterPruner(net, [0.5], layers=["conv"] if isinstance(net, Decoder) else None)
 
 
-def test_single_weights_that_are_shared():
-    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
-    net[1].weight = net[0].weight
-    for layers in ("0", "1", ["0", "1"]):
-        with pytest.raises(PruningError, match=r"0\.weight.*1\.weight"):
-            WeightPruner(net, layers, 0.5)
-    assert WeightPruner(net, "2", 0.5).prune(1, 1) == 6
-
-
 def test_layers_without_weights_yet():
     net = layered(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(2, 1))
     with pytest.raises(PruningError, match="'5'"):
@@ -315,11 +306,3 @@ class Branching(nn.Module):
 def test_networks_that_cannot_be_followed():
     with pytest.raises(PruningError, match="Branching"):
         FilterPruner(Branching(), [0.5])
-
-
-def test_names_of_no_convolution():
-    net = layered(nn.Conv2d(6, 2, 1))
-    net.unused = None
-    for name in ("1", "9", "", "0.weight"):
-        with pytest.raises(PruningError, match=rf"'{name}'.*0, 2"):
-            FilterPruner(net, [0.5], layers=[name])

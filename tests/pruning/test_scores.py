@@ -14,11 +14,10 @@ from scipy import integrate, stats
 from torch import nn
 
 from paperlib import experiments
-from paperlib.config import FilterPruning, schedule
+from paperlib.config import FilterPruning
 from paperlib.models import build
 from paperlib.pruning import (
     FilterPruner,
-    PruningError,
     expected_activation,
     kept_filters,
     prunable_layers,
@@ -45,12 +44,6 @@ def test_kept_filters_in_exact_arithmetic(filters):
             assert kept == [exactly_kept(filters, fraction, i + 1, events) for i in range(events)]
 
 
-@pytest.mark.parametrize("event", [-1, 0, 5])
-def test_an_event_there_is_not(event):
-    with pytest.raises(PruningError, match=f"event must be from 1 to 4, got {event}"):
-        kept_filters(8, 0.5, event, 4)
-
-
 def count_events(filters, fractions, schedules) -> int:
     """Epochs on which at least one filter goes."""
     epochs = set()
@@ -65,42 +58,7 @@ def count_events(filters, fractions, schedules) -> int:
     return len(epochs)
 
 
-VGG = ([512] * 4, (0.3, 0.3, 0.3, 0.9), (3, 4, 5, 6), (150, 150, 150, 275))
-RESNET = ([512] * 4, (0.25, 0.4, 0.25, 0.95), (7, 8, 9, 10), (150, 150, 170, 275))
-C1 = (RESNET[0], (0.25, 0.8, 0.25, 0.95), *RESNET[2:])
-B2 = (RESNET[0], RESNET[1], (3, 4, 5, 6), RESNET[3])
-BLOCKS_18 = [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
-BLOCKS_20 = [16] * 6 + [32] * 6 + [64] * 6
-BLOCKS_56 = [16] * 18 + [32] * 18 + [64] * 18
 VGG_EVENTS = {4: 179, 20: 38, 40: 19, 60: 14, 100: 9, 200: 5, 300: 4}
-EVENTS = [
-    *((*VGG, period, events) for period, events in VGG_EVENTS.items()),
-    (*RESNET, 4, 180),
-    (*RESNET, 40, 20),
-    (*C1, 4, 180),
-    (*C1, 40, 20),
-    (*B2, 4, 184),
-    (*B2, 40, 20),
-    *((f, 0.1, 40, 100, 30, 3) for f in (BLOCKS_18, BLOCKS_20, BLOCKS_56)),
-    *((f, 0.1, 40, 100, 60, 2) for f in (BLOCKS_18, BLOCKS_20, BLOCKS_56)),
-    (BLOCKS_18, 0.1, 24, 100, 1, 54),
-    (BLOCKS_18, 0.06, 24, 100, 1, 34),
-    ([512], 0.7, 2500, 3500, 750, 2),
-]
-
-
-@pytest.mark.parametrize(("filters", "fractions", "first", "last", "period", "events"), EVENTS)
-def test_events_of_each_schedule_of_the_paper(filters, fractions, first, last, period, events):
-    def each(value):
-        return value if isinstance(value, tuple) else [value] * len(filters)
-
-    ends = zip(each(first), each(last), strict=True)
-    schedules = [schedule(a, b, period) for a, b in ends]
-    assert count_events(filters, each(fractions), schedules) == events
-
-
-def test_event_epochs_of_the_last_schedule():
-    assert schedule(2500, 3500, 750) == (2500, 3250)
 
 
 VALID = {
@@ -173,16 +131,6 @@ def test_expected_activation_is_the_expected_value():
     assert torch.allclose(single, expected.float(), atol=1e-6)
 
 
-def test_signed_expected_activation():
-    gamma, beta = torch.linspace(-3, 3, 50).double(), torch.linspace(4, -4, 50).double()
-    formula = torch.from_numpy(closed_form(gamma.numpy(), beta.numpy()))
-    assert torch.allclose(expected_activation(gamma, beta, signed=True), formula, atol=1e-12)
-    negative = gamma < 0
-    assert (formula < expected_activation(gamma, beta))[negative].all()
-    unsigned = expected_activation(gamma, beta)[~negative]
-    assert torch.allclose(unsigned, formula[~negative], atol=1e-12)
-
-
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_expected_activation_is_finite_everywhere(signed, dtype):
@@ -197,20 +145,6 @@ def test_expected_activation_is_finite_everywhere(signed, dtype):
     narrow = (gamma.abs() <= 1) & (gamma >= 0 if signed else True)
     assert torch.equal(score[narrow & (beta >= 1e3)], beta[narrow & (beta >= 1e3)])
     assert not score[narrow & (beta <= -1e3)].any()
-
-
-def test_deep_negatives_tie_at_zero_in_single_precision():
-    beta = torch.tensor([-6.0, -7.0, -20.0, -1e30])
-    assert not expected_activation(torch.ones(4), beta).any()
-    assert expected_activation(torch.ones(4).double(), beta.double())[0] > 0
-
-    model = small_net()
-    nn.init.constant_(model[4].bias, -1)
-    with torch.no_grad():
-        model[4].bias[[2, 4]] = torch.tensor([-6.0, -7.0])
-    pruner = FilterPruner(model.double(), [1 / 6], "ebn")
-    pruner.prune(1, 1)
-    assert gone(pruner) == {"3": [2]}
 
 
 def plain_score(score: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> list[float]:
@@ -239,16 +173,6 @@ def test_the_worst_by_score_go_first(score, target):
             assert sorted(order[:count]) == before[name]
         assert removed > 0
     assert [len(filters) for filters in gone(pruner).values()] == [32 - 13, 32 - 23]
-
-
-def test_the_bias_does_not_count_in_norms():
-    model = small_net(norm=False)
-    with torch.no_grad():
-        model[2].weight.copy_(torch.arange(1.0, 7)[:, None, None, None])
-        model[2].bias.copy_(torch.tensor([100.0, 0, 0, 0, 0, 0]))
-    pruner = FilterPruner(model, [1 / 6], "l2", layers=["2"])
-    pruner.prune(1, 1)
-    assert gone(pruner) == {"2": [0]}
 
 
 def taken_out(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -297,16 +221,6 @@ def test_activation_score_by_brute_force():
         assert new
 
 
-def test_activation_score_starts_at_zero():
-    model = network("vgg11_bn", double=False)
-    pruner = FilterPruner(model, [0.5], "activation")
-    for batch in range(9):
-        model(images(2, seed=batch, double=False))
-    assert not pruner.activation.scores["features.25"].any()
-    pruner.prune(1, 1)
-    assert gone(pruner) == {"features.25": list(range(16))}
-
-
 # Targets
 
 
@@ -334,23 +248,6 @@ def test_only_kept_filters_are_chosen(target):
         assert seen == [0, 5, 1, 4, 2]
     if target == "largest":
         assert seen == [5, 0, 4, 1, 3]
-
-
-def test_a_score_need_not_be_finite_where_nothing_is_kept():
-    pruner = FilterPruner(small_net(), [2 / 3], lambda conv: 1 / conv.weight.flatten(1).norm(dim=1))
-    assert pruner.prune(1, 2) + pruner.prune(2, 2) == 4
-
-
-def drawn(seed: int) -> list[int]:
-    pruner = FilterPruner(small_net(), [0.5], "l2", "random", ["0"], generator(seed))
-    pruner.prune(1, 1)
-    return gone(pruner)["0"]
-
-
-def test_random_choice_repeats_with_its_seed():
-    draws = [drawn(seed) for seed in range(10)]
-    assert draws == [drawn(seed) for seed in range(10)]
-    assert len({tuple(draw) for draw in draws}) > 5
 
 
 def test_random_choice_is_uniform():

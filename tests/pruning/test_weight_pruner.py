@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from paperlib import models
 from paperlib.pruning import PruningError, WeightPruner, kept_weights
@@ -57,14 +57,6 @@ def test_schedule_is_the_formula(weights, fraction, events, mu):
         ) == written_out(weights, fraction, event, events, mu)
 
 
-def test_annealing_by_hand():
-    counts = [kept_weights(1000, 0.9, e, 10, "annealing", 0) for e in range(1, 11)]
-    assert counts == [820, 640, 460, 280, 100, 100, 100, 100, 100, 100]
-    # 100 + 900 * 8 / 30, 6 / 50, 4 / 70, 2 / 90
-    counts = [kept_weights(1000, 0.9, e, 10, "annealing", 10) for e in range(1, 6)]
-    assert counts == [340, 208, 152, 120, 100]
-
-
 @pytest.mark.parametrize(("schedule", "mu"), [("linear", 0), ("annealing", 0), ("annealing", 5)])
 @pytest.mark.parametrize("target", ["largest", "smallest", "random"])
 def test_events_follow_the_schedule(schedule, mu, target):
@@ -83,13 +75,6 @@ def test_events_follow_the_schedule(schedule, mu, target):
     assert int(before.sum()) == 33
 
 
-def test_an_event_that_has_been_removes_nothing_more():
-    pruner = WeightPruner(dense(), "0", 0.5)
-    assert pruner.prune(2, 4) == 25
-    assert pruner.prune(2, 4) == 0
-    assert pruner.prune(1, 4) == 0
-
-
 # Targets
 
 
@@ -102,50 +87,6 @@ def test_targets_go_by_magnitude():
         assert kept(pruner) == left
         expected = [value if i in left else 0.0 for i, value in enumerate(values)]
         assert network[0].weight.flatten().tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("target", ["largest", "smallest"])
-def test_ties_go_by_position(target):
-    pruner = WeightPruner(with_weights(1.0, -1.0, 1.0, -1.0, 1.0), "0", 0.8, target)
-    left = []
-    for event in range(1, 5):
-        pruner.prune(event, 4)
-        left.append(kept(pruner))
-    assert left == [[1, 2, 3, 4], [2, 3, 4], [3, 4], [4]]
-
-
-def test_only_kept_weights_are_chosen_from():
-    network = with_weights(0.0, 1.0, 2.0, 3.0)
-    pruner = WeightPruner(network, "0", 0.75, "smallest")
-    pruner.prune(1, 3)
-    assert kept(pruner) == [1, 2, 3]
-    network[0].weight.data = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    pruner.prune(2, 3)
-    assert kept(pruner) == [1, 3]
-
-
-def test_random_choice_is_its_generators():
-    def chosen(seed: int, *values: float) -> list[int]:
-        pruner = WeightPruner(with_weights(*values), "0", 0.5, "random", generator=generator(seed))
-        pruner.prune(1, 2)
-        pruner.prune(2, 2)
-        return kept(pruner)
-
-    weights = torch.randn(40, generator=generator()).tolist()
-    assert chosen(1, *weights) == chosen(1, *weights)
-    assert chosen(1, *weights) == chosen(1, *weights[::-1])  # whatever the weights are
-    assert chosen(1, *weights) != chosen(2, *weights)
-
-
-def test_random_choice_is_uniform():
-    counts = torch.zeros(10)
-    g = generator()
-    for _ in range(400):
-        pruner = WeightPruner(with_weights(*range(10)), "0", 0.5, "random", generator=g)
-        pruner.prune(1, 1)
-        counts += pruner.masks["0"].flatten()
-    assert counts.sum() == 2000
-    assert (counts - 200).abs().max() < 45  # 4.5 standard deviations
 
 
 # Zero stays zero
@@ -189,18 +130,6 @@ def test_pruned_weights_stay_zero_and_the_others_train(name):
         assert pruner.masks["0"].equal(mask)
 
 
-def test_without_hold_momentum_brings_weights_back():
-    network = dense(3)
-    optimizer = OPTIMIZERS["sgd"](network.parameters())
-    pruner = WeightPruner(network, "0", 0.9)
-    steps(network, optimizer, 2)
-    pruner.prune(1, 1)
-    steps(network, optimizer, 1)
-    assert network[0].weight[~pruner.masks["0"]].ne(0).any()
-    pruner.hold()
-    assert network[0].weight[~pruner.masks["0"]].eq(0).all()
-
-
 def test_training_is_that_of_a_network_multiplied_by_its_mask():
     """Gradient descent by hand on what is kept alone."""
     network = dense(3).double()
@@ -216,16 +145,6 @@ def test_training_is_that_of_a_network_multiplied_by_its_mask():
             weight -= 0.1 * gradients[0]
             bias -= 0.1 * gradients[1]
     torch.testing.assert_close(network[0].weight.detach(), weight.detach() * mask)
-
-
-def test_held_names_what_is_zero():
-    network = dense()
-    pruner = WeightPruner(network, "0", 0.6)
-    assert not pruner.held()["0.weight"].any()
-    pruner.prune(1, 1)
-    (name, gone), *others = pruner.held().items()
-    assert not others
-    assert gone.equal(network.get_parameter(name) == 0)
 
 
 @pytest.mark.parametrize("event", [1, 3])
@@ -270,47 +189,6 @@ def test_several_layers_each_by_its_own_fraction():
     assert network.features[0].weight.ne(0).all()
 
 
-def test_one_fraction_for_several_layers():
-    pruner = WeightPruner(models.build("conv4", width=0.25), ("dense", "fc"), 0.5)
-    assert pruner.fractions == {"dense": 0.5, "fc": 0.5}
-
-
-@pytest.mark.parametrize("target", ["largest", "random"])
-def test_how_weights_lie_in_memory_does_not_matter(target):
-    """Networks are trained in channels-last format."""
-    masks = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        network = models.build("conv4", width=0.25).to(memory_format=memory_format)
-        pruner = WeightPruner(network, "features.2", 0.5, target, generator=generator())
-        assert pruner.prune(1, 2) == pruner.prune(2, 2) == 144
-        masks.append(pruner.masks["features.2"])
-        assert torch.equal(network.features[2].weight != 0, masks[-1])
-    assert torch.equal(*masks)
-
-
-class Own(nn.Module):
-    """Grouped convolution, a branch in the forward pass: nothing torch.fx could follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, groups=2, bias=False)
-        self.heads = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 2)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).mean((2, 3))
-        return self.heads["a" if x.sum() > 0 else "b"](x)
-
-
-def test_network_of_ones_own():
-    network = Own()
-    pruner = WeightPruner(network, ["conv", "heads.b"], 0.5, "smallest")
-    assert pruner.prune(1, 1) == 36 + 4
-    assert network.conv.weight.count_nonzero() == 36
-    assert network.heads["a"].weight.count_nonzero() == 8
-    network(torch.randn(2, 4, 5, 5)).sum().backward()
-
-
 # Bad input
 
 
@@ -340,11 +218,3 @@ def test_what_cannot_be_done(options, named):
     with pytest.raises(PruningError, match=named):
         WeightPruner(network, **{"layer": "dense", "fraction": 0.5} | options)
     assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
-
-
-@pytest.mark.parametrize(("event", "events"), [(0, 3), (4, 3), (-1, 3), (1, 0)])
-def test_events_out_of_range(event, events):
-    pruner = WeightPruner(dense(), "0", 0.5)
-    with pytest.raises(PruningError, match="event must be from 1"):
-        pruner.prune(event, events)
-    assert pruner.masks["0"].all()

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from pruned_networks import gone, images, small_net
+from pruned_networks import images
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import FilterPruner, PruningError, prunable_layers
@@ -288,22 +287,6 @@ def test_checkpointed_layers_are_followed():
     assert_zero(net, pruned(net, ["a"]), "a", "b")
 
 
-def test_scores_of_what_is_joined_are_the_convolutions_own():
-    """A norm or sum of several layers' channels is not that of one of them."""
-    between, at = JOINED["with norm"]
-    net = Net(between, channels=12, c=nn.Conv2d(6, 6, 1), norm=nn.BatchNorm2d(12))
-    with pytest.raises(PruningError, match="'a'"):
-        FilterPruner(net, [0.5], "ebn", layers=["a"])
-    pruner = FilterPruner(net, [0.5], "activation", layers=["a"])
-    x = images(double=False, size=8)
-    for _ in range(10):
-        net.train()(x)
-    expected = 0.1 * net.a(x).abs().sum((0, 2, 3)).detach()
-    assert torch.allclose(pruner.activation.scores["a"], expected, rtol=1e-4)
-    assert pruner.prune(1, 1) == 3
-    assert_zero(net, pruner, "a", "b", at)
-
-
 # Residual sums
 
 
@@ -484,35 +467,6 @@ def test_a_tensor_that_a_sum_is_written_into_is_not_used_again():
         FilterPruner(net, [0.5], layers=["1.conv2"])
 
 
-def test_operands_of_a_residual_sum_by_name():
-    net = residual(add=lambda a, b: block_sum(shortcut=b, branch=a))
-    net[2].sum = block_sum = ResidualSum()
-    pruner = pruned(net, ["2.conv2"])
-    assert_zero(net, pruner, "2.conv2", "3.conv1")
-
-
-def test_a_sum_that_is_kept_in_an_attribute_is_refused():
-    """What another module reads there has not passed the block's mask."""
-
-    class Keeping(Block):
-        def forward(self, x):
-            self.kept = super().forward(x)
-            return self.kept
-
-    class Reading(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.block, self.last = nn.Conv2d(3, 6, 3), Keeping(), nn.Conv2d(6, 2, 1)
-
-        def forward(self, x):
-            out = self.block(self.first(x))
-            return self.last(out) + self.last(self.block.kept)
-
-    with pytest.raises(PruningError, match=r"'block\.conv2'"):
-        FilterPruner(Reading(), [0.5], layers=["block.conv2"])
-    FilterPruner(Reading(), [0.5], layers=["block.conv1"])
-
-
 def test_a_sum_that_is_also_used_within_its_block_is_refused():
     class Peeking(Block):
         def forward(self, x):
@@ -554,38 +508,3 @@ def test_layers_that_are_passed_over_are_named_when_asked_for(net, name):
 
 
 # Networks of others
-
-
-def test_plain_sequential():
-    model = small_net()
-    pruner = FilterPruner(model, [0.5, 0.5], lambda conv: conv.bias)
-    with torch.no_grad():
-        model[0].bias.copy_(torch.arange(10.0))
-        model[3].bias.copy_(-torch.arange(6.0))
-    pruner.prune(1, 1)
-    assert gone(pruner) == {"0": [0, 1, 2, 3, 4], "3": [3, 4, 5]}
-    out = model(images(size=8, double=False))
-    assert not out[:, 3:].any()
-    assert out[:, :3].any()
-
-
-def test_torchvisions_resnet():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).eval()
-    layers = prunable_layers(model)
-    assert len(layers) == 17
-    assert not [name for name in layers if "downsample" in name]
-
-    pruner = FilterPruner(model, [0.5] * 16, lambda conv: conv.weight.flatten(1).amax(1), "largest")
-    seen = []
-    for block in (m for m in model.modules() if isinstance(m, BasicBlock)):
-        block.register_forward_hook(lambda *call: seen.append(call))
-    pruner.prune(1, 1)
-    model(images(1, size=64, double=False))
-    names = [name for name in pruner.masks if name.endswith("conv2")]
-    for name, (block, (x,), out) in zip(names, seen, strict=True):
-        branch = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
-        shortcut = x if block.downsample is None else block.downsample(x)
-        mask = pruner.masks[name]
-        assert not out[:, ~mask].any()
-        assert torch.allclose(out[:, mask], F.relu(branch + shortcut)[:, mask], atol=1e-5)

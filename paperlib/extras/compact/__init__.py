@@ -14,7 +14,7 @@ Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 """
 
 from paperlib.extras.compact.channels import CompactError
-from paperlib.extras.compact.costs import cost, cost_table, latency
+from paperlib.extras.compact.costs import cost, cost_table
 from paperlib.extras.compact.network import compact
 
-__all__ = ["CompactError", "compact", "cost", "cost_table", "latency"]
+__all__ = ["CompactError", "compact", "cost", "cost_table"]

@@ -7,6 +7,7 @@ which are one and the same; and which layers read and write them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,15 +15,15 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import trace
-from paperlib.pruning.masks import BUFFER, mask_of
+from paperlib.pruning.graph import Traced, argument
+from paperlib.pruning.masks import BUFFER
+from paperlib.pruning.shapes import layouts
 
 # Operations on single values, the same for all channels: their constants are computed.
 _ELEMENTWISE = ops.ELEMENTWISE | ops.ACTIVATIONS | ops.PASSING
-_FLATTEN = ops.FLATTEN | ops.VIEW
 _AFFINE = {nn.Conv2d: 4, nn.Linear: 2}  # and the dimensions of the input they are understood for
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_PER_CHANNEL = ops.SPATIAL - ops.ACROSS
+_PER_CHANNEL = (ops.SPATIAL - ops.ACROSS) | (ops.MOVES - {PadChannels})
 
 
 class CompactError(ValueError):
@@ -54,7 +55,7 @@ class Layer:
         masks: its mask is resized, and nothing else of it.
     """
 
-    module: nn.Module
+    module: Any
     reads: Channels
     writes: Channels
     mixes: bool = False
@@ -86,17 +87,18 @@ class Following:
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         self.device, self.dtype = inputs.device, inputs.dtype
         try:
-            self.traced = trace(model, False, PadChannels)
+            self.traced = Traced(model, False)
             _Values(fx.GraphModule(model, self.traced.graph)).propagate(inputs)
         except Exception as error:
             raise CompactError(
                 f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
             ) from error
+        self.layouts = layouts(self.traced)
         self.count = 0
         self.fixed: list[Tensor] = []
         self.ties: list[Tensor] = []
         self.layers: dict[str, Layer] = {}
-        self.channels: dict[fx.Node, Channels | None] = {}
+        self.channels: dict[fx.Node, Any] = {}
         for node in self.traced.graph.nodes:
             self.channels[node] = self._follow(node)
 
@@ -107,7 +109,7 @@ class Following:
         if node.op == "placeholder":
             return self._fix(node)
         if node.op == "get_attr":
-            return self._mask(node) if node.target.rpartition(".")[2] == BUFFER else None
+            return self._mask(node) if self.traced.name(node).rpartition(".")[2] == BUFFER else None
         if node in self.traced.shapes and not isinstance(
             node.meta.get("tensor_meta"), TensorMetadata
         ):
@@ -118,7 +120,7 @@ class Following:
         module = self.traced.module(node)
         if module is not None and getattr(module, BUFFER, None) is not None:
             # Its hook is not in the graph.
-            values = torch.where(mask_of(module) == 0, 0, channels.values)
+            values = torch.where(module.get_buffer(BUFFER).flatten() == 0, 0, channels.values)
             channels = replace(channels, values=values)
             self._add(f"{node.target}.{BUFFER}", Layer(module, channels, channels, masks=True))
         return channels
@@ -126,26 +128,19 @@ class Following:
     def _understood(self, node: fx.Node) -> Channels | None:
         """Return the channels of a node's output, None where its operation is not known."""
         sources, key = self._sources(node), self.traced.key(node)
-        if not sources or sources[0] is None or _shape(node) is None:
+        if not sources or None in sources or not _shape(node):
             return None
-        if key in _FLATTEN and (flat := self._flattened(node, sources[0])) is not None:
-            return flat
-        if None in sources:
-            return None
-        if key in _AFFINE:
-            return self._convolved(node, sources[0])
-        if key in _NORMS:
-            return self._normed(node, sources[0])
-        if key is ResidualSum:
-            return self._summed(node, sources)
-        if key is PadChannels:
-            return self._padded(node, sources[0])
-        if key in _ELEMENTWISE:
-            return self._elementwise(node, sources)
-        if key in ops.CAT and (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):
-            return _joined([self.channels[source] for source in node.args[0]])
-        if len(sources) == 1 and (key in _PER_CHANNEL or _is_spatial(key, node)):
-            return replace(sources[0], values=self._evaluate(node))
+        for keys, rule in (
+            (_AFFINE, self._convolved),
+            (_NORMS, self._normed),
+            ({ResidualSum}, self._summed),
+            ({PadChannels}, self._padded),
+            (_ELEMENTWISE, self._elementwise),
+            (ops.CAT, self._concatenated),
+            (_PER_CHANNEL, self._moved),
+        ):
+            if key in keys:
+                return rule(node, sources)
         return None
 
     def _unknown(self, node: fx.Node) -> Channels | None:
@@ -162,17 +157,27 @@ class Following:
 
     # Rules: from the channels of a node's inputs to those of its output
 
-    def _flattened(self, node: fx.Node, source: Channels) -> Channels | None:
+    def _moved(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
         before, out = _shape(node.all_input_nodes[0]), _shape(node)
-        *_, last = node.args
-        last = last[-1] if isinstance(last, tuple | list) else last
-        views = self.traced.key(node) in ops.VIEW and last != -1
-        if views or out != (before[0], math.prod(before[1:])):
+        if len(sources) > 1 or node not in self.layouts:
+            return None
+        if out[:2] == before[:2]:
+            return replace(sources[0], values=self._evaluate(node))
+        size = node.args[-1][-1] if isinstance(node.args[-1], tuple | list) else node.args[-1]
+        states_size = self.traced.key(node) in ops.VIEW and size != -1
+        if states_size or out != (before[0], math.prod(before[1:])):
             return None
         pixels = math.prod(before[2:])
-        return Channels(*(t.repeat_interleave(pixels) for t in (source.ids, source.values)))
+        ids, values = sources[0].ids, sources[0].values
+        return Channels(ids.repeat_interleave(pixels), values.repeat_interleave(pixels))
 
-    def _convolved(self, node: fx.Node, source: Channels) -> Channels | None:
+    def _concatenated(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
+        if argument(node, 1, "dim", 0) != 1:
+            return None
+        return _joined([self.channels[source] for source in argument(node, 0, "tensors")])
+
+    def _convolved(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
+        [source] = sources
         module = self.traced.module(node)
         if len(_shape(node.all_input_nodes[0])) != _AFFINE[self.traced.key(node)]:
             return None
@@ -192,29 +197,33 @@ class Following:
             values = values + module.bias.detach()
         values = torch.where(varies, torch.nan, values)
         writes = Channels(source.ids, values) if groups > 1 else self._new(values)
-        return self._add(node.target, Layer(module, source, writes, mixes=groups == 1))
+        return self._add(self.traced.name(node), Layer(module, source, writes, mixes=groups == 1))
 
-    def _normed(self, node: fx.Node, source: Channels) -> Channels:
+    def _normed(self, node: fx.Node, sources: Sequence[Channels]) -> Channels:
+        [source] = sources
         norm, values = self.traced.module(node), self._evaluate(node)
         if norm.weight is not None:
             shift = 0 if norm.bias is None else norm.bias
             values = torch.where(norm.weight == 0, shift, values)
-        return self._add(node.target, Layer(norm, source, replace(source, values=values)))
+        return self._add(
+            self.traced.name(node), Layer(norm, source, replace(source, values=values))
+        )
 
     def _summed(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
         if len(sources) != 2:
             return None
         module, values = self.traced.module(node), sources[1].values
         if module.keep is not None:
-            values = torch.where(mask_of(module) == 0, 0, values)
+            values = torch.where(module.keep.flatten() == 0, 0, values)
         tied = self._tied(sources, sources[0].values + values)
-        return self._add(node.target, Layer(module, sources[0], tied, masks=True))
+        return self._add(self.traced.name(node), Layer(module, sources[0], tied, masks=True))
 
-    def _padded(self, node: fx.Node, source: Channels) -> Channels:
+    def _padded(self, node: fx.Node, sources: Sequence[Channels]) -> Channels:
+        [source] = sources
         module = self.traced.module(node)
         before, after = (self._new(torch.zeros(n)) for n in module.padding[-2:])
         padded = _joined([before, source, after])
-        return self._add(node.target, Layer(module, source, padded))
+        return self._add(self.traced.name(node), Layer(module, source, padded))
 
     def _elementwise(self, node: fx.Node, sources: Sequence[Channels]) -> Channels | None:
         out, shapes = _shape(node), [_shape(source) for source in self.traced.tensors(node)]
@@ -226,17 +235,17 @@ class Following:
             values = torch.where(zero, 0, values)
         channels = self._tied(sources, values)
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            self._add(node.target, Layer(module, channels, channels))
+            self._add(self.traced.name(node), Layer(module, channels, channels))
         return channels
 
     def _mask(self, node: fx.Node) -> Channels:
-        owner = self.traced.modules[node.target.rpartition(".")[0]]
-        keep = self._new(mask_of(owner))
-        return self._add(node.target, Layer(owner, keep, keep, masks=True))
+        owner = self.traced.modules[self.traced.name(node).rpartition(".")[0]]
+        keep = self._new(getattr(owner, BUFFER).flatten())
+        return self._add(self.traced.name(node), Layer(owner, keep, keep, masks=True))
 
     # What the rules are made of
 
-    def _sources(self, node: fx.Node) -> list[Channels | None]:
+    def _sources(self, node: fx.Node) -> list[Any]:
         return [self.channels[source] for source in self.traced.tensors(node)]
 
     @torch.no_grad()
@@ -249,13 +258,7 @@ class Following:
             values, shape = self.channels[source].values, _shape(source)
             return values.view(1, -1, *[1] * len(shape[2:])).repeat(1, 1, *shape[2:])
 
-        args, kwargs = fx.map_arg((node.args, node.kwargs), constant)
-        if node.op == "call_module":
-            out = self.traced.module(node).forward(*args, **kwargs)
-        elif node.op == "call_method":
-            out = getattr(args[0], node.target)(*args[1:], **kwargs)
-        else:
-            out = node.target(*args, **kwargs)
+        out = self.traced.evaluate(node, constant)
         low, high = out.reshape(out.shape[1], -1).aminmax(dim=1)
         uniform = torch.isclose(low, high, rtol=1e-5, atol=0) & high.isfinite()
         return torch.where(uniform, high, torch.nan)
@@ -267,7 +270,7 @@ class Following:
 
     def _fix(self, node: fx.Node) -> Channels | None:
         shape = _shape(node)
-        if shape is None or len(shape) < 2:
+        if len(shape) < 2:
             return None
         channels = self._new(torch.full(shape[1:2], torch.nan))
         self.fixed.append(channels.ids)
@@ -284,12 +287,12 @@ class Following:
         return layer.writes
 
 
-def takes(module: nn.Module) -> Tensor:
+def takes(module: Any) -> Tensor:
     """Return, (outputs, inputs) bool, whether an output takes anything of an input."""
     return module.weight[..., None].flatten(2).any(2)
 
 
-def total(module: nn.Module) -> Tensor:
+def total(module: Any) -> Tensor:
     """Return, (outputs, inputs), what outputs take of inputs that are the same at every pixel."""
     return module.weight.detach()[..., None].flatten(2).sum(2)
 
@@ -302,24 +305,9 @@ def foldable(module: nn.Module, values: Tensor) -> Tensor:
     return ~values.isnan()
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
+def _shape(node: fx.Node) -> tuple[int, ...]:
     meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
-
-
-def _is_spatial(key: object, node: fx.Node) -> bool:
-    """Whether a function acts on dimensions after the second only."""
-    dimensions = len(_shape(node.all_input_nodes[0]))
-    if key in ops.REDUCE:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        dims = [dims] if isinstance(dims, int) else dims
-        return all(d % dimensions >= 2 for d in dims)
-    if key in ops.INDEX:
-        index = node.args[1]
-        return isinstance(index, tuple) and index[:2] == (slice(None), slice(None))
-    if key is torch.nn.functional.pad and len(node.args) > 1:
-        return len(node.args[1]) <= 2 * (dimensions - 2)
-    return False
+    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else ()
 
 
 def _joined(parts: Sequence[Channels]) -> Channels:

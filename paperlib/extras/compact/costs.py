@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib.extras.compact.channels import CompactError
 from paperlib.extras.compact.network import example_input
+from paperlib.pruning.graph import in_mode
 
 _ENTRY = 128  # bytes, about, that one more tensor takes in a file's header
 
@@ -37,7 +38,7 @@ def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str,
         bytes_gzipped: of the latter, gzipped.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.no_grad(), _attention_in_parts(), counter:
+    with in_mode(model, False), torch.no_grad(), _attention_in_parts(), counter:
         model(example_input(model, example))
     sparse = _encoded(model)
     parameters = list(model.parameters())
@@ -63,20 +64,13 @@ def _attention_in_parts() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def latency(
-    model: nn.Module, batch: int = 1, repeats: int = 20, image: Sequence[int] = (3, 32, 32)
-) -> float:
-    """Return the median milliseconds that a batch takes on the CPU, in evaluation mode."""
-    return _latencies([model], batch, repeats, image)[0]
-
-
 def cost_table(
     networks: Mapping[str, nn.Module],
     batches: Sequence[int] = (1, 128),
     repeats: int = 20,
     image: Sequence[int] = (3, 32, 32),
 ) -> pd.DataFrame:
-    """Return `cost` and `latency` of several networks, a row each, by name.
+    """Return `cost` and times of several networks, a row each, by name.
 
     Columns: those of `cost`, and ms_batch_N for each N of `batches`: median milliseconds a batch on
     the CPU. The networks are timed in turns, so that a busy machine slows all of them alike.
@@ -109,23 +103,11 @@ def _latencies(
 ) -> list[float]:
     inputs = [example_input(network, (batch, *image)) for network in networks]
     if any(x.device.type != "cpu" for x in inputs):
-        raise CompactError("latency is measured on the CPU: move the network there first")
-    seconds = [[] for _ in networks]
+        raise CompactError("times are measured on the CPU: move the network there first")
+    seconds: list[list[float]] = [[] for _ in networks]
     for network, x, times in [*zip(networks, inputs, seconds, strict=True)] * (repeats + 1):
-        with _evaluating(network):
+        with in_mode(network, False):
             start = time.perf_counter()
             network(x)
             times.append(time.perf_counter() - start)
     return [1000 * statistics.median(times[1:]) for times in seconds]  # the first one warms up
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a network in evaluation mode, and its modes as before afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode

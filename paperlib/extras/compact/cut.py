@@ -1,5 +1,7 @@
 """Which channels of a network are noticed by nothing after them, and the cut itself."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.sparse import coo_array
@@ -7,9 +9,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from paperlib.extras.compact.channels import Following, Layer, foldable, takes, total
-from paperlib.models import PadChannels, ResidualSum
+from paperlib.models import PadChannels
 from paperlib.pruning.graph import layer_type
-from paperlib.pruning.masks import mask_of, remove_mask
+from paperlib.pruning.masks import mask_name, mask_of, multiply_by_mask, set_mask
 from paperlib.pruning.operations import NORMS
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -79,12 +81,11 @@ def _cut_mask(module: nn.Module, writes: Tensor) -> None:
     mask = mask_of(module)
     if mask is None:
         return
-    if mask[writes].all():
-        remove_mask(module)
-    elif isinstance(module, ResidualSum):
-        module.keep = module.keep[writes]
-    else:
-        module.kept_channels = module.kept_channels[:, writes]
+    setattr(module, mask_name(module), None)
+    for key in [k for k, hook in module._forward_hooks.items() if hook is multiply_by_mask]:
+        del module._forward_hooks[key]
+    if not mask[writes].all():
+        set_mask(module, mask[writes])
 
 
 def _index(module: nn.Module, name: str, kept: Tensor) -> None:
@@ -101,7 +102,7 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, name, tensor)
 
 
-def _fit(module: nn.Module, channels: int) -> None:
+def _fit(module: Any, channels: int) -> None:
     """Set the sizes that a layer states of itself to those of its tensors."""
     kind = layer_type(module)
     if kind is nn.Conv2d:

@@ -65,7 +65,7 @@ def example_input(model: nn.Module, example: Sequence[int] | Tensor) -> Tensor:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    owners = {}
+    owners: dict[Tensor, str] = {}
     for name, module in model.named_modules():
         weighted = layer_type(module) in (*CONVOLUTIONS, *NORMS, nn.Linear)
         if weighted and not {"weight", "bias"} <= set(module._parameters):

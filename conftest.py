@@ -6,7 +6,7 @@ import tempfile
 
 
 def pytest_configure(config):
-    # A job in the background inherits that Ctrl-C is ignored; here it is to be what it is usually.
+    """Let Ctrl-C do what it usually does; a job in the background inherits that it is ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="paperlib-tests-")
     config.add_cleanup(folder.cleanup)
@@ -17,7 +17,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """nbval takes an output without a count for one of a cell never run; stripping takes counts."""
+    """Give outputs a count: nbval takes a cell without one for a cell that was never run."""
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is not None and cell.get("outputs") and cell.get("execution_count") is None:

@@ -12,7 +12,8 @@ from paperlib.pruning import operations as ops
 from paperlib.pruning.graph import Traced, has_own_forward, layer_type
 from paperlib.pruning.masks import multiply_by_mask
 from paperlib.pruning.operations import CONVOLUTIONS, TRANSPOSED
-from paperlib.pruning.zeros import Entries, Mask, Network, OnShortcut, Refused, Trail
+from paperlib.pruning.shapes import Network
+from paperlib.pruning.zeros import Entries, Mask, OnShortcut, Refused, Trail
 
 
 class PruningError(ValueError):

@@ -218,3 +218,42 @@ def _padded(module: nn.Module | None, node: fx.Node, before: Layout) -> Layout |
 def padding(module: Any, node: fx.Node) -> Sequence[int]:
     """Return the entries that a padding adds, before and after each dimension, the last first."""
     return module.padding if module is not None else argument(node, 1, "pad")
+
+
+class Network:
+    """A traced network with the layout of its tensors, its sums, and what its modules return."""
+
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        self.traced = Traced(model, training)
+        self.layouts = layouts(self.traced)
+        self.returned = {
+            node: name for name, nodes in self.traced.returns.items() for node in nodes if node
+        }
+        # Each node with all that it is computed from.
+        self.behind: dict[fx.Node, set[fx.Node]] = {}
+        for node in self.traced.graph.nodes:
+            before = (self.behind[source] for source in self.traced.tensors(node))
+            self.behind[node] = {node}.union(*before)
+
+    def branch(self, node: fx.Node) -> fx.Node | None:
+        """Return the operand that is a sum's branch, None where no operand is the deepest.
+
+        It is the one with the most convolutions, one after the other, that are behind no other
+        operand; the others are shortcuts. Of a `ResidualSum` it is the first operand.
+        """
+        if self.traced.key(node) is ResidualSum:
+            return argument(node, 0, "branch")
+        terms = operands(self.traced, node)
+        depths = []
+        for term in terms:
+            others = (self.behind[other] for other in terms if other is not term)
+            depths.append(self._depth(self.behind[term].difference(*others)))
+        return terms[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
+
+    def _depth(self, nodes: set[fx.Node]) -> int:
+        """The most convolutions of these nodes that come one after the other."""
+        depths: dict[fx.Node, int] = {}
+        for node in sorted(nodes):
+            before = (depths.get(source, 0) for source in node.all_input_nodes)
+            depths[node] = (self.traced.key(node) in ops.CONVOLVING) + max(before, default=0)
+        return max(depths.values(), default=0)

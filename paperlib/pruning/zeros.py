@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import Traced, argument
+from paperlib.pruning.graph import argument
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
-from paperlib.pruning.shapes import Layout, layouts, norm_channels, operands, padding
+from paperlib.pruning.shapes import Layout, Network, norm_channels, operands, padding
 
 
 class Refused(Exception):
@@ -71,45 +71,6 @@ class Mask:
     module: nn.Module
     channels: int
     offsets: tuple[int, ...] = (0,)
-
-
-class Network:
-    """A traced network with the layout of its tensors, its sums, and what its modules return."""
-
-    def __init__(self, model: nn.Module, training: bool) -> None:
-        self.traced = Traced(model, training)
-        self.layouts = layouts(self.traced)
-        self.returned = {
-            node: name for name, nodes in self.traced.returns.items() for node in nodes if node
-        }
-        # Each node with all that it is computed from.
-        self.behind: dict[fx.Node, set[fx.Node]] = {}
-        for node in self.traced.graph.nodes:
-            before = (self.behind[source] for source in self.traced.tensors(node))
-            self.behind[node] = {node}.union(*before)
-
-    def branch(self, node: fx.Node) -> fx.Node | None:
-        """Return the operand that is a sum's branch, None where no operand is the deepest.
-
-        It is the one with the most convolutions, one after the other, that are behind no other
-        operand; the others are shortcuts. Of a `ResidualSum` it is the first operand.
-        """
-        if self.traced.key(node) is ResidualSum:
-            return argument(node, 0, "branch")
-        terms = operands(self.traced, node)
-        depths = []
-        for term in terms:
-            others = (self.behind[other] for other in terms if other is not term)
-            depths.append(self._depth(self.behind[term].difference(*others)))
-        return terms[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
-
-    def _depth(self, nodes: set[fx.Node]) -> int:
-        """The most convolutions of these nodes that come one after the other."""
-        depths: dict[fx.Node, int] = {}
-        for node in sorted(nodes):
-            before = (depths.get(source, 0) for source in node.all_input_nodes)
-            depths[node] = (self.traced.key(node) in ops.CONVOLVING) + max(before, default=0)
-        return max(depths.values(), default=0)
 
 
 class Trail:

@@ -53,10 +53,13 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
     def text(values: pd.Series, form: str) -> list[str]:
         return ["" if pd.isna(value) else format(value, form) for value in values]
 
-    interval = [
-        "" if pd.isna(e) else f"{e:+.2f}" + ("" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]")
-        for e, low, high in claims[["estimate", "low", "high"]].to_numpy()
-    ]
+    def interval(estimate: float, low: float, high: float) -> str:
+        if pd.isna(estimate):
+            return ""
+        form = "+.2f" if pd.isna(low) or high - low >= 0.02 else "+.4f"  # delta_w is small
+        return format(estimate, form) + ("" if pd.isna(low) else f" [{low:{form}}, {high:{form}}]")
+
+    estimates = claims[["estimate", "low", "high"]].to_numpy()
     table = pd.DataFrame(
         {
             "verdict": claims.verdict,
@@ -64,7 +67,7 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
             "contrast": claims.contrast.fillna("none tested"),
             "kind": claims.kind.fillna(""),
             "outcome": claims.outcome.fillna(""),
-            "estimate [95%]": interval,
+            "estimate [95%]": [interval(*row) for row in estimates],
             "pairs": text(claims.n, ".0f"),
             "p": text(claims.p, ".2g"),
             "p (Holm)": text(claims.holm, ".2g"),

@@ -127,11 +127,16 @@ def paired(
     covariate: pd.Series | None = None,
     **how: Any,
 ) -> Contrast:
-    """Return the contrast of (registered,) differences by seed; NaN where a pair is dropped.
+    """Return the contrast of paired differences.
 
-    covariate: another paired difference. The estimate is then for a difference of 0 in it, and
-        there is no sign-flip test.
-    how: sign, null, margin and note of the contrast.
+    Args:
+        name: Of the contrast.
+        differences: By seed (registered seeds,); NaN where a pair is dropped.
+        outcome: What is compared.
+        kind: Of the contrast.
+        covariate: Another paired difference. The estimate is then for a difference of 0 in it, and
+            there is no sign-flip test.
+        **how: Sign, null, margin and note of the contrast.
     """
     pairs = pd.DataFrame({"difference": differences})
     if covariate is None:

@@ -21,6 +21,7 @@ from paperlib.runs import Store, figures_path
 
 PARALLEL = 2  # two notebooks keep two cores busy
 OVERVIEWS = ("index", "claims")  # notebooks about all figures, without runs of their own
+TRIES = 3  # kernels that start together may race for a port
 
 
 class ThisKernel(AsyncKernelManager):
@@ -78,7 +79,10 @@ def _executed(scales: Mapping[str, plans.Scale]) -> list[dict[str, Any]]:
     for notebook, scale in scales.items():
         out = figures_path() / scale.profile / "notebooks" / f"{notebook}.ipynb"
         path = notebooks_path() / f"{notebook}.ipynb"
-        jobs[notebook] = partial(execute, path, out, asdict(scale))
+        parameters = asdict(scale)
+        if notebook in OVERVIEWS:
+            del parameters["seeds"]  # they show all that were registered
+        jobs[notebook] = partial(execute, path, out, parameters)
     done = in_parallel(jobs)
     return [
         {"figures": notebook, "profile": scale.profile, **done[notebook]}
@@ -101,12 +105,17 @@ def execute(notebook: Path, out: Path, parameters: dict[str, object]) -> dict[st
 
     out.parent.mkdir(parents=True, exist_ok=True)
     start, error = time.perf_counter(), None
-    try:
-        papermill.execute_notebook(
-            notebook, out, parameters, progress_bar=False, kernel_manager_class=ThisKernel
-        )
-    except papermill.PapermillExecutionError as failure:
-        error = f"cell {failure.cell_index + 1}: {failure.ename}: {failure.evalue}"
-    except RuntimeError as failure:
-        error = f"the kernel died: {failure}"
+    for _ in range(TRIES):
+        try:
+            papermill.execute_notebook(
+                notebook, out, parameters, progress_bar=False, kernel_manager_class=ThisKernel
+            )
+        except papermill.PapermillExecutionError as failure:
+            error = f"cell {failure.cell_index + 1}: {failure.ename}: {failure.evalue}"
+        except RuntimeError as failure:
+            error = f"the kernel died: {failure}"
+            continue
+        else:
+            error = None
+        break
     return {"seconds": time.perf_counter() - start, "file": str(out), "error": error}

@@ -127,16 +127,10 @@ def paired(
     covariate: pd.Series | None = None,
     **how: Any,
 ) -> Contrast:
-    """Return the contrast of paired differences.
+    """Return the contrast of differences by seed (registered,), NaN where a pair is dropped.
 
-    Args:
-        name: Of the contrast.
-        differences: By seed (registered seeds,); NaN where a pair is dropped.
-        outcome: What is compared.
-        kind: Of the contrast.
-        covariate: Another paired difference. The estimate is then for a difference of 0 in it, and
-            there is no sign-flip test.
-        **how: Sign, null, margin and note of the contrast.
+    With a covariate, another paired difference, the estimate is for a difference of 0 in it, and
+    there is no sign-flip test. `how` has sign, null, margin and note of the contrast.
     """
     pairs = pd.DataFrame({"difference": differences})
     if covariate is None:

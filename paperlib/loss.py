@@ -328,6 +328,6 @@ def _along(loss: Loss, step: float, order: int, seed: int = 0) -> list[float]:
         if order == 2:
             for slope in found[:]:
                 found += torch.autograd.grad(slope, (s, t), retain_graph=True)
-        return [float(x) for x in (value, *found)]
+        return [float(x.detach()) for x in (value, *found)]
 
     return loss.within(weights, compute)

@@ -587,12 +587,18 @@ def test_a_run_that_is_missing_leaves_only_k_of_n_to_see(store):
     """`paperlib claims` shows no gate, contrast, interval, p or power of a claim before its n."""
     ask = ["claims", "--profile", "demo", "--runs", str(store.path)]
     remove(store, experiments.plan("figure-R1", "demo").run.iloc[0])
-    result = CliRunner().invoke(cli.cli, [*ask, "R1", "R2", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        cli.cli, [*ask, "R1", "R2", "--json"], obj={}, catch_exceptions=False
+    )
     for claim in json.loads(result.output):
         k, n = claim["done"], claim["registered"]
         assert (claim["verdict"], k) == ("incomplete", n - 1)
         assert not any(claim[name] for name in ("contrasts", "gates", "notes", "effect", "power"))
-        text = CliRunner().invoke(cli.cli, [*ask, claim["name"]], catch_exceptions=False).output
+        text = (
+            CliRunner()
+            .invoke(cli.cli, [*ask, claim["name"]], obj={}, catch_exceptions=False)
+            .output
+        )
         shown = f"{claim['name']}: incomplete ({k} of {n} runs). {claim['statement']}"
         assert text.strip() == shown
 

@@ -128,7 +128,7 @@ def hessian_operator(loss: Loss, memory: float = 4.0) -> Callable[[Tensor], Tens
                 materialize_grads=True,
             )
             with loss.measuring():
-                out += torch.cat([p.flatten() for p in loss.within(weights, product)])
+                out += torch.cat([p.detach().flatten() for p in loss.within(weights, product)])
         return loss.picked(out)
 
     return matvec

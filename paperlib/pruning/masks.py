@@ -51,4 +51,4 @@ def set_mask(module: nn.Module, keep: Tensor) -> None:
 
 def multiply_by_mask(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """Forward hook of a module that `set_mask` has given a buffer."""
-    return output * module.get_buffer(BUFFER).to(output.device, output.dtype)
+    return (output * module.get_buffer(BUFFER)).to(output.dtype)

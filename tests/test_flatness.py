@@ -232,7 +232,7 @@ def test_sharpness_against_reloading(holding):
             assert accuracies[i, j] == pytest.approx(100 * float(correct))
 
 
-def test_walking_finds_the_delta_w_of_the_grid():
+def test_find_delta_w_agrees_with_the_sharpness_it_stands_for():
     model, (images, labels) = network(), batch()
     _, vectors = flatness.hessian_spectrum(model, images, labels, 3)
     epsilons = torch.arange(-40, 41) / 100

@@ -365,7 +365,7 @@ class Trail:
                 )
 
     def _check_in_place(self, node: fx.Node) -> None:
-        """What was written into must not be used again, but where its zeros are zero as before."""
+        """Refuse a write into a tensor that is used again afterwards."""
         base = node
         while base is node or self._is_view(base):
             by, base = base, base.all_input_nodes[0]

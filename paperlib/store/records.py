@@ -93,7 +93,7 @@ class Entry:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What `about` says."""
+        """The JSON of `about`, parsed."""
         return json.loads(self.about)
 
     @property

@@ -1,4 +1,4 @@
-"""What a store knows of runs: done, partial, failed, damaged or missing. Imports no torch."""
+"""The states of runs in a store: done, partial, failed, damaged, changed or missing. No torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TO_RUN = ("partial", "damaged", "missing")
 
 @dataclass
 class State:
-    """What a store knows of a run.
+    """The state of a run in a store.
 
     Attributes:
         run: its identity.

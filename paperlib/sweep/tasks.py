@@ -1,4 +1,4 @@
-"""What workers do: train runs of a store. Imports no torch by itself.
+"""The work of a worker: training runs of a store. Imports no torch by itself.
 
 Several runs on a CPU are fastest in processes of one thread each, and their numbers then do not
 depend on how many run in parallel. On a GPU one process may train several runs that take turns.

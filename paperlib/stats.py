@@ -8,7 +8,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +16,12 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 LEVEL = 0.95
+FEWEST = 3  # seeds for an interval, and different values for a correlation
 EXACT_PAIRS = 16  # at most so many for all 2^n sign patterns
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its interval at `LEVEL`, its p-value against zero where it has one, and n."""
+class Estimate(NamedTuple):
+    """A correlation with its interval at `LEVEL`, its p-value against zero, and n."""
 
     value: float
     low: float
@@ -30,20 +29,17 @@ class Estimate:
     p: float
     n: int
 
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
-
 
 def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
     """Return Pearson's r with Fisher's z interval and two-sided p.
 
     Args:
         x: (n,).
-        y: (n,). All but n is NaN for fewer than 3 pairs or where one side is constant; the
+        y: (n,). All but n is NaN where a side has fewer than `FEWEST` different values; the
             interval needs 4 pairs.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if not _vary(x, y):
+    if _too_few(x, y):
         return Estimate(np.nan, np.nan, np.nan, np.nan, len(x))
     result = stats.pearsonr(x, y)
     low, high = result.confidence_interval(LEVEL) if len(x) > 3 else (np.nan, np.nan)
@@ -53,62 +49,22 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
 def kendall(x: ArrayLike, y: ArrayLike, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Return Kendall's tau-b with two-sided p and a percentile bootstrap interval over the pairs.
 
-    The p-value is exact where there are no ties. NaN as for `pearson`; resamples in which a side
-    is constant are left out.
+    The p-value is exact where there are no ties. NaN as for `pearson`, and the interval without
+    resamples; resamples in which a side is constant are left out.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if not _vary(x, y):
+    if _too_few(x, y):
         return Estimate(np.nan, np.nan, np.nan, np.nan, len(x))
-    result = stats.kendalltau(x, y)
-    order_x, order_y = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
-    values = []
-    for drawn in np.random.default_rng(seed).integers(len(x), size=(resamples, len(x))):
-        a, b = order_x[np.ix_(drawn, drawn)], order_y[np.ix_(drawn, drawn)]
-        ties = np.sqrt((a * a).sum() * (b * b).sum())
-        values.append((a * b).sum() / ties if ties > 0 else np.nan)
-    tails = 50 * (1 - LEVEL), 50 * (1 + LEVEL)
-    low, high = np.nanpercentile(values, tails) if len(x) > 3 else (np.nan, np.nan)
+    result, low, high = stats.kendalltau(x, y), np.nan, np.nan
+    if resamples and len(x) > 3:
+        drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+        values = [stats.kendalltau(x[pairs], y[pairs]).statistic for pairs in drawn]
+        low, high = np.nanpercentile(values, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Estimate(float(result.statistic), float(low), float(high), float(result.pvalue), len(x))
 
 
-def _vary(x: np.ndarray, y: np.ndarray) -> bool:
-    return len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
-
-
-def mean(values: ArrayLike) -> Estimate:
-    """Return the mean of (n,) values with Student's t interval, which needs two; p is against 0."""
-    values = np.asarray(values, float)
-    fitted = fitted_mean(values)
-    low, high = fitted.interval()
-    return Estimate(float(fitted.value), float(low), float(high), float(fitted.p()), len(values))
-
-
-def paired_differences(
-    frame: pd.DataFrame, value: str, by: str, pairs: Iterable[tuple[str, str]]
-) -> dict[str, Estimate]:
-    """Return the mean of `value` at `by == a` minus that at `by == b` of each pair, by "a - b".
-
-    frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
-    """
-    pairs = list(pairs)
-    wide = frame.pivot(index="seed", columns=by, values=value)
-    wide = wide.reindex(columns={side for pair in pairs for side in pair})
-    return {f"{a} - {b}": mean((wide[a] - wide[b]).dropna()) for a, b in pairs}
-
-
-def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """Return the mean of `y` with its t interval at every `x`: columns `x`, mean, low, high, n."""
-    means = [(at, mean(group)) for at, group in frame.groupby(x)[y]]
-    rows = [(at, m.value, m.low, m.high, m.n) for at, m in means]
-    return pd.DataFrame(rows, columns=[x, "mean", "low", "high", "n"])
-
-
-def pooled_t_test(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
-    """Return t and two-sided p with pooled variance; NaN where a side has fewer than 2 values."""
-    if min(np.size(a), np.size(b)) < 2:
-        return np.nan, np.nan
-    result = stats.ttest_ind(a, b, equal_var=True)
-    return float(result.statistic), float(result.pvalue)
+def _too_few(x: np.ndarray, y: np.ndarray) -> bool:
+    return min(len(np.unique(x)), len(np.unique(y))) < FEWEST
 
 
 class Fitted(NamedTuple):
@@ -116,7 +72,7 @@ class Fitted(NamedTuple):
 
     value: Any
     error: Any
-    freedom: float
+    freedom: Any
 
     def interval(self, level: float = LEVEL) -> tuple[Any, Any]:
         """Return Student's t interval: (low, high), NaN without degrees of freedom."""
@@ -132,10 +88,31 @@ class Fitted(NamedTuple):
 def fitted_mean(values: np.ndarray) -> Fitted:
     """Return the mean of (..., n) values along the last axis, with its standard error."""
     n = values.shape[-1]
-    if n < 2:
-        value = values.mean(-1) if n else np.full(values.shape[:-1], np.nan)
-        return Fitted(value, value * np.nan, n - 1)
-    return Fitted(values.mean(-1), values.std(-1, ddof=1) / math.sqrt(n), n - 1)
+    value = values.mean(-1) if n else np.full(values.shape[:-1], np.nan)
+    error = values.std(-1, ddof=1) / math.sqrt(n) if n > 1 else value * np.nan
+    return Fitted(value, error, n - 1)
+
+
+def paired_differences(
+    frame: pd.DataFrame, value: str, by: str, pairs: Iterable[tuple[str, str]]
+) -> dict[str, Fitted]:
+    """Return the mean of `value` at `by == a` minus that at `by == b` of each pair, by "a - b".
+
+    frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
+    """
+    wide = frame.pivot(index="seed", columns=by, values=value)
+    return {f"{a} - {b}": fitted_mean((wide[a] - wide[b]).dropna().to_numpy()) for a, b in pairs}
+
+
+def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Return the mean of `y` with its t interval at every `x`: columns `x`, mean, low, high, n.
+
+    There is no interval of fewer than `FEWEST` values, which would say nothing.
+    """
+    groups = frame.groupby(x)[y]
+    means, n = groups.mean(), groups.size()
+    low, high = Fitted(means, groups.sem().where(n >= FEWEST), n - 1).interval()
+    return pd.DataFrame({"mean": means, "low": low, "high": high, "n": n}).reset_index()
 
 
 def fitted_intercept(values: np.ndarray, covariate: np.ndarray) -> Fitted:

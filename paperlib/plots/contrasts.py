@@ -13,18 +13,18 @@ from paperlib.claims.verdicts import DECIDING, DELTA, OTHER_DELTA
 from paperlib.plots.style import BEHIND_TEXT, p_value, panels
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
-# Outcomes in other units than points of test accuracy: unit, and what a row's name adds.
-UNITS = {"log_curvature": (LOGS, ", Tr(H)"), "log_noise": (LOGS, ", Tr(C)")}
+# Outcomes that are logarithms, and what a row's name adds.
+LOG_OUTCOMES = {"log_curvature": ", Tr(H)", "log_noise": ", Tr(C)"}
 # Of the verdicts that say yes or no; all others are grey.
 COLORS = {"supported": "#0072B2", "contradicted": "#D55E00"}
 ROW = 0.26  # inches
 
 
-def differences(ax: Axes, estimates: Mapping[str, stats.Estimate], xlabel: str) -> None:
+def differences(ax: Axes, estimates: Mapping[str, stats.Fitted], xlabel: str) -> None:
     """Draw estimates with their intervals, one below the other, and a line at zero."""
     ax.axvline(0, color="0.7", linewidth=0.8)
     for y, e in enumerate(estimates.values()):
-        _interval(ax, y, e.value, e.low, e.high, "0.2")
+        _interval(ax, y, e.value, *e.interval(), "0.2")
     _rows(ax, list(estimates))
     ax.set_xlabel(xlabel)
 
@@ -42,13 +42,13 @@ def forest(claims: pd.DataFrame) -> Figure:
         The figure, a panel a unit.
     """
     shown = claims[claims.kind.isin(DECIDING) | claims.kind.isna()]
-    is_log = shown.outcome.isin(UNITS)
-    units = {unit: shown[is_log == (unit == LOGS)] for unit in (POINTS, LOGS)}
-    units = {unit: rows for unit, rows in units.items() if len(rows)}
-    heights = [rows.kind.count() + rows.claim.nunique() + 1 for rows in units.values()] or [1]
+    is_log = shown.outcome.isin(LOG_OUTCOMES)
+    parts = [(POINTS, shown[~is_log]), (LOGS, shown[is_log])]
+    parts = [(unit, rows) for unit, rows in parts if len(rows)]
+    heights = [rows.kind.count() + rows.claim.nunique() + 1 for _, rows in parts]
     size = (6.4, ROW * sum(heights) / len(heights) + 0.4)
     figure, axes = panels(len(heights), 1, panel=size, height_ratios=heights)
-    for [ax], (unit, rows) in zip(axes, units.items(), strict=False):
+    for [ax], (unit, rows) in zip(axes, parts, strict=True):
         _forest_panel(ax, rows, unit)
     return figure
 
@@ -74,7 +74,7 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
                 if unit == POINTS:
                     ax.fill_between([-delta, delta], y - 0.5, y + 0.5, color="0.9", lw=0, zorder=0)
             adjusted = ", adjusted for loss" if row.kind == "adjusted" else ""
-            names.append(f"{row.contrast}{UNITS.get(row.outcome, ('', ''))[1]}{adjusted}")
+            names.append(f"{row.contrast}{LOG_OUTCOMES.get(row.outcome, '')}{adjusted}")
     _rows(ax, names)
     for i, color in headings.items():
         ax.get_yticklabels()[i].set(fontweight="bold", color=color)
@@ -88,15 +88,9 @@ def _interval(ax: Axes, y: float, value: float, low: float, high: float, color: 
     ax.plot([low, high], [y, y], color=color, lw=1.2)
     ax.plot(value, y, "o", ms=4.5, color=color)
     interval = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-    ax.annotate(
-        f"{value:+.2f}{interval}",
-        (value, y),
-        (0, 4),
-        textcoords="offset points",
-        ha="center",
-        fontsize=6.5,
-        bbox=BEHIND_TEXT | {"pad": 0.2},
-    )
+    look = {"ha": "center", "fontsize": 6.5, "bbox": BEHIND_TEXT | {"pad": 0.2}}
+    words = f"{value:+.2f}{interval}"
+    ax.annotate(words, (value, y), (0, 4), textcoords="offset points", **look)
 
 
 def _rows(ax: Axes, names: list[str]) -> None:

@@ -1,7 +1,6 @@
 """Forms with a line a setting, with its mean and 95% band over seeds. A band needs three seeds."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,18 +9,8 @@ from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.instability import stability
-from paperlib.plots.style import (
-    FEWEST,
-    LINES,
-    NAMES,
-    band,
-    focus,
-    grid,
-    legend_below,
-    looks,
-    panels,
-    too_few,
-)
+from paperlib.plots.style import LINES, NAMES, focus, grid, legend_below, looks, panels
+from paperlib.stats import FEWEST, band
 
 HATCHES = ("", "////", "....", "xxxx")
 CORRELATIONS = {"pearson": "Pearson's r", "kendall": "Kendall's $\\tau$"}
@@ -52,16 +41,9 @@ def lines(
         start: The y axis is fitted to the means from this x on.
     """
     for name, look in looks(frame, by).items():
-        line = band(frame[frame[by] == name], x, y)
-        ax.plot(
-            line[x],
-            line["mean"],
-            **look,
-            linewidth=1.2,
-            markersize=3.5,
-            markevery=max(1, len(line) // 8),
-            label=(names or {}).get(name, name),
-        )
+        line, label = band(frame[frame[by] == name], x, y), (names or {}).get(name, name)
+        size = {"linewidth": 1.2, "markersize": 3.5, "markevery": max(1, len(line) // 8)}
+        ax.plot(line[x], line["mean"], label=label, **look, **size)
         ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.15, lw=0)
     ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
     focus(ax, frame[frame[x] >= start].groupby([by, x])[y].mean())
@@ -95,13 +77,12 @@ def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> 
         beside: Methods that every panel shows.
     """
     epochs = epochs[epochs.epoch < epochs.epoch.max()]
-    noised = epochs[epochs.method.isin(kinds)]
-    labels = [label for kind in kinds for label in noised[noised.method == kind].label.unique()]
-    figure, axes = grid(len(labels), len(labels) // len(kinds), (3, 2.2), sharex=True, sharey=True)
-    names = dict(noised[["label", "method"]].drop_duplicates().to_numpy())
-    for ax, label in zip(axes, labels, strict=True):
-        shown = epochs[(epochs.label == label) | epochs.method.isin(beside)]
-        dynamics(ax, shown, names=names)
+    names = {}
+    for kind in kinds:
+        names |= dict.fromkeys(epochs[epochs.method == kind].label, kind)
+    figure, axes = grid(len(names), len(names) // len(kinds), (3, 2.2), sharex=True, sharey=True)
+    for ax, label in zip(axes, names, strict=True):
+        dynamics(ax, epochs[(epochs.label == label) | epochs.method.isin(beside)], names=names)
         ax.set_title(label)
         ax.label_outer()
     late = epochs[epochs.epoch > epochs.epoch.max() / 3].groupby(["label", "epoch"]).post.mean()
@@ -128,13 +109,13 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
         _log_axis(inside, lowest, [f"{rate:.2g}" for rate in lowest])
         inside.tick_params(labelsize=6)
     for rate, group in runs.groupby("rate"):
-        if too_few(group, "mean_stability", "best_accuracy"):
-            words = f"n = {len(group)}: fewer than {FEWEST} different values"
-            both.annotate(words, (rate, 0), rotation=90, ha="center", va="center", fontsize=6.5)
-            continue
         r = getattr(stats, correlation)(group.mean_stability, group.best_accuracy)
-        error = [[r.value - r.low], [r.high - r.value]]
-        both.errorbar(rate, r.value, error, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
+        if np.isnan(r.value):
+            words = f"n = {r.n}: fewer than {FEWEST} different values"
+            both.annotate(words, (rate, 0), rotation=90, ha="center", va="center", fontsize=6.5)
+        else:
+            error = [[r.value - r.low], [r.high - r.value]]
+            both.errorbar(rate, r.value, error, fmt="o", ms=4, color="0.2", capsize=2, lw=1)
     both.axhline(0, color="0.7", linewidth=0.8)
     ylabel = f"{CORRELATIONS[correlation]}, stability and accuracy"
     both.set(xlabel=NAMES["rate"], ylabel=ylabel, ylim=(-1.05, 1.05))
@@ -187,14 +168,13 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
     if pruned.empty:
         raise ValueError("a run without pruning events has no instability to show")
     pruned = pruned.assign(stability=stability(pruned.pre, pruned.post))
-    ax.scatter(pruned["at"], pruned.pre, s=14, color="0.2", label="just before", zorder=3)
-    open_dots: dict[str, Any] = {"facecolor": "white", "edgecolor": color, "zorder": 3}
-    ax.scatter(pruned["at"], pruned.post, s=16, label="just after", **open_dots)
     worst = pruned.loc[pruned.stability.idxmin()]
-    ring: dict[str, Any] = {"facecolor": "none", "edgecolor": "0.2", "linewidth": 1.2}
     drop = f"({worst.pre:.1f} - {worst.post:.1f}) / {worst.pre:.1f}"
     words = f"instability {drop} = {1 - worst.stability / 100:.2f}"
-    ax.scatter(worst["at"], worst.post, s=70, label=words, **ring)
+    at = pruned["at"]
+    ax.scatter(at, pruned.pre, s=14, color="0.2", label="just before", zorder=3)
+    ax.scatter(at, pruned.post, 16, "white", edgecolor=color, label="just after", zorder=3)
+    ax.scatter(worst["at"], worst.post, 70, "none", edgecolor="0.2", linewidth=1.2, label=words)
     ax.set(xlabel=NAMES["epoch"], ylabel=NAMES["post"])
     return worst
 

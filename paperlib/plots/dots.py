@@ -10,19 +10,8 @@ from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.plots.curves import dynamics
-from paperlib.plots.style import (
-    FEWEST,
-    NAMES,
-    PANEL,
-    Look,
-    band,
-    grid,
-    legend_below,
-    looks,
-    p_value,
-    panels,
-    too_few,
-)
+from paperlib.plots.style import NAMES, PANEL, Look, grid, legend_below, looks, p_value, panels
+from paperlib.stats import FEWEST
 
 
 def dots(ax: Axes, x: pd.Series, y: pd.Series, look: Look, label: str = "") -> None:
@@ -51,21 +40,21 @@ def scatter(
     runs = runs.dropna(subset=[x, y])
     for label, group in runs.groupby("label", sort=False):
         dots(ax, group[x], group[y], style[label], label)
-    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
-    if too_few(runs, x, y):
-        words = f"n = {len(runs)}: fewer than {FEWEST} different values, no correlation"
+    r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y], resamples=0)
+    if np.isnan(r.value):
+        words = f"n = {r.n}: fewer than {FEWEST} different values, no correlation"
     else:
-        r, tau = stats.pearson(runs[x], runs[y]), stats.kendall(runs[x], runs[y])
         words = (
             f"r = {r.value:.2f} (p = {p_value(r.p)}), $\\tau$ = {tau.value:.2f}"
             f" (p = {p_value(tau.p)}), n = {r.n}"
         )
-        if r.n > FEWEST:
-            limits = ax.get_ylim()
-            ci = 95 if r.n > 2 * FEWEST else None
-            look = {"scatter": False, "color": "0.35", "line_kws": {"linewidth": 1}}
-            sns.regplot(runs, x=x, y=y, ax=ax, ci=ci, seed=0, **look)
-            ax.set(ylim=limits, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    if r.n > FEWEST and not np.isnan(r.value):
+        limits = ax.get_ylim()
+        ci = 95 if r.n > 2 * FEWEST else None
+        look = {"scatter": False, "color": "0.35", "line_kws": {"linewidth": 1}}
+        sns.regplot(runs, x=x, y=y, ax=ax, ci=ci, seed=0, **look)
+        ax.set_ylim(limits)
+    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
     ax.set_title("\n".join(filter(None, [title, words])), fontsize=7.5)
 
 
@@ -127,7 +116,7 @@ def by_setting(
     """
     style = looks(runs)
     wide = runs.pivot(index="seed", columns="label", values=y)[list(style)]
-    means = band(runs, "label", y).set_index("label")
+    means = stats.band(runs, "label", y).set_index("label")
     at = np.arange(len(style))
     shift = 0.3 * (np.arange(len(wide)) + 0.5) / len(wide) - 0.3  # equal values stay apart
     ax.plot(np.add.outer(at, shift), wide.T, color="0.85", lw=0.7, zorder=1)

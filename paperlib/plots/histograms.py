@@ -13,6 +13,7 @@ from paperlib.plots.style import BEHIND_TEXT, PALETTE
 if TYPE_CHECKING:
     from paperlib.runs import RunRecord
 
+LEFT_OUT = 0.001
 # Moment -> its name, line and colour (None: the method's).
 MOMENTS = {
     "before": ("before the first event", "-", "0.45"),
@@ -62,14 +63,13 @@ def magnitudes(ax: Axes, edges: np.ndarray, counts: Mapping[str, np.ndarray], co
 
 
 def weight_counts(
-    methods: Mapping[str, str], records: Iterable["RunRecord"], layer: str = "dense"
+    methods: Mapping[str, str], records: Iterable["RunRecord"]
 ) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
-    """Return histograms of a layer's weight magnitudes, mean over seeds.
+    """Return histograms of the dense layer's weight magnitudes, mean over seeds.
 
     Args:
         methods: Run -> method.
-        records: With the arrays "edges" and "MOMENT.LAYER".
-        layer: The layer.
+        records: With the arrays "edges" and "MOMENT.dense".
 
     Returns:
         edges (bins + 1,), and by method and moment counts (bins,).
@@ -77,20 +77,17 @@ def weight_counts(
     found: dict[str, list[RunRecord]] = {}
     for record in records:
         found.setdefault(methods[record.run], []).append(record)
-    edges = record.arrays["edges"]
     counts = {
-        method: {m: np.mean([r.arrays[f"{m}.{layer}"] for r in of], axis=0) for m in MOMENTS}
+        method: {m: np.mean([r.arrays[f"{m}.dense"] for r in of], axis=0) for m in MOMENTS}
         for method, of in found.items()
     }
-    return edges, counts
+    return record.arrays["edges"], counts
 
 
-def common_range(
-    edges: np.ndarray, counts: Iterable[np.ndarray], left_out: float = 0.001
-) -> tuple[float, float]:
-    """Return limits (low, high) that hold all counts but a share of the lowest."""
+def common_range(edges: np.ndarray, counts: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Return limits (low, high) that hold all counts but the share `LEFT_OUT` of the lowest."""
     total = np.sum(list(counts), axis=0)
-    low = np.searchsorted(np.cumsum(total), left_out * total.sum())
+    low = np.searchsorted(np.cumsum(total), LEFT_OUT * total.sum())
     return edges[low], edges[total.nonzero()[0][-1] + 1]
 
 
@@ -107,15 +104,14 @@ def shares(
         columns: Column of `table` -> its name on the axis.
         colors: By row.
     """
-    whole, baseline = table.iloc[0], table.index[0]
-    others = table.index[1:]
+    baseline, *others = table.index
+    whole, measures = table.iloc[0], list(columns)
     height = 0.8 / len(others)
     for i, name in enumerate(others):
-        values = table.loc[name, list(columns)]
+        values = table.loc[name, measures]
         at = np.arange(len(columns)) + (i - (len(others) - 1) / 2) * height
-        bars = ax.barh(
-            at, 100 * values / whole[values.index], height, color=colors[name], label=name
-        )
+        percent = 100 * values / whole[measures]
+        bars = ax.barh(at, percent, height, color=colors[name], label=name)
         labels = [_readable(value) for value in values]
         ax.bar_label(bars, labels, padding=3, fontsize=6.5, bbox=BEHIND_TEXT)
     ax.axvline(100, color=colors[baseline], lw=1, label=baseline)

@@ -14,8 +14,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paperlib import stats
-
 Look = dict[str, Any]
 
 PALETTE = {
@@ -33,7 +31,6 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "^", "s", "D", "v", "<")
 PANEL = (3.4, 2.7)
 BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
-FEWEST = 3  # seeds for an interval, and different values for a correlation
 # The label of an axis, by the column it shows.
 NAMES = {
     "mean_stability": "mean stability (%)",
@@ -131,18 +128,6 @@ def focus(ax: Axes, values: Iterable[float]) -> None:
     room = 0.12 * max(high - low, 0.5)
     is_log = ax.get_yscale() == "log"
     ax.set_ylim((low / 1.3, high * 1.3) if is_log else (low - room, high + room))
-
-
-def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """Return `stats.band` without the intervals of fewer than three seeds, which say nothing."""
-    line = stats.band(frame, x, y)
-    line.loc[line.n < FEWEST, ["low", "high"]] = float("nan")
-    return line
-
-
-def too_few(runs: pd.DataFrame, x: str, y: str) -> bool:
-    """Return whether runs have too few different values of x or y for a correlation."""
-    return bool(runs[[x, y]].nunique().min() < FEWEST)
 
 
 def legend_below(figure: Figure, title: str = "") -> None:

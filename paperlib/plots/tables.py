@@ -7,18 +7,17 @@ import pandas as pd
 RESULTS = ("passed", "failed", "not applicable")
 
 
-def numbers(runs: pd.DataFrame, columns: Mapping[str, str], by: str = "label") -> pd.DataFrame:
+def numbers(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """Return mean and standard deviation over seeds, and n, by network and setting.
 
     Args:
-        runs: Columns network, `by` and those of `columns`, a row a run.
+        runs: Columns network, label and those of `columns`, a row a run.
         columns: Column of `runs` -> its name in the table.
-        by: The column that names settings.
 
     Returns:
         Rounded to 2 digits after the point, or to 4 in columns whose means are all below 1.
     """
-    groups = runs.groupby(["network", by], sort=False)
+    groups = runs.groupby(["network", "label"], sort=False)
     parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
     table = pd.concat(parts, axis=1).rename(columns={"std": "sd"}, level=1)
     table["n", ""] = groups.size()

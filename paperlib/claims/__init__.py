@@ -30,14 +30,11 @@ from paperlib.claims import regularization_2018, tradeoff_2020
 from paperlib.claims.gates import evaluate
 from paperlib.claims.verdicts import Claim, Contrast
 from paperlib.plans import Scale
-from paperlib.runs import Store, StoreError
+from paperlib.runs import Store
 
 CLAIMS = {rule.name: rule for rule in (*tradeoff_2020.RULES, *regularization_2018.RULES)}
-EPOCHS = (
-    *("run", "epoch", "trained", "removed", "pre", "post", "train_accuracy", "train_loss"),
-    "seconds",
-)
-SUMMARY = ["accuracy", "best_accuracy", "mean_stability", "parameters"]
+SUMMARY = ["run", "accuracy", "best_accuracy", "mean_stability", "parameters"]
+FLATNESS = ["run", "curvature", "noise", "delta_w", "train_loss"]
 # What the failure of a run says whose loss was not finite.
 NOT_FINITE = re.compile(r"loss of .* is (nan|inf|-inf) at epoch")
 # Columns of a contrast in frames and JSON.
@@ -91,43 +88,29 @@ def load(
     store, scale = store or Store(), replace(Scale.of(scale), seeds=None)
     found = [plans.plan(figure, scale).assign(figure=figure) for figure in figures]
     runs = pd.concat(found, ignore_index=True)
-    epochs, summary = store.frames(store.whole(runs.config))
-    lengths = runs.run.map(epochs.run.value_counts())
-    there = set(runs.run[lengths == [config.epochs for config in runs.config]])
-    epochs = epochs.reindex(columns=EPOCHS)
-    runs = runs.merge(summary.reindex(columns=["run", *SUMMARY]), "left", "run")
-    missing = set(runs.run) - there
-    failed = {run for run in missing if NOT_FINITE.search(store.failure(run) or "")}
-    lost = epochs.run[epochs.trained.astype(bool) & ~np.isfinite(epochs.train_loss)]
-    runs["done"] = runs.run.isin(there | failed)
-    runs["finite"] = ~runs.run.isin(failed.union(lost))
-    return _with_flatness(runs, epochs, store), epochs
+    there = store.whole(runs.config)
+    epochs, summary = store.frames(there)
+    failed = {run for run in set(runs.run) - there if NOT_FINITE.search(store.failure(run) or "")}
+    runs["done"], runs["finite"] = runs.run.isin(there | failed), ~runs.run.isin(failed)
+    runs = runs.merge(summary.reindex(columns=SUMMARY), "left", "run")
+    flat = runs.figure.isin(tradeoff_2020.T4.figures) & runs.run.isin(there)
+    return runs.merge(_flatness(runs.run[flat], store), "left", "run"), epochs
 
 
-def _with_flatness(runs: pd.DataFrame, epochs: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """Add T4's columns. Arrays are read only if all of its runs are there.
+def _flatness(runs: Iterable[str], store: Store) -> pd.DataFrame:
+    """Return T4's columns, a row a run.
 
     delta_w that is never reached counts as one step beyond the last point.
     """
-    names = ["curvature", "noise", "delta_w", "train_loss"]
-    runs[names] = np.nan
-    rule = tradeoff_2020.T4
-    mine = runs.figure.isin(rule.figures) & (runs.network == rule.network)
-    if not runs.done[mine].all():
-        return runs
-    losses = epochs.set_index(["run", "epoch"]).train_loss
-    for i in runs.index[mine & runs.finite]:
-        run, flatness = runs.run[i], runs.config[i].flatness
-        try:
-            found = measures.flatness(store.records([run])).iloc[0]
-        except (StoreError, KeyError):
-            runs.loc[i, "done"] = False
-            continue
-        never = flatness.reach + flatness.step
-        delta_w = never if np.isnan(found.delta_w) else found.delta_w
-        loss = losses[run, flatness.epoch]
-        runs.loc[i, names] = [found.curvature, found.noise, delta_w, loss]
-    return runs
+    records = store.records(runs)
+    frame = measures.flatness(records)
+    for i, record in enumerate(records):
+        how, epochs = record.config.flatness, record.epochs.set_index("epoch")
+        assert how is not None
+        frame.loc[i, "train_loss"] = epochs.train_loss[how.epoch]
+        if np.isnan(frame.delta_w[i]):
+            frame.loc[i, "delta_w"] = how.reach + how.step
+    return frame.reindex(columns=FLATNESS)
 
 
 def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:

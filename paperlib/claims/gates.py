@@ -33,7 +33,7 @@ RECOVERED_EVENTS = 90.0  # percent of the events
 STILL_RISING = 0.5  # points from three epochs to the next three
 LOW_LOSS = 0.02  # nats
 DOSES = 5.0
-ROUNDING = 1e-9  # of means over seeds
+DIGITS = 9  # of means over seeds, after the point
 PAPER_STEPS = 40 * 391  # of the paper's training, from one event of noise to the next
 
 UNPRUNED = "none"
@@ -80,12 +80,12 @@ def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
             (seeds that only choose dropout are left out).
         epochs: One row an epoch, keyed by run; runs that are not there are left out of the means.
     """
-    epochs = epochs.drop_duplicates(["run", "epoch"])[["run", "epoch", *CURVES]]
+    epochs = epochs.reindex(columns=["run", "epoch", *CURVES]).drop_duplicates(["run", "epoch"])
     results = []
     for (figure, network), group in runs[~runs.choosing].groupby(["figure", "network"], sort=False):
         configs = group.drop_duplicates("setting").set_index("setting").config
         found = group[["run", "setting"]].merge(epochs, on="run")
-        means = found.groupby(["setting", "epoch"])[CURVES].mean()
+        means = found.groupby(["setting", "epoch"])[CURVES].mean().round(DIGITS)
         for setting, config in configs.items():
             if setting in means.index:
                 of_setting = _of_setting(setting, config, means.loc[setting])
@@ -123,14 +123,14 @@ def _learned(config: Config, curves: pd.DataFrame) -> Result:
     if config.augment:
         return None, np.nan, "the training images are augmented"
     if config.milestones:
-        by, needed = int(LEARNED_BY * config.epochs + ROUNDING), LEARNED
+        by, needed = int(round(LEARNED_BY * config.epochs, DIGITS)), LEARNED
         number = curves.train_accuracy[curves.index < by].max()
         text = f"{number:.2f}% training accuracy by epoch {by} of {config.epochs}"
     else:
         needed = LEARNED_WITHOUT_MILESTONES
         number = curves.train_accuracy.iloc[-LAST_EPOCHS:].mean()
         text = f"{number:.2f}% training accuracy in the last {LAST_EPOCHS} epochs"
-    passed = bool(number >= needed - ROUNDING)
+    passed = bool(round(number, DIGITS) >= needed)
     return passed, float(number), f"{text}, at least {needed:g}% needed"
 
 
@@ -147,27 +147,26 @@ def _recovered(config: Config, curves: pd.DataFrame) -> Result:
     recovered = []
     for event, end in zip(events, [*events[1:], curves.index.max()], strict=True):
         window = curves.loc[event + 1 : end]
-        back = window.pre.max() >= curves.pre[event] - RECOVERED - ROUNDING
-        learned = window.train_accuracy.iloc[-1:].max() >= LEARNED - ROUNDING
-        recovered.append(bool(back and learned))
+        back = window.pre.max() >= round(curves.pre[event] - RECOVERED, DIGITS)
+        recovered.append(bool(back and window.train_accuracy.iloc[-1:].max() >= LEARNED))
     number = 100 * float(np.mean(recovered))
     text = (
         f"recovered from {sum(recovered)} of {len(recovered)} events from the first milestone on, "
         f"at least {RECOVERED_EVENTS:g}% needed"
     )
-    return number >= RECOVERED_EVENTS - ROUNDING, number, text
+    return number >= RECOVERED_EVENTS, number, text
 
 
 def _settled(curves: pd.DataFrame) -> Result:
     """G2 where training images are not learned exactly: test accuracy no longer rises."""
-    outcome = curves.post.iloc[-1 - OUTCOME_EPOCHS : -1].mean()
-    before = curves.post.iloc[-1 - 2 * OUTCOME_EPOCHS : -1 - OUTCOME_EPOCHS].mean()
-    number = float(outcome - before)
+    late = curves.post.iloc[-1 - 2 * OUTCOME_EPOCHS : -1]
+    rise = late.iloc[OUTCOME_EPOCHS:].mean() - late.iloc[:OUTCOME_EPOCHS].mean()
+    number = round(float(rise), DIGITS)
     text = (
         f"test accuracy rises by {number:.2f} points to the outcome's {OUTCOME_EPOCHS} epochs from "
         f"the {OUTCOME_EPOCHS} before, at most {STILL_RISING:g} allowed"
     )
-    return bool(number <= STILL_RISING + ROUNDING), number, text
+    return number <= STILL_RISING, number, text
 
 
 def _fitted(curves: pd.DataFrame) -> Result:
@@ -177,8 +176,7 @@ def _fitted(curves: pd.DataFrame) -> Result:
         f"ends at {accuracy:.2f}% training accuracy, at least {LEARNED:g}% needed, and a training "
         f"loss of {loss:.2g}, at most {LOW_LOSS:g} allowed"
     )
-    passed = bool(accuracy >= LEARNED - ROUNDING and loss <= LOW_LOSS)
-    return passed, float(accuracy), text
+    return bool(accuracy >= LEARNED and loss <= LOW_LOSS), float(accuracy), text
 
 
 def _doses(configs: Iterable[Config]) -> Result:
@@ -190,12 +188,12 @@ def _doses(configs: Iterable[Config]) -> Result:
             doses.append(100 * pruning.fractions[-1] / len(pruning.epochs[-1]))
     if len(doses) < 2:
         return None, np.nan, "no doses are compared"
-    number = max(doses) / min(doses)
+    number = round(max(doses) / min(doses), DIGITS)
     text = (
         f"{min(doses):.2g} to {max(doses):.2g}% of the last layer an event, a factor of "
         f"{number:.1f}, at least {DOSES:g} needed"
     )
-    return number >= DOSES - ROUNDING, number, text
+    return number >= DOSES, number, text
 
 
 def _noise_share(paper: int, config: Config) -> Result:
@@ -216,4 +214,4 @@ def _noise_share(paper: int, config: Config) -> Result:
         f"noise lasts {batches} of {steps} training batches from event to event, {expected:.1f} "
         f"for the paper's {100 * paper / PAPER_STEPS:.1f}%"
     )
-    return bool(abs(batches - expected) <= 0.5 + ROUNDING), float(batches), text
+    return bool(round(abs(batches - expected), DIGITS) <= 0.5), float(batches), text

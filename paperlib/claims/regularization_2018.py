@@ -11,17 +11,12 @@ FRACTIONS = ("0.5", "0.7", "0.8", "0.9", "0.95", "0.98")
 DROPOUTS = ("dropout 0.25/0", "dropout 0/0.5", "dropout 0.25/0.5")  # the lowest rates first
 
 
-class Regularization(Rule):
-    """A claim about conv4."""
-
-    network = CONV4
-
-
-class R1(Regularization):
+class R1(Rule):
     """Prune_L - Prune_S > 0 and Prune_L - No Pruning > 0; then each fraction of R-3."""
 
     statement = "Pruning large weights instead of small ones improves generalization."
     figures = ("figure-R1",)
+    network = CONV4
     beside = ("figure-R3",)
     gates = ("G1", "G2")
     settings = (LARGE, SMALL, UNPRUNED)
@@ -41,11 +36,12 @@ class R1(Regularization):
                     yield fractions.contrast(f"largest {fraction}", other, kind="secondary")
 
 
-class R2(Regularization):
+class R2(Rule):
     """Prune_L - the best dropout > 0. Seeds of their own choose it; on a tie the lower rates."""
 
     statement = "So pruned, the network classifies more accurately than with dropout at its best."
     figures = ("figure-R1", "figure-R4")
+    network = CONV4
     shown: tuple[str, ...] = ("figure-R2",)
     gates = ("G2",)
     settings: tuple[str, ...] = (LARGE, *DROPOUTS)
@@ -73,17 +69,18 @@ class R3(R2):
         yield f"{100 * (1 - left / whole):.1f}% fewer parameters"
 
 
-class R4(Regularization):
+class R4(Rule):
     """Prune_S and No Pruning are equivalent, within delta (a point)."""
 
     statement = "Pruning 90% of the weights, the small ones, leaves accuracy about unchanged."
     figures = ("figure-R1",)
+    network = CONV4
     gates = ("G2",)
     settings = (SMALL, UNPRUNED)
     effect = "none, within 1 point"
 
     def _findings(self, part: Part, *networks: Part) -> Findings:
-        yield part.contrast(SMALL, UNPRUNED, margin=part.delta)
+        yield part.contrast(SMALL, UNPRUNED, region=part.alike)
         yield part.contrast(SMALL, UNPRUNED, "best_accuracy", "secondary")
 
 

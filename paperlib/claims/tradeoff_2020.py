@@ -12,7 +12,7 @@ import pandas as pd
 
 from paperlib import stats
 from paperlib.claims.gates import UNPRUNED
-from paperlib.claims.verdicts import OUTCOMES, Contrast, Findings, Kind, Part, Rule, paired
+from paperlib.claims.verdicts import BELOW, OUTCOMES, Contrast, Findings, Kind, Part, Rule, paired
 from paperlib.stats import Fitted
 
 VGG, RESNET18 = "VGG11", "ResNet18"
@@ -75,14 +75,12 @@ def _slopes(part: Part, settings: Sequence[str]) -> Iterator[Contrast]:
     registered, frame = len(frame), frame[frame.finite]
     for kind, slope in stats.mixed_slopes(frame, "accuracy", "mean_stability").items():
         name, p = f"accuracy on mean stability, {kind} settings", float(slope.p())
-        note = "did not converge" if np.isnan(slope.value) else ""
-        yield Contrast(
-            name, "secondary", "accuracy", slope, len(frame), registered, sign=-1, p=p, note=note
-        )
+        note, counts = "did not converge" if np.isnan(slope.value) else "", (len(frame), registered)
+        yield Contrast(name, "secondary", "accuracy", slope, *counts, BELOW, p, note=note)
     means = frame.groupby("setting")[["mean_stability", "accuracy"]].mean()
-    tau = stats.kendall(means.mean_stability, means.accuracy)
+    tau = stats.kendall(means.mean_stability, means.accuracy, resamples=0)
     name, fitted = "Kendall's tau of the settings' means", Fitted(tau.value, np.nan, 0)
-    yield Contrast(name, "described", "accuracy", fitted, tau.n, tau.n, sign=-1, p=tau.p)
+    yield Contrast(name, "described", "accuracy", fitted, tau.n, tau.n, BELOW, tau.p)
 
 
 class T2(Tradeoff):
@@ -94,13 +92,12 @@ class T2(Tradeoff):
     statement = "The tradeoff holds across a wide variety of pruning settings."
     figures = ("figure-3",)
     gates = ("G2", "G3", "G4")
+    settings = tuple(f"{target} {PERIODS[0]}" for target in TARGETS)
     networks = NETWORKS
     shown = ("figure-C1", "figure-C2")
     draws = 10_000
 
     def _findings(self, part: Part, *networks: Part) -> Findings:
-        if not _periods(part):
-            yield part.lacks(f"{TARGETS[0]} {PERIODS[0]}")
         yield _permuted(part, self.draws, "accuracy", "co-primary")
         yield from _together(networks, "accuracy", "co-primary")
         yield _permuted(part, self.draws, "best_accuracy", "secondary")
@@ -126,16 +123,13 @@ class T2(Tradeoff):
         return float(np.mean(found) * stats.power_of_t(1.0, together))
 
 
-def _periods(part: Part) -> list[int]:
-    """Return the periods that the profile has for every target."""
-    return [p for p in PERIODS if {f"{target} {p}" for target in TARGETS} <= set(part.labels)]
-
-
 def _by_rate(part: Part, column: str) -> np.ndarray:
-    """Return Figure 3 as (rates, seeds, targets)."""
+    """Return Figure 3 as (rates, seeds, targets), of the rates that all targets have."""
+    of_rates = [[f"{target} {period}" for target in TARGETS] for period in PERIODS]
     rates = [
-        pd.concat([part.values(f"{target} {period}", column) for target in TARGETS], axis=1)
-        for period in _periods(part)
+        pd.concat([part.values(setting, column) for setting in settings], axis=1)
+        for settings in of_rates
+        if set(settings) <= set(part.labels)
     ]
     return np.stack(rates)
 
@@ -147,17 +141,14 @@ def _permuted(part: Part, draws: int, column: str, kind: Kind) -> Contrast:
     whole = ~np.isnan(accuracy).any(-1)
     name = "Figure 3: Kendall's tau of targets, summed over rates"
     fitted, p = Fitted(statistic, np.nan, 0), min(1.0, 2 * min(lower, higher))
-    return Contrast(name, kind, column, fitted, int(whole.sum()), whole.size, sign=-1, p=p)
+    return Contrast(name, kind, column, fitted, int(whole.sum()), whole.size, BELOW, p)
 
 
 def _together(networks: Sequence[Part], column: str, kind: Kind) -> list[Contrast]:
     """Return the networks' summary, then each network's contrast as description."""
     each = []
-    compared = {(figure, network): settings for figure, network, settings in NETWORKS}
     for part in networks:
-        order: Sequence[str] = compared[part.figures[0], part.network]
-        if len(order) > 2:
-            order = part.by_stability(order)
+        order = part.settings if len(part.settings) == 2 else part.by_stability(part.settings)
         contrast = part.contrast(order[0], order[-1], column, "described")
         each.append(replace(contrast, name=f"{part.network}: {contrast.name}"))
     used = [c for c in each if c.fitted.error > 0]
@@ -191,7 +182,7 @@ class T3(Tradeoff):
             slopes = pd.concat(of_spans, axis=1, join="inner") @ weights
             name = f"{noise}: accuracy on log10(1 + the paper's training batches)"
             yield paired(name, slopes, kind="secondary")
-            yield part.contrast(setting, PRUNE_WEIGHTS, kind="secondary", null=-part.delta)
+            yield part.contrast(setting, PRUNE_WEIGHTS, kind="secondary", region=part.not_worse)
 
 
 class T4(Tradeoff):
@@ -214,14 +205,14 @@ class T4(Tradeoff):
         pair = less, more = order[0], order[-1]
         yield part.separation(less, more)
         outcomes = "log_curvature", "log_noise"
-        yield from (part.contrast(*pair, outcome, sign=-1) for outcome in outcomes)
+        yield from (part.contrast(*pair, outcome, region=BELOW) for outcome in outcomes)
         loss = part.differences(*pair, "log_train_loss")
         for outcome in outcomes:
             note = "adjusted for log training loss"
-            yield part.contrast(*pair, outcome, "adjusted", sign=-1, covariate=loss, note=note)
+            yield part.contrast(*pair, outcome, "adjusted", region=BELOW, covariate=loss, note=note)
         yield part.contrast(*pair, "delta_w", "secondary")
         for setting, outcome in product(pair, outcomes):
-            yield part.contrast(setting, UNPRUNED, outcome, "described", sign=-1)
+            yield part.contrast(setting, UNPRUNED, outcome, "described", region=BELOW)
 
 
 class T5(Tradeoff):
@@ -240,7 +231,7 @@ class T5(Tradeoff):
         yield part.contrast(PRUNE_WEIGHTS, UNPRUNED, kind="premise")
         for kind, outcome in OUTCOMES.items():
             yield part.contrast(RESTORED, UNPRUNED, outcome, kind)
-            yield part.contrast(RESTORED, PRUNE_WEIGHTS, outcome, kind, null=-part.delta)
+            yield part.contrast(RESTORED, PRUNE_WEIGHTS, outcome, kind, region=part.not_worse)
 
 
 RULES = (T1(), T2(), T3(), T4(), T5())

@@ -36,6 +36,7 @@ DELTA = {"conv4": 1.0}  # a difference that matters, in points; 0.5 for the othe
 OTHER_DELTA = 0.5
 FEWEST_NETWORKS = 3
 Kind = Literal["co-primary", "premise", "adjusted", "secondary", "described"]
+ABOVE, BELOW = (0.0, math.inf), (-math.inf, 0.0)
 DECIDING: tuple[Kind, ...] = ("co-primary", "premise", "adjusted")
 OUTCOMES: dict[Kind, str] = {"co-primary": "accuracy", "secondary": "best_accuracy"}
 
@@ -51,9 +52,8 @@ class Contrast:
         fitted: The estimate; its standard error is NaN where it has no interval.
         n: Pairs of runs, or what else the estimate is of.
         registered: How many were planned.
-        sign: 1 or -1, the claim's direction.
-        null: The value that the interval must exclude.
-        margin: Where not None, the claim is that the difference is smaller than this.
+        region: The claim is that the value lies between these: above or below a null value, or
+            between two, for equivalence.
         p: Two-sided, of the t test against `null`. Of a permutation test, which has no interval,
             twice the smaller one-sided p.
         sign_flip: Exact p of the sign-flip test.
@@ -69,9 +69,7 @@ class Contrast:
     fitted: Fitted
     n: int
     registered: int
-    sign: int = 1
-    null: float = 0.0
-    margin: float | None = None
+    region: tuple[float, float] = ABOVE
     p: float = math.nan
     sign_flip: float = math.nan
     holm: float = math.nan
@@ -84,27 +82,35 @@ class Contrast:
         return self.registered - self.n
 
     @property
-    def supported(self) -> bool:
-        """Whether its 95% interval excludes the null value in the claim's direction."""
-        if np.isnan(self.fitted.error):
-            return self.p < 1 - LEVEL and self.sign * self.fitted.value > self.null
-        return bool(self.supported_by(self.fitted))
+    def null(self) -> float:
+        """The value that p and the sign-flip test are against."""
+        return self.region[0] if self.region[1] == math.inf else 0.0
 
-    def supported_by(self, fitted: Fitted) -> np.ndarray:
-        """Return whether estimates like `fitted` would support the claim."""
-        low, high = fitted.interval(LEVEL if self.margin is None else 0.90)
-        if self.margin is not None:
-            return (low > -self.margin) & (high < self.margin)
-        return low > self.null if self.sign > 0 else high < self.null
+    @property
+    def level(self) -> float:
+        """The level of the interval that supports the claim: 90% for equivalence."""
+        return LEVEL if math.inf in map(abs, self.region) else 0.90
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Return Student's t interval; of a permutation test its estimate if p < 5%, else all."""
+        if not np.isnan(self.fitted.error):
+            return self.fitted.interval(level)
+        value = self.fitted.value
+        return (value, value) if self.p < 1 - LEVEL else (-math.inf, math.inf)
+
+    def supported_by(self, interval: tuple[Any, Any]) -> np.ndarray:
+        """Return whether intervals lie within the claim's region."""
+        return (interval[0] > self.region[0]) & (interval[1] < self.region[1])
+
+    @property
+    def supported(self) -> bool:
+        """Whether its interval lies within the claim's region."""
+        return bool(self.supported_by(self.interval(self.level)))
 
     def contradicted(self, level: float) -> bool:
-        """Return whether its interval at this level lies wholly on the other side."""
-        if np.isnan(self.fitted.error):
-            return self.p < 1 - LEVEL and self.sign * self.fitted.value < self.null
-        low, high = self.fitted.interval(level)
-        if self.margin is not None:
-            return bool(low > self.margin or high < -self.margin)
-        return bool(high < self.null if self.sign > 0 else low > self.null)
+        """Return whether its interval at this level lies wholly outside the claim's region."""
+        low, high = self.interval(level)
+        return bool(low > self.region[1] or high < self.region[0])
 
     def within(self, delta: float) -> bool:
         """Return whether it is of accuracies and its 90% interval lies within delta of 0."""
@@ -114,9 +120,10 @@ class Contrast:
     @property
     def effect(self) -> float:
         """The true effect that power is of: a point, a tenth, or none where that is the claim."""
-        if self.margin is not None or self.null:
+        if self.region not in (ABOVE, BELOW):
             return 0.0
-        return self.sign * (LOG_EFFECT if self.outcome.startswith("log_") else 1.0)
+        size = LOG_EFFECT if self.outcome.startswith("log_") else 1.0
+        return size if self.region == ABOVE else -size
 
 
 def paired(
@@ -125,24 +132,25 @@ def paired(
     outcome: str = "accuracy",
     kind: Kind = "co-primary",
     covariate: pd.Series | None = None,
-    **how: Any,
+    region: tuple[float, float] = ABOVE,
+    note: str = "",
 ) -> Contrast:
     """Return the contrast of differences by seed (registered,), NaN where a pair is dropped.
 
     With a covariate, another paired difference, the estimate is for a difference of 0 in it, and
-    there is no sign-flip test. `how` has sign, null, margin and note of the contrast.
+    there is no sign-flip test.
     """
     pairs = pd.DataFrame({"difference": differences})
-    if covariate is None:
-        there = pairs.difference.dropna().to_numpy()
-        fitted = stats.fitted_mean(there)
-        how["sign_flip"] = stats.sign_flip(there - how.get("null", 0))
-    else:
+    if covariate is not None:
         pairs["covariate"] = covariate
-        there, beside = pairs.dropna().to_numpy().T
-        fitted = stats.fitted_intercept(there, beside)
-    how |= {"p": float(fitted.p(how.get("null", 0))), "pairs": pairs}
-    return Contrast(name, kind, outcome, fitted, len(there), len(pairs), **how)
+    there, *beside = pairs.dropna().to_numpy().T
+    fitted = stats.fitted_intercept(there, *beside) if beside else stats.fitted_mean(there)
+    contrast = Contrast(
+        name, kind, outcome, fitted, len(there), len(pairs), region, note=note, pairs=pairs
+    )
+    null = contrast.null
+    flipped = math.nan if beside else stats.sign_flip(there - null)
+    return replace(contrast, p=float(fitted.p(null)), sign_flip=flipped)
 
 
 def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
@@ -150,15 +158,14 @@ def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
 
     delta: the difference of accuracies that matters, in points.
     """
-    of = {kind: [c for c in contrasts if c.kind == kind] for kind in DECIDING}
-    primary = of["co-primary"]
-    if not all(c.supported for c in of["premise"]):
+    primary = [c for c in contrasts if c.kind == "co-primary"]
+    supported = {kind: all(c.supported for c in contrasts if c.kind == kind) for kind in DECIDING}
+    if not supported["premise"]:
         return "no premise"
     if any(c.dropped > MOST_DROPPED * c.registered for c in primary):
         return "undecided"
-    if all(c.supported for c in primary):
-        apart = all(c.supported for c in of["adjusted"])
-        return "supported" if apart else "not apart from training loss"
+    if supported["co-primary"]:
+        return "supported" if supported["adjusted"] else "not apart from training loss"
     if any(c.contradicted(1 - (1 - LEVEL) / len(primary)) for c in primary):
         return "mixed" if any(c.supported for c in primary) else "contradicted"
     return "negligible" if all(c.within(delta) for c in primary) else "undecided"
@@ -169,11 +176,7 @@ def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
 
     Differences are drawn from a normal distribution with the covariance observed, as many as there
     are complete pairs; seed 0. Covariates stay as they are, and explain nothing. NaN for fewer than
-    2 complete pairs.
-
-    Args:
-        contrasts: The co-primary ones, and the adjusted ones (all or none) in the same order.
-        draws: How many sets of differences.
+    2 complete pairs. Adjusted contrasts, if any, are in the order of the co-primary ones.
     """
     primary = [c for c in contrasts if c.kind == "co-primary"]
     adjusted = [c for c in contrasts if c.kind == "adjusted"]
@@ -186,10 +189,10 @@ def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
     drawn = np.random.default_rng(0).multivariate_normal(
         [c.effect for c in primary], covariance, (draws, n), check_valid="ignore"
     )
-    supported = [c.supported_by(stats.fitted_mean(drawn[..., i])) for i, c in enumerate(primary)]
+    fits = [(c, stats.fitted_mean(drawn[..., i])) for i, c in enumerate(primary)]
     for i, contrast in enumerate(adjusted):
-        fitted = stats.fitted_intercept(drawn[..., i], pairs[:, m + i])
-        supported.append(contrast.supported_by(fitted))
+        fits.append((contrast, stats.fitted_intercept(drawn[..., i], pairs[:, m + i])))
+    supported = [contrast.supported_by(fit.interval(contrast.level)) for contrast, fit in fits]
     return float(np.all(supported, axis=0).mean())
 
 
@@ -234,15 +237,23 @@ class Part:
 
     Attributes:
         delta: The difference of accuracies that matters, in points.
+        not_worse, alike: Regions of differences; see `Contrast`.
         labels: Of settings, for people.
     """
 
-    def __init__(self, runs: pd.DataFrame, figures: Sequence[str], network: str) -> None:
-        """Take the part of `runs`, a frame as `claims.load` returns it."""
-        self.figures, self.network = tuple(figures), network
+    def __init__(
+        self,
+        runs: pd.DataFrame,
+        figures: Sequence[str],
+        network: str,
+        settings: Sequence[str] = (),
+    ) -> None:
+        """Take the part of `runs`, a frame as `claims.load` returns it. It needs the `settings`."""
+        self.figures, self.network, self.settings = tuple(figures), network, settings
         self.everything = runs
         self.runs = runs[runs.figure.isin(figures) & (runs.network == network)]
         self.delta = DELTA.get(network, OTHER_DELTA)
+        self.not_worse, self.alike = (-self.delta, math.inf), (-self.delta, self.delta)
         self.labels = dict(zip(self.runs.setting, self.runs.label, strict=True))
 
     def values(self, setting: str, column: str, choosing: bool = False) -> pd.Series:
@@ -256,41 +267,37 @@ class Part:
 
     def differences(self, a: str, b: str, column: str = "accuracy") -> pd.Series:
         """Return (registered,) differences of two settings, for the seeds that both have."""
-        first, second = self.values(a, column), self.values(b, column)
-        seeds = first.index.intersection(second.index)
-        return first.loc[seeds] - second.loc[seeds]
-
-    def name(self, a: str, b: str) -> str:
-        """Return the name of their difference, such as "Prune_L 13% - No Pruning"."""
-        return f"{self.labels[a]} - {self.labels[b]}"
+        first, second = self.values(a, column).align(self.values(b, column), join="inner")
+        return first - second
 
     def contrast(
         self, a: str, b: str, column: str = "accuracy", kind: Kind = "co-primary", **how: Any
     ) -> Contrast:
         """Return the contrast of setting a less setting b; `how` as `paired` takes it."""
-        return paired(self.name(a, b), self.differences(a, b, column), column, kind, **how)
+        name = f"{self.labels[a]} - {self.labels[b]}"
+        return paired(name, self.differences(a, b, column), column, kind, **how)
 
     def by_stability(self, settings: Sequence[str]) -> list[str]:
         """Sort settings from the least to the most stable, by mean stability over all seeds."""
         return sorted(settings, key=lambda setting: self.values(setting, "mean_stability").mean())
 
     def separation(self, less: str, more: str) -> Gate:
-        """Evaluate G5: whether the mean stabilities of two settings differ, paired by seed."""
-        fitted = self.contrast(less, more, "mean_stability").fitted
-        low, high = fitted.interval()
-        place, name = (self.network, self.figures[0]), self.name(less, more)
-        text = f"mean stability differs by {fitted.value:.2f} [{low:.2f}, {high:.2f}] percent"
-        return Gate("G5", *place, name, bool(low > 0 or high < 0), float(fitted.value), text)
+        """Evaluate G5: the mean stabilities of two settings differ, paired by seed."""
+        contrast = self.contrast(less, more, "mean_stability")
+        value, (low, high) = contrast.fitted.value, contrast.fitted.interval()
+        text = f"mean stability differs by {value:.2f} [{low:.2f}, {high:.2f}] percent"
+        apart = bool(low > 0 or high < 0)
+        return Gate("G5", self.network, self.figures[0], contrast.name, apart, float(value), text)
 
     def lacks(self, setting: str, text: str = "the profile has no such setting of its own") -> Gate:
         """Return the gate that fails where the profile lacks what the claim needs."""
         return Gate("settings", self.network, self.figures[0], setting, False, math.nan, text)
 
-    def gates(self, found: Iterable[Gate], names: Sequence[str], settings: Iterable[str]) -> list:
+    def gates(self, found: Iterable[Gate], names: Sequence[str]) -> list[Gate]:
         """Return those gates of `names` that are this part's, and one for each setting it lacks."""
-        mine = [g for g in found if g.gate in names and g.network == self.network]
-        mine = [g for g in mine if g.figure in self.figures]
-        return mine + [self.lacks(setting) for setting in settings if setting not in self.labels]
+        mine = [g for g in found if g.network == self.network and g.figure in self.figures]
+        lacking = [setting for setting in self.settings if setting not in self.labels]
+        return [g for g in mine if g.gate in names] + [self.lacks(setting) for setting in lacking]
 
 
 Findings = Iterator[Gate | Contrast | str]
@@ -326,6 +333,12 @@ class Rule:
         """Such as "T1"."""
         return type(self).__name__
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The figures whose runs it reads."""
+        figures = [*self.figures, *(figure for figure, *_ in self.networks), *self.beside]
+        return tuple(dict.fromkeys(figures))
+
     def _findings(self, part: Part, *networks: Part) -> Findings:
         """Yield what is found in the runs.
 
@@ -342,12 +355,6 @@ class Rule:
         """Return the chance that the claim is supported if its `effect` is true."""
         return power(contrasts)
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The figures whose runs it reads."""
-        figures = [*self.figures, *(figure for figure, *_ in self.networks), *self.beside]
-        return tuple(dict.fromkeys(figures))
-
     def judge(self, runs: pd.DataFrame, gates: Iterable[Gate], secondary: bool = True) -> Claim:
         """Judge the claim.
 
@@ -356,44 +363,39 @@ class Rule:
             gates: As `gates.evaluate` returns them.
             secondary: Without it, only what decides is computed: no other contrast and no power.
         """
-        first = Part(runs, self.figures, self.network), self.settings
-        others = [(Part(runs, (f,), network), settings) for f, network, settings in self.networks]
-        needed = pd.concat([part.runs for part, _ in (first, *others)]).drop_duplicates("run")
-        figures = tuple(dict.fromkeys(f for part, _ in (first, *others) for f in part.figures))
+        part = Part(runs, self.figures, self.network, self.settings)
+        parts = [part, *(Part(runs, (figure,), *rest) for figure, *rest in self.networks)]
+        needed = pd.concat([each.runs for each in parts]).drop_duplicates("run")
+        figures = tuple(dict.fromkeys(figure for each in parts for figure in each.figures))
         claim = Claim(self.name, self.statement, figures, int(needed.done.sum()), len(needed))
         if claim.done < claim.registered or not claim.registered:
             return claim
-        found: list[Gate] = []
-        kept, notes, contrasts = [], [], []
-        for part, settings in (first, *others):
-            found += (its := part.gates(gates, self.gates, settings))
+        found: dict[type, list] = {Gate: [], Contrast: [], str: []}
+        kept = []
+        for each in parts:
+            found[Gate] += (its := each.gates(gates, self.gates))
             failed = [gate.gate for gate in its if gate.passed is False]
             if not failed:
-                kept.append(part)
-            elif part is not first[0]:
-                place = f"{part.network} of {part.figures[0]}"
-                notes.append(f"{place} is left out: {failed[0]} fails")
-        testable = first[0] in kept and (not others or len(kept) > FEWEST_NETWORKS)
+                kept.append(each)
+            elif each is not part:
+                place = f"{each.network} of {each.figures[0]}"
+                found[str].append(f"{place} is left out: {failed[0]} fails")
+        testable = part in kept and (len(parts) == 1 or len(kept) > FEWEST_NETWORKS)
         findings = self._findings(*kept) if testable else iter(())
         if not secondary:
             findings = takewhile(lambda f: getattr(f, "kind", "") in ("", *DECIDING), findings)
         for finding in findings:
-            if isinstance(finding, Contrast):
-                contrasts.append(finding)
-            elif isinstance(finding, str):
-                notes.append(finding)
-            else:
-                found.append(finding)
-                if finding.passed is False:
-                    testable = False
-                    break
-        claim = replace(claim, gates=tuple(found), notes=tuple(notes))
+            found[type(finding)].append(finding)
+            if isinstance(finding, Gate) and finding.passed is False:
+                testable = False
+                break
+        claim = replace(claim, gates=tuple(found[Gate]), notes=tuple(found[str]))
         if not testable:
             return replace(claim, verdict="not testable")
+        contrasts: list[Contrast] = found[Contrast]
         holm = stats.holm([c.p if c.kind == "secondary" else math.nan for c in contrasts])
-        contrasts = [replace(c, holm=float(p)) for c, p in zip(contrasts, holm, strict=True)]
-        decided = verdict(contrasts, first[0].delta)
-        claim = replace(claim, verdict=decided, contrasts=tuple(contrasts))
+        corrected = tuple(replace(c, holm=p) for c, p in zip(contrasts, holm.tolist(), strict=True))
+        claim = replace(claim, verdict=verdict(contrasts, part.delta), contrasts=corrected)
         if not secondary:
             return claim
-        return replace(claim, power=self.power(first[0], contrasts), effect=self.effect)
+        return replace(claim, power=self.power(part, contrasts), effect=self.effect)

@@ -15,9 +15,9 @@ import pandas as pd
 
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.papers import regularization_2018, tradeoff_2020
-from paperlib.papers.noise_spans import images_of, training_batches
+from paperlib.papers.noise_spans import images_of, steps, training_batches
 from paperlib.papers.settings import Figure
-from paperlib.profiles import PROFILES, steps
+from paperlib.profiles import PROFILES
 
 FIGURES = {figure.name: figure for figure in (*tradeoff_2020.FIGURES, *regularization_2018.FIGURES)}
 
@@ -122,12 +122,11 @@ def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Confi
     """
     ordered: dict[str, Config] = {}
     for tier in tuple(((name, None),) for name in names) or TIERS:
-        plans = [plan(name, scale) for name, _ in tier]
-        plans = [
-            runs if network is None else runs[runs.network == network]
-            for runs, (_, network) in zip(plans, tier, strict=True)
-        ]
-        for config in pd.concat(plans).sort_values("seed", kind="stable").config:
+        parts = []
+        for name, network in tier:
+            runs = plan(name, scale)
+            parts.append(runs if network is None else runs[runs.network == network])
+        for config in pd.concat(parts).sort_values("seed", kind="stable").config:
             ordered.setdefault(config.identity, config)
     return list(ordered.values())
 
@@ -176,8 +175,7 @@ def label(method: str, config: Config) -> str:
     if isinstance(config.pruning, WeightPruning):
         return f"{method} {100 * max(config.pruning.fractions):g}%"
     if config.noise is not None:
-        images = images_of(config)
-        return f"{method} {training_batches(config.noise, config.batch, *images) or '1 pass'}"
+        return f"{method} {training_batches(config) or '1 pass'}"
     rate = _rate(config)
     return method if math.isnan(rate) else f"{method} {rate:.2g}%"
 
@@ -194,13 +192,10 @@ def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     index = pd.MultiIndex.from_tuples(names, names=["network", "setting"])
     columns = {}
     for side in (Scale("paper"), scale):
-        at = PROFILES[side.profile]
-        rows = [
-            _described(
-                at.scale(s, side.data, side.precision), len(at.seeds_of(shown, s, side.seeds))
-            )
-            for s in settings
-        ]
+        at, rows = PROFILES[side.profile], []
+        for setting in settings:
+            config = at.scale(setting, side.data, side.precision)
+            rows.append(_described(config, len(at.seeds_of(shown, setting, side.seeds))))
         columns[side.profile] = pd.DataFrame(rows, index=index)
     both = pd.concat(columns, axis=1).swaplevel(axis=1)
     return both.sort_index(axis=1, level=0, sort_remaining=False)
@@ -215,16 +210,10 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
         "test images": test_images if config.test_per_class else "all",
         "augmentation": "crop, flip" if config.augment else "none",
         "network": config.model,
-        "width": config.width,
-        "optimizer": config.optimizer,
-        "learning rate": config.learning_rate,
-        "momentum": config.momentum,
-        "weight decay": config.weight_decay,
+        **_fields(config, "width", "optimizer", "learning_rate", "momentum", "weight_decay"),
         "batch": config.batch,
-        "steps an epoch": steps(config, train_images),
-        "epochs": config.epochs,
-        "dropout": config.dropout,
-        "precision": config.precision,
+        "steps an epoch": steps(config),
+        **_fields(config, "epochs", "dropout", "precision"),
         "milestones": ", ".join(map(str, config.milestones)),
         "seeds": seeds,
     }
@@ -234,10 +223,14 @@ def _described(config: Config, seeds: int) -> dict[str, object]:
             f"epoch {f.epoch}, {f.images} images, {f.eigenvalues} eigenvalues; {f.directions} "
             f"directions, eps up to {f.reach:g} by {f.step:g}, on {f.test_images or 'all'} images"
         )
-    return described | _described_pruning(config, steps(config, train_images))
+    return described | _described_pruning(config)
 
 
-def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
+def _fields(config: Config, *names: str) -> dict[str, object]:
+    return {name.replace("_", " "): getattr(config, name) for name in names}
+
+
+def _described_pruning(config: Config) -> dict[str, object]:
     pruning = config.pruning
     if pruning is None:
         return {}
@@ -261,16 +254,15 @@ def _described_pruning(config: Config, an_epoch: int) -> dict[str, object]:
     described["event epochs"] = "; ".join(
         f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in events
     )
-    described["steps between events"] = an_epoch * min(gaps) if gaps else "one event"
+    described["steps between events"] = steps(config) * min(gaps) if gaps else "one event"
     if isinstance(pruning, FilterPruning):
         count = round(config.width * LAST_FILTERS[config.model])
         kept = math.ceil(round((1 - pruning.fractions[-1]) * count, 6))
         dose = (count - kept) / len(events[-1])
         described["dose (filters an event, last layer)"] = round(dose, 1)
     last = max(epochs[-1] for epochs in events)
-    described["steps after the last event"] = an_epoch * (config.epochs - 1 - last)
+    described["steps after the last event"] = steps(config) * (config.epochs - 1 - last)
     if config.noise is not None:
-        batches = training_batches(config.noise, config.batch, *images_of(config))
-        described["noise"] = config.noise.kind
-        described["noise lasts"] = f"{batches} training batches, N = {config.noise.passes} passes"
+        lasts = f"{training_batches(config)} training batches, N = {config.noise.passes} passes"
+        described |= {"noise": config.noise.kind, "noise lasts": lasts}
     return described

@@ -7,10 +7,9 @@ steps after the last event as large as the scale allows (docs/evidence.md).
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from paperlib.config import Config, FilterPruning, Flatness
-from paperlib.papers.noise_spans import CIFAR_IMAGES, images_of, noise_for, training_batches
+from paperlib.papers.noise_spans import steps, training_batches, with_noise
 from paperlib.papers.settings import METHODS, Figure, Schedule, Setting
 
 TRADEOFF_EPOCHS = 325  # of all networks that the 2020 paper trains with Adam, but Table F1
@@ -76,40 +75,31 @@ class Profile:
             precision: replaces the paper's, "float32".
         """
         config, paper = setting.config, setting.schedule
-        epochs, factor = self.epochs.get(config.epochs, config.epochs), self.factor(config.epochs)
+        pruning, noise = config.pruning, config.noise
+        if paper is not None and pruning is not None:
+            schedule = self.schedule(paper, config.epochs)
+            of_layers = isinstance(pruning, FilterPruning)
+            pruning = replace(pruning, epochs=schedule.epochs if of_layers else schedule.epochs[0])
         small = config.with_(
             data=data or self.data or config.data,
             precision=precision or config.precision,
             train_per_class=self.train_per_class,
             test_per_class=self.test_per_class,
             width=self.widths.get(config.model, config.width),
-            epochs=epochs,
+            epochs=self.epochs.get(config.epochs, config.epochs),
             batch=self.batch or config.batch,
-            milestones=tuple(round(m / factor) for m in config.milestones),
-            pruning=None if paper else config.pruning,
-            flatness=None,
+            milestones=tuple(round(m / self.factor(config.epochs)) for m in config.milestones),
+            pruning=pruning,
+            flatness=config.flatness and (self.flatness or config.flatness),
             noise=None,
         )
-        if config.flatness is not None:
-            small = small.with_(flatness=self.flatness or config.flatness)
-        if paper is None or config.pruning is None:
-            return small
-        schedule = self.schedule(paper, config.epochs)
-        layers: Any = schedule.epochs
-        if not isinstance(config.pruning, FilterPruning):
-            layers = layers[0]
-        small = small.with_(pruning=replace(config.pruning, epochs=layers))
-        if config.noise is None:
+        if noise is None or paper is None:
             return small
         # Noise lasts for the same share of the steps from one event to the next.
-        images = images_of(small)
-        papers = paper.period * steps(config, CIFAR_IMAGES[0])
-        share = schedule.period * steps(small, images[0]) / papers
-        batches = training_batches(config.noise, config.batch, *CIFAR_IMAGES)
+        share = schedule.period * steps(small) / (paper.period * steps(config))
+        batches = training_batches(config)
         batches = max(1, round(batches * share)) if batches else 0
-        noise = config.noise
-        scaled = noise_for(noise.kind, batches, small.batch, *images, noise.evaluation_batch)
-        return small.with_(noise=scaled)
+        return with_noise(small, noise.kind, batches, noise.evaluation_batch)
 
     def schedule(self, paper: Schedule, length: int) -> Schedule:
         """Return a schedule at this scale: its period, first and last epochs shortened.
@@ -122,11 +112,6 @@ class Profile:
         first = (round(epoch / factor) if together is None else together for epoch in paper.first)
         last = (math.floor(epoch / factor) for epoch in paper.last)
         return Schedule(tuple(first), tuple(last), max(1, round(paper.period / factor)))
-
-
-def steps(config: Config, train_images: int) -> int:
-    """Return the optimizer steps of an epoch."""
-    return math.ceil(train_images / config.batch)
 
 
 # Settings that demo does not show: (network, name).

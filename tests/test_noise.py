@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paperlib.noise import KINDS, FilterNoise
-from paperlib.papers.noise_spans import noise_for, training_batches
+from paperlib.papers import tradeoff_2020
+from paperlib.papers.noise_spans import training_batches, with_noise
 from paperlib.pruning import FilterPruner, PruningError
 
 torch.set_num_threads(1)
@@ -304,6 +305,7 @@ def test_noise_that_cannot_be():
 # Passes and training batches
 
 
+PAPER = tradeoff_2020.VGG_PRUNE_WEIGHTS.config
 FIGURE_5 = [(0, 0), (51, 129), (1106, 1500)]
 FIGURE_D2 = [(89, 129), (630, 750), (1220, 1500), (2480, 3000)]
 
@@ -311,18 +313,18 @@ FIGURE_D2 = [(89, 129), (630, 750), (1220, 1500), (2480, 3000)]
 @pytest.mark.parametrize(("batches", "passes"), FIGURE_5)
 @pytest.mark.parametrize("kind", ["zeroing", "gaussian"])
 def test_the_spans_of_figure_5(kind, batches, passes):
-    assert noise_for(kind, batches).passes == passes
+    assert with_noise(PAPER, kind, batches).noise.passes == passes
 
 
 @pytest.mark.parametrize(("batches", "passes"), FIGURE_D2)
 def test_the_spans_of_appendix_d(batches, passes):
-    assert noise_for("restored", batches, evaluation_batch=256).passes == passes
+    assert with_noise(PAPER, "restored", batches, 256).noise.passes == passes
 
 
 @pytest.mark.parametrize("evaluation_batch", [128, 256])
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes_and_training_batches_are_inverse(kind, evaluation_batch):
-    for batches in range(1200):
-        noise = noise_for(kind, batches, evaluation_batch=evaluation_batch)
-        assert noise.evaluation_batch == evaluation_batch
-        assert training_batches(noise, 128, 50_000, 10_000) == batches
+    for batches in (0, 1, 2, 89, 390, 391, 392, 393, 781, 782, 783, 784, 1106, 1173, 1174):
+        config = with_noise(PAPER, kind, batches, evaluation_batch)
+        assert config.noise.evaluation_batch == evaluation_batch
+        assert training_batches(config) == batches

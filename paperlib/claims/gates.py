@@ -13,7 +13,6 @@ G1 to G4 are computed for each network of a figure from means over seeds, G5 by 
 gate compares the accuracy of two settings. No torch.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -22,7 +21,7 @@ import pandas as pd
 
 from paperlib.config import Config, FilterPruning
 from paperlib.instability import OUTCOME_EPOCHS
-from paperlib.papers.noise_spans import images_of, training_batches
+from paperlib.papers.noise_spans import steps, training_batches
 
 LEARNED = 99.9  # percent training accuracy
 LEARNED_BY = 0.55  # of the epochs
@@ -201,17 +200,15 @@ def _noise_share(paper: int, config: Config) -> Result:
 
     paper: the paper's span in training batches. To the nearest batch, and at least one.
     """
-    pruning, noise = config.pruning, config.noise
-    assert isinstance(pruning, FilterPruning)
-    assert noise is not None
-    batches = training_batches(noise, config.batch, *images_of(config))
+    batches = training_batches(config)
     if paper == 0:
         return None, float(batches), "noise in one pass only"
-    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in pruning.epochs)
-    steps = gap * math.ceil(images_of(config)[0] / config.batch)
-    expected = max(1.0, paper / PAPER_STEPS * steps)
+    assert isinstance(config.pruning, FilterPruning)
+    gap = min(np.diff(epochs).min(initial=config.epochs) for epochs in config.pruning.epochs)
+    between = int(gap) * steps(config)
+    expected = max(1.0, paper / PAPER_STEPS * between)
     text = (
-        f"noise lasts {batches} of {steps} training batches from event to event, {expected:.1f} "
+        f"noise lasts {batches} of {between} training batches from event to event, {expected:.1f} "
         f"for the paper's {100 * paper / PAPER_STEPS:.1f}%"
     )
-    return bool(round(abs(batches - expected), DIGITS) <= 0.5), float(batches), text
+    return round(abs(batches - expected), DIGITS) <= 0.5, float(batches), text

@@ -22,35 +22,32 @@ def images_of(config: Config) -> tuple[int, int]:
     )
 
 
-def noise_for(
-    kind: str,
-    batches: int,
-    batch: int = 128,
-    train_images: int = CIFAR_IMAGES[0],
-    test_images: int = CIFAR_IMAGES[1],
-    evaluation_batch: int = 128,
-) -> Noise:
-    """Return noise that lasts for `batches` training batches from the event on.
+def steps(config: Config) -> int:
+    """Return the optimizer steps of an epoch."""
+    return math.ceil(images_of(config)[0] / config.batch)
+
+
+def with_noise(config: Config, kind: str, batches: int, evaluation_batch: int = 128) -> Config:
+    """Return a configuration with noise that lasts for `batches` training batches from the event.
 
     It covers the evaluation after the event, then each epoch's training batches and its two
     evaluations. With no training batch, zeroing and Gaussian noise act on the first pass only.
     """
-    if batches == 0:
-        return Noise(kind, 0, evaluation_batch)
-    an_epoch = math.ceil(train_images / batch)
-    evaluation = math.ceil(test_images / evaluation_batch)
-    whole = (batches - 1) // an_epoch
-    passes = evaluation + batches + whole * 2 * evaluation
-    # Zeroing and Gaussian noise act on N + 1 passes, restored zeroing on N.
-    return Noise(kind, passes - (kind != "restored"), evaluation_batch)
+    passes = 0
+    if batches:
+        evaluation = math.ceil(images_of(config)[1] / evaluation_batch)
+        whole = (batches - 1) // steps(config)
+        # Zeroing and Gaussian noise act on N + 1 passes, restored zeroing on N.
+        passes = evaluation + batches + whole * 2 * evaluation - (kind != "restored")
+    return config.with_(noise=Noise(kind, passes, evaluation_batch))
 
 
-def training_batches(noise: Noise, batch: int, train_images: int, test_images: int) -> int:
-    """Return how many training batches noise lasts for: the inverse of `noise_for`."""
-    if noise.passes == 0:
+def training_batches(config: Config) -> int:
+    """Return how many training batches noise lasts for: the inverse of `with_noise`."""
+    noise = config.noise
+    if noise is None or noise.passes == 0:
         return 0
-    an_epoch = math.ceil(train_images / batch)
-    evaluation = math.ceil(test_images / noise.evaluation_batch)
+    evaluation = math.ceil(images_of(config)[1] / noise.evaluation_batch)
     left = noise.passes + (noise.kind != "restored") - evaluation
-    whole, rest = divmod(left, an_epoch + 2 * evaluation)
-    return whole * an_epoch + min(rest, an_epoch)
+    whole, rest = divmod(left, steps(config) + 2 * evaluation)
+    return whole * steps(config) + min(rest, steps(config))

@@ -6,7 +6,7 @@ All epochs are 0-based. Sections and figures are those of the paper.
 from dataclasses import replace
 
 from paperlib.config import Config, FilterPruning, Flatness
-from paperlib.papers.noise_spans import noise_for
+from paperlib.papers.noise_spans import with_noise
 from paperlib.papers.settings import METHODS, NO_PRUNING, SCRATCH, Figure, Schedule, Setting, seeded
 
 ADAM = Config(optimizer="adam", learning_rate=0.001, milestones=(150, 300), epochs=325)
@@ -86,12 +86,10 @@ def _all_layers(network: str, count: int, fraction: float, first: int, period: i
 
 def _noise(kind: str, method: str, evaluation_batch: int = 128) -> tuple[Setting, ...]:
     """Return a kind of noise at each of its spans. The longest has ten registered seeds."""
-    settings = []
+    base, settings = VGG_PRUNE_WEIGHTS, []
     for span in SPANS[kind]:
-        noise = noise_for(kind, span, evaluation_batch=evaluation_batch)
-        config = VGG_PRUNE_WEIGHTS.config.with_(noise=noise)
-        schedule = VGG_PRUNE_WEIGHTS.schedule
-        settings.append(Setting("VGG11", method, f"{kind} {span}", config, schedule))
+        config = with_noise(base.config, kind, span, evaluation_batch)
+        settings.append(Setting("VGG11", method, f"{kind} {span}", config, base.schedule))
     return (*settings[:-1], *seeded(10, settings[-1]))
 
 

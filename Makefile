@@ -32,7 +32,7 @@ test: $(READY) lint
 
 # Executes every notebook from records and writes it back with its outputs.
 notebooks: $(READY)
-	$(BIN)/python -m benchmarks.notebooks --write
+	$(BIN)/python tools/notebooks.py
 
 # The website, in build/site. It shows the outputs that the notebooks have, and offers the files in
 # figures/; where `make figures` has drawn none, they are drawn first.

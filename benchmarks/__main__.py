@@ -39,7 +39,7 @@ def of_flatness(options: argparse.Namespace) -> dict:
 
 # Parts and their images. `benchmarks.flatness` by itself compares spectra on 256, for which
 # PyHessian alone may take half an hour.
-FLATNESS = {"compare": 64, "trace": 256, "cost": 64}
+FLATNESS = {"compare": 64, "trace": 256}
 SECTIONS = {"training": of_training, "gpu": of_gpu, "flatness": of_flatness}
 
 

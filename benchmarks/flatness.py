@@ -146,17 +146,6 @@ def trace(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def cost(options: argparse.Namespace) -> list[dict]:
-    """The growth of time with k, images and width, one at a time."""
-    base = {"k": 20, "images": 64, "width": 0.25}
-    changes = [{"k": k} for k in (5, 20, 50, 100)] + [{"images": n} for n in (256, 1024)]
-    rows = [base | change for change in [*changes, {"width": 0.5}, {"width": 1.0}]]
-    for row in rows:
-        row |= spectrum(*trained("resnet20", row["width"], row["images"], options), row["k"])
-    show("resnet20: cost against k, images and width", rows)
-    return rows
-
-
 def vgg(options: argparse.Namespace) -> dict:
     """100 eigenvalues of the full vgg11_bn on 512 images, and the peak of memory."""
     row = spectrum(*trained("vgg11_bn", 1.0, 512, options), 100)
@@ -165,12 +154,12 @@ def vgg(options: argparse.Namespace) -> dict:
     return row
 
 
-PARTS = {f.__name__: f for f in (compare, trace, cost, vgg)}
+PARTS = {f.__name__: f for f in (compare, trace, vgg)}
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["compare", "trace", "cost"]
+    parts = ["compare", "trace"]
     parser.add_argument("--only", nargs="+", choices=PARTS, default=parts, help="all but vgg")
     parser.add_argument("--k", type=int, default=20, help="eigenvalues to compare")
     parser.add_argument("--images", type=int, default=256, help="images to compare on")

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --tiny          # all of its logic, as the tests run it
 
 Whole epochs of the ordinary loop, of the plain and of the captured one; several runs at a time, and
-what the runs of VGG11 in figure 2 would take; and whether captured runs agree with plain ones. Rows
-are printed, and written as JSON, as they come, so that a stop loses no row.
+the minutes that the runs of VGG11 in figure 2 would take. Rows are printed, and written as JSON, as
+they come, so that a stop loses no row.
 """
 
 import argparse
@@ -19,17 +19,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 
 from benchmarks import machine, training
 from benchmarks.training import OrdinaryLoop, OurLoop, setting
 from paperlib import data
-from paperlib import training as ours
 from paperlib.config import Config
 from paperlib.extras.fast.together import by_turns
 from paperlib.extras.fast.turns import Turns
-from paperlib.papers import regularization_2018
 from paperlib.runs import RunRecord, Store
 from paperlib.training import Callback
 
@@ -122,28 +119,7 @@ def run_together(
     return [results[i] for i in range(len(configs))]
 
 
-def agreement(options: argparse.Namespace) -> Iterator[dict]:
-    """Losses of captured runs beside plain ones: those of the first two epochs agree to 2%."""
-    settings = {
-        "vgg11_bn": setting("vgg11_bn"),
-        "vgg11_bn, dropout": setting("vgg11_bn", dropout=0.5),
-        "conv4, dropout": setting("conv4", dropout=regularization_2018.CONV4_DROPOUT),
-        "resnet20": setting("resnet20"),
-    }
-    for name, config in settings.items():
-        config = training.with_events(config.with_(width=options.width, data=options.data), 1, 3)
-        losses = []
-        for way in ("captured", "plain"):
-            plain = mock.patch.dict(os.environ, PAPERLIB_PLAIN=str(int(way == "plain")))
-            with plain:
-                rows = ours.run(config, None, options.device, fast=True).epochs
-            losses.append(rows[["train_loss", "test_loss"]].to_numpy()[:2])
-        agrees = bool(np.allclose(*losses, rtol=0.02))
-        off = float(np.abs(losses[0] / losses[1] - 1).max())
-        yield {"setting": name, "agrees": agrees, "off": off}
-
-
-PARTS = {part.__name__: part for part in (epochs, together, agreement)}
+PARTS = {part.__name__: part for part in (epochs, together)}
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -290,21 +290,8 @@ def speed(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def whole(options: argparse.Namespace) -> list[dict]:
-    """Epochs of `training.run`, in seconds, with and without an event."""
-    rows = []
-    with written_images(*options.whole) as spec:
-        for name in options.networks:
-            config = with_events(setting(name, width=options.width, data=spec), 2, 5)
-            seconds = training.run(config, None, "cpu").epochs.seconds
-            row = {"network": name, "seconds": seconds[2:].min()}
-            rows.append(row | {"with an event": float(seconds[1])})
-    return rows
-
-
 def table(rows: list[dict]) -> str:
-    """Return rows as text; lists are left out."""
-    rows = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+    """Return rows as text."""
     return pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:,.3g}".format)
 
 
@@ -317,14 +304,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=2, help="that count, after one to warm up")
     parser.add_argument("--batches", type=int, help="an epoch; default: by network")
     parser.add_argument("--width", type=float, default=1.0, help="of the networks")
-    parser.add_argument("--whole", nargs=2, type=int, default=(1000, 200), help="images of a run")
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results: dict = {"machine": machine("cpu")}
-    for part in (speed, whole):
-        results[part.__name__] = part(options)
-        print(f"{part.__doc__}\n{table(results[part.__name__])}\n", flush=True)
+    results: dict = {"machine": machine("cpu"), "speed": speed(options)}
+    print(f"{speed.__doc__}\n{table(results['speed'])}\n", flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
     return results

@@ -109,12 +109,12 @@ class Loaded:
     def _there(self) -> list[str]:
         """Identities of the runs that have a whole record, in the plan's order."""
         whole = self.store.whole(self.plan.config)
-        return [run for run in dict.fromkeys(self.plan.run) if run in whole]
+        return [run for run in self.plan.run if run in whole]
 
     @property
     def complete(self) -> bool:
         """Whether all runs are there."""
-        return len(self._there) == self.plan.run.nunique()
+        return len(self._there) == len(self.plan)
 
     @cached_property
     def settings(self) -> pd.DataFrame:
@@ -139,11 +139,7 @@ class Loaded:
         frame = annotate(self._frames[1], self.plan)
         if any(config.flatness is None for config in self.plan.config):
             return frame
-        measured = [record for record in self.records if "eigenvalues" in record.arrays]
-        columns = ["run", "curvature", "noise", "tic", "delta_w"]
-        flatness = measures.flatness(measured).reindex(columns=columns)
-        kept = [column for column in frame if column not in columns[1:]]
-        return frame[kept].merge(flatness, "left", "run")
+        return frame.merge(measures.flatness(self.records), "left", "run")
 
     @cached_property
     def records(self) -> list[RunRecord]:
@@ -173,12 +169,12 @@ class Loaded:
         data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))
         parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
         if not self.complete:
-            parts.append(f"{len(self._there)} of {self.plan.run.nunique()} runs")
+            parts.append(f"{len(self._there)} of {len(self.plan)} runs")
         failed = [gate for gate in self._gates if gate.passed is False]
         if failed:
             where = list(dict.fromkeys(f"{g.network} {g.setting}".strip() for g in failed))
             more = f" and {len(where) - NAMED} more" if len(where) > NAMED else ""
-            names = ", ".join(sorted({gate.gate for gate in failed}))
-            verb = "fail" if "," in names else "fails"
-            parts.append(f"{names} {verb}: {', '.join(where[:NAMED])}{more}")
+            names = sorted({gate.gate for gate in failed})
+            verb = "fail" if len(names) > 1 else "fails"
+            parts.append(f"{', '.join(names)} {verb}: {', '.join(where[:NAMED])}{more}")
         return "; ".join(parts)

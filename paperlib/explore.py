@@ -30,22 +30,20 @@ def frames(
         measures of flatness where they were measured.
     """
     store = store or Store()
-    parts = [
+    plans = [
         experiments.plan(name, profile).assign(profile=profile)
         for profile in profiles
         for name in experiments.FIGURES
     ]
-    plan = pd.concat(parts, ignore_index=True).drop_duplicates(["profile", "run"])
-    runs = store.runs()
-    there = plan[plan.run.isin(runs.run)] if len(runs) else plan[:0]
-    if there.empty:
-        empty = there.reindex(columns=[*dict.fromkeys([*plan, *plots.NAMES])])
-        return empty, empty
-    flat = [r for r, c in zip(there.run, there.config, strict=True) if c.flatness is not None]
-    runs = experiments.annotate(runs, there)
-    if flat:
-        runs = runs.merge(measures.flatness(store.records(flat)), "left", on="run")
-    return experiments.annotate(store.epochs(), there), runs
+    plan = pd.concat(plans, ignore_index=True).drop_duplicates(["profile", "run"])
+    epochs, runs = store.frames()
+    plan = plan[plan.run.isin(runs.run)]
+    if plan.empty:
+        return plan, plan
+    flat = [config.flatness is not None for config in plan.config]
+    measured = measures.flatness(store.records(plan.run[flat]))
+    runs = experiments.annotate(runs, plan).merge(measured, "left", on="run")
+    return experiments.annotate(epochs, plan), runs
 
 
 class Explorer(widgets.VBox):
@@ -73,9 +71,8 @@ class Explorer(widgets.VBox):
         if runs.empty:
             self.words.value = "There are no runs yet: draw a figure first."
             return
-        self.place.observe(self._narrow, "value")
-        for choice in choices[1:]:
-            choice.observe(self._draw, "value")
+        for choice in choices:
+            choice.observe(self._narrow if choice is self.place else self._draw, "value")
         self._narrow()
 
     @property

@@ -58,13 +58,12 @@ def test_events_are_in_the_first_epochs():
 
 def test_training_on_a_cpu(tmp_path):
     out = tmp_path / "bench.json"
-    small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --whole 160 40 --out"
+    small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --out"
     results = training.main([*small.split(), str(out)])
     assert json.loads(out.read_text()) == results
     ordinary, *ours = results["speed"]
     assert ordinary["x"] == 1
     assert [row["precision"] for row in ours] == training.precisions(CPU)
-    assert results["whole"][0]["seconds"] > 0
 
 
 def test_everything_for_a_gpu_runs_without_one(tmp_path):
@@ -76,4 +75,3 @@ def test_everything_for_a_gpu_runs_without_one(tmp_path):
         runs = -(-60 // row["runs"]) * row["runs"]
         hours = runs * 325 * 160 / row["images a second"] / 3600
         assert row["minutes of 60 runs"] == pytest.approx(60 * hours)
-    assert all(row["agrees"] for row in results["agreement"])

@@ -361,7 +361,7 @@ def test_another_number_of_seeds(profile):
 def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profile):
     settings = [s for s in shown(profile, "figure-5", "figure-D2") if s.name.startswith(kind)]
     configs = [scale(profile, setting) for setting in settings]
-    spans = [training_batches(c.noise, c.batch, *images_of(c)) for c in configs]
+    spans = [training_batches(config) for config in configs]
     for setting, config, batches in zip(settings, configs, spans, strict=True):
         (train, test), papers = images_of(config), int(setting.name.split()[1])
         (gap,) = {b - a for a, b in pairwise(config.pruning.epochs[-1])}

@@ -40,7 +40,7 @@ def resolve(
     Args:
         name: of the figure.
         profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
-            if the store has all runs of the figure at that scale, else "demo".
+            for those networks that have all their runs of the figure at that scale, else "demo".
         data: as for `Scale`.
         seeds: as for `Scale`.
         precision: as for `Scale`.
@@ -51,9 +51,13 @@ def resolve(
     if profile != "auto":
         return Scale(profile, data, seeds, precision)
     small = Scale("small", data, seeds, precision)
-    if sweep.missing(plan(name, small).config, store or Store()):
-        return replace(small, profile="demo")
-    return small
+    runs = plan(name, small)
+    missing = {config.identity for config in sweep.missing(runs.config, store or Store())}
+    lacking = set(runs.network[runs.run.isin(missing)])
+    if not lacking:
+        return small
+    complete = tuple(n for n in runs.network.unique() if n not in lacking)
+    return replace(small, networks=complete) if complete else replace(small, profile="demo")
 
 
 def load(
@@ -170,6 +174,10 @@ class Loaded:
         parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
         if not self.complete:
             parts.append(f"{len(self._there)} of {len(self.plan)} runs")
+        if self.scale.networks:
+            networks = dict.fromkeys(setting.network for setting in figure(self.name).settings)
+            absent = [network for network in networks if network not in self.scale.networks]
+            parts.append(f"not yet run: {', '.join(absent)}")
         failed = [gate for gate in self._gates if gate.passed is False]
         if failed:
             where = list(dict.fromkeys(f"{g.network} {g.setting}".strip() for g in failed))

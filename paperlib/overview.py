@@ -32,8 +32,8 @@ class Judged:
     @property
     def stamp(self) -> str:
         """One line for a figure's face."""
-        done, registered = max(c.done for c in self.claims), max(c.registered for c in self.claims)
-        return f"profile {self.scale.profile}, claims with up to {registered} runs, {done} there"
+        complete = sum(claim.done == claim.registered for claim in self.claims)
+        return f"{self.scale.profile}: {complete} of {len(self.claims)} claims have all their runs"
 
     @property
     def contrasts(self) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import pandas as pd
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.papers import regularization_2018, tradeoff_2020
 from paperlib.papers.noise_spans import images_of, steps, training_batches
-from paperlib.papers.settings import Figure
+from paperlib.papers.settings import Figure, Setting
 from paperlib.profiles import PROFILES
 
 FIGURES = {figure.name: figure for figure in (*tradeoff_2020.FIGURES, *regularization_2018.FIGURES)}
@@ -57,6 +57,7 @@ class Scale:
         data: a data set in place of the profile's, such as "cifar10" or "images:PATH".
         seeds: how many, in place of the profile's number.
         precision: "float32" or "bfloat16", in place of the papers' float32.
+        networks: only settings of these networks; None for all.
 
     Raises:
         ValueError: the profile is unknown, or there are no seeds.
@@ -66,6 +67,7 @@ class Scale:
     data: str | None = None
     seeds: int | None = None
     precision: str | None = None
+    networks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -77,6 +79,11 @@ class Scale:
     def of(cls, scale: "Scale | str") -> "Scale":
         """Return the scale itself, or that of a profile that is named."""
         return scale if isinstance(scale, Scale) else cls(scale)
+
+    def settings(self, shown: Figure) -> list[Setting]:
+        """Return the settings of a figure that this scale shows."""
+        settings = PROFILES[self.profile].shown(shown)
+        return [s for s in settings if self.networks is None or s.network in self.networks]
 
 
 def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
@@ -95,7 +102,7 @@ def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     shown, scale = figure(name), Scale.of(scale)
     at = PROFILES[scale.profile]
     rows = []
-    for setting in at.shown(shown):
+    for setting in scale.settings(shown):
         config = at.scale(setting, scale.data, scale.precision)
         about = {
             "network": setting.network,
@@ -187,7 +194,7 @@ def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     steps and doses are the numbers that make a miniature faithful (docs/evidence.md).
     """
     shown, scale = figure(name), Scale.of(scale)
-    settings = PROFILES[scale.profile].shown(shown)
+    settings = scale.settings(shown)
     names = [(s.network, label(s.method, s.config)) for s in settings]
     index = pd.MultiIndex.from_tuples(names, names=["network", "setting"])
     columns = {}

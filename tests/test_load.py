@@ -95,6 +95,25 @@ def test_small_is_shown_where_it_is_complete_and_demo_else(store, monkeypatch):
     assert experiments.resolve("figure-1", "smoke", store=store) == Scale("smoke")
 
 
+def test_small_is_shown_for_the_networks_that_are_complete(store):
+    plan = experiments.plan("figure-2", "small")
+    vgg = plan[plan.network == "VGG11"]
+    for config in (*vgg.config, plan[plan.network == "ResNet18"].config.iloc[0]):
+        store.write(record(config))
+    scale = experiments.resolve("figure-2", store=store)
+    assert scale == Scale("small", networks=("VGG11",))
+    figure = experiments.load("figure-2", store=store, train=False)
+    assert figure.complete
+    assert figure.plan.run.tolist() == vgg.run.tolist()
+    assert set(figure.settings.columns.get_level_values("network")) == {"VGG11"}
+    assert "ResNet18" in figure.stamp
+    # The claims count what is registered, of the networks that are not shown, too.
+    whole = experiments.load("figure-2", "small", store=store, train=False)
+    assert figure.claims.runs.tolist() == whole.claims.runs.tolist()
+    queued = [config.identity for config in experiments.queue(scale, ["figure-2"])]
+    assert sorted(queued) == sorted(vgg.run)
+
+
 def test_what_is_missing_is_trained_if_asked(store, monkeypatch):
     trained = []
 

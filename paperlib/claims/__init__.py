@@ -57,7 +57,7 @@ def judge(
     """Judge claims by the runs that a store has; nothing is trained.
 
     Args:
-        scale: As for `experiments.plan`, but for the seeds: those that are registered count.
+        scale: As for `experiments.plan`, but the registered seeds of all networks count.
         store: The default one where None.
         names: Of the claims; all where None.
 
@@ -85,7 +85,7 @@ def load(
         store: As for `judge`.
         figures: Those that the claims read.
     """
-    store, scale = store or Store(), replace(Scale.of(scale), seeds=None)
+    store, scale = store or Store(), replace(Scale.of(scale), seeds=None, networks=None)
     found = [plans.plan(figure, scale).assign(figure=figure) for figure in figures]
     runs = pd.concat(found, ignore_index=True)
     there = store.whole(runs.config)

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from paperlib import runs
-from paperlib.experiments import Scale
 
 Asked = dict[str, Any]
 Names = tuple[str, ...]
+ASKED = ("profile", "data", "seeds", "precision")  # of `Scale`
 POSITIVE = click.IntRange(1)
 MINUTES = click.FloatRange(0, min_open=True)
 FAILED = 1  # the exit code where a run, a notebook or a record is wrong
@@ -63,7 +63,7 @@ def of_figures(profile: str | None, shown: bool | str = True) -> Callable:
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def wrapped(store: str | None, **rest: Any) -> None:
-            asked = {name: rest.pop(name) for name in Scale.__dataclass_fields__}
+            asked = {name: rest.pop(name) for name in ASKED}
             command(asked=asked, store=runs.Store(store), **rest)
 
         return given(*decorators)(wrapped)

@@ -61,9 +61,6 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
     estimates = claims[["estimate", "low", "high"]].to_numpy()
     table = pd.DataFrame(
         {
-            "verdict": claims.verdict,
-            "runs": claims.runs,
-            "contrast": claims.contrast.fillna("none tested"),
             "kind": claims.kind.fillna(""),
             "outcome": claims.outcome.fillna(""),
             "estimate [95%]": [interval(*row) for row in estimates],
@@ -73,4 +70,5 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
             "note": claims.note.fillna(""),
         }
     )
-    return table.set_index(pd.Index(claims.claim, name="claim"))
+    about = claims[["claim", "verdict", "runs", "contrast"]].fillna("none tested")
+    return table.set_index(pd.MultiIndex.from_frame(about))

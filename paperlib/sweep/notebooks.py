@@ -80,6 +80,8 @@ def _executed(scales: Mapping[str, plans.Scale]) -> list[dict[str, Any]]:
         out = figures_path() / scale.profile / "notebooks" / f"{notebook}.ipynb"
         path = notebooks_path() / f"{notebook}.ipynb"
         parameters = asdict(scale)
+        if parameters.pop("networks"):  # the notebook chooses them again
+            parameters["profile"] = "auto"
         if notebook in OVERVIEWS:
             del parameters["seeds"]  # they show all that were registered
         jobs[notebook] = partial(execute, path, out, parameters)

@@ -1,5 +1,6 @@
 """All claims at a glance: their verdicts, their gates and the figures that carry them. No torch."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,9 +50,8 @@ class Judged:
     @property
     def summary(self) -> pd.DataFrame:
         """One row a claim: its statement, its runs, its verdict, its power and its notes."""
-        table = pd.DataFrame(
-            [vars(c) | {"runs": c.n, "power": round(c.power, 2)} for c in self.claims]
-        )
+        table = pd.DataFrame([vars(c) | {"runs": c.n} for c in self.claims])
+        table["power"] = ["" if math.isnan(c.power) else f"{c.power:.2f}" for c in self.claims]
         table["notes"] = table.notes.map("; ".join)
         table = table.rename(columns={"name": "claim", "effect": "for a true effect of"})
         columns = ["statement", "runs", "verdict", "power", "for a true effect of", "notes"]

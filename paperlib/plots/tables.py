@@ -61,9 +61,9 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
     estimates = claims[["estimate", "low", "high"]].to_numpy()
     table = pd.DataFrame(
         {
-            "kind": claims.kind.fillna(""),
-            "outcome": claims.outcome.fillna(""),
             "estimate [95%]": [interval(*row) for row in estimates],
+            "outcome": claims.outcome.fillna(""),
+            "kind": claims.kind.fillna(""),
             "pairs": text(claims.n, ".0f"),
             "p": text(claims.p, ".2g"),
             "p (Holm)": text(claims.holm, ".2g"),

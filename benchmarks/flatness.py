@@ -1,4 +1,4 @@
-"""How fast and how right `paperlib.flatness` is, against what else there is.
+"""The speed and the precision of `paperlib.flatness`, against what else there is.
 
     python -m benchmarks.flatness --out flatness.json
     python -m benchmarks.flatness --only vgg

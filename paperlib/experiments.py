@@ -113,7 +113,7 @@ class Loaded:
 
     @property
     def complete(self) -> bool:
-        """Whether all runs are there."""
+        """True where all runs are there."""
         return len(self._there) == len(self.plan)
 
     @cached_property

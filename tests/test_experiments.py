@@ -414,8 +414,8 @@ def test_the_queue_has_every_run_once_by_tier_and_seed(profile):
     assert sorted(config.identity for config in queue) == sorted(set(plans.run))
     first: dict[str, int] = {}
     for number, tier in enumerate(TIERS):
-        for figure, network in tier:
-            mine = (plans.figure == figure) & ((plans.network == network) | (network is None))
+        for figure, _, network in (part.partition(":") for part in tier):
+            mine = (plans.figure == figure) & ((plans.network == network) | (not network))
             for run in plans.run[mine]:
                 first.setdefault(run, number)
     order = [(first[config.identity], config.seed) for config in queue]

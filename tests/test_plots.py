@@ -132,7 +132,7 @@ PANELS = {
     "by_fraction": lambda ax: plots.by_fraction(ax, BY_FRACTION, "best_accuracy"),
     "by_setting": lambda ax: plots.by_setting(ax, VGG, "best_accuracy"),
     "differences": lambda ax: plots.differences(ax, GAINS, "points"),
-    "magnitudes": lambda ax: plots.magnitudes(ax, EDGES, COUNTS, plots.PALETTE["Prune_L"]),
+    "magnitudes": lambda ax: plots.magnitudes([ax], EDGES, {"Prune_L": COUNTS}),
     "shares": lambda ax: plots.shares(ax, COSTS, dict(zip(COSTS, COSTS, strict=True)), COLORS),
     "bars_by_rank": lambda ax: plots.bars_by_rank(ax, SPECTRA, 5),
     "lines": lambda ax: plots.lines(ax, SPECTRA, "rank", "magnitude"),
@@ -265,7 +265,7 @@ def test_runs_at_0_belong_to_every_line():
 
 
 def test_magnitudes_are_percent_of_what_was_there():
-    plots.magnitudes(ax := one(), EDGES, COUNTS, "red")
+    plots.magnitudes([ax := one()], EDGES, {"Prune_L": COUNTS})
     for moment, outline in zip(COUNTS, ax.patches, strict=False):
         values, edges, _ = outline.get_data()
         assert values == pytest.approx(100 * COUNTS[moment] / HUMP.sum())

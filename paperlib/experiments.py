@@ -89,6 +89,19 @@ def load(
     return Loaded(name, scale, runs, store)
 
 
+def frames(runs: pd.DataFrame, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the epochs and runs of a plan that a store has, with the plan's columns.
+
+    Runs have the measures of flatness, too, if the plan has any that are measured.
+    """
+    there = store.whole(runs.config)
+    epochs, frame = (annotate(frame, runs) for frame in store.frames(there))
+    flat = [c.identity for c in runs.config if c.flatness is not None and c.identity in there]
+    if flat:
+        frame = frame.merge(measures.flatness(store.records(dict.fromkeys(flat))), "left", "run")
+    return epochs, frame
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A figure's runs at a scale.
@@ -105,16 +118,10 @@ class Loaded:
     plan: pd.DataFrame
     store: Store
 
-    @cached_property
-    def _there(self) -> list[str]:
-        """Identities of the runs that have a whole record, in the plan's order."""
-        whole = self.store.whole(self.plan.config)
-        return [run for run in self.plan.run if run in whole]
-
     @property
     def complete(self) -> bool:
         """True where all runs are there."""
-        return len(self._there) == len(self.plan)
+        return len(self.runs) == len(self.plan)
 
     @cached_property
     def settings(self) -> pd.DataFrame:
@@ -123,32 +130,29 @@ class Loaded:
 
     @cached_property
     def _frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        return self.store.frames(self._there)
+        return frames(self.plan, self.store)
 
-    @cached_property
+    @property
     def epochs(self) -> pd.DataFrame:
         """One row an epoch of each run, with the plan's columns."""
-        return annotate(self._frames[0], self.plan)
+        return self._frames[0]
 
-    @cached_property
+    @property
     def runs(self) -> pd.DataFrame:
         """One row a run, with the plan's columns.
 
         If the figure measures flatness, with columns curvature, noise, tic and delta_w, too.
         """
-        frame = annotate(self._frames[1], self.plan)
-        if any(config.flatness is None for config in self.plan.config):
-            return frame
-        return frame.merge(measures.flatness(self.records), "left", "run")
+        return self._frames[1]
 
     @cached_property
     def records(self) -> list[RunRecord]:
         """The records with their arrays, in the plan's order."""
-        return self.store.records(self._there)
+        return self.store.records(self.runs.run)
 
     @cached_property
     def _gates(self) -> list[gates.Gate]:
-        return gates.evaluate(self.plan.assign(figure=self.name), self._frames[0])
+        return gates.evaluate(self.plan.assign(figure=self.name), self.epochs)
 
     @cached_property
     def gates(self) -> pd.DataFrame:
@@ -169,7 +173,7 @@ class Loaded:
         data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))
         parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
         if not self.complete:
-            parts.append(f"{len(self._there)} of {len(self.plan)} runs")
+            parts.append(f"{len(self.runs)} of {len(self.plan)} runs")
         failed = [gate for gate in self._gates if gate.passed is False]
         if failed:
             where = list(dict.fromkeys(f"{g.network} {g.setting}".strip() for g in failed))

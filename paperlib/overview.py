@@ -108,11 +108,10 @@ def page(path: Path, table: str) -> str:
     Raises:
         ValueError: The page lacks a mark.
     """
-    text = path.read_text()
-    for mark in (BEGIN, END):
-        if mark not in text:
-            raise ValueError(f"{path} has no mark {mark!r}")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} lacks {BEGIN} or {END}")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 

@@ -12,16 +12,7 @@ import pandas as pd
 
 from paperlib import claims, measures, sweep
 from paperlib.claims import gates
-from paperlib.plans import (  # noqa: F401
-    FIGURES,
-    PROFILES,
-    Scale,
-    annotate,
-    figure,
-    plan,
-    queue,
-    table,
-)
+from paperlib.plans import FIGURES, PROFILES, Scale, annotate, figure, plan, queue, table  # noqa: F401
 from paperlib.runs import RunRecord, Store
 
 NAMED = 3  # settings whose gates fail, on a figure's face

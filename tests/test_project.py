@@ -90,8 +90,7 @@ def test_the_claims_tables_are_those_of_the_committed_runs(name, tmp_path):
     committed = Store(tmp_path, ROOT / "results")
     scale = Scale("small")
     judged = overview.Judged(scale, tuple(claims.judge(scale, committed)))
-    written = overview.page(ROOT / name, judged.index(overview.PAGES[name]))
-    assert (ROOT / name).read_text() == written
+    assert (ROOT / name).read_text() == overview.page(name, judged)
 
 
 def imports() -> dict[str, set[str]]:

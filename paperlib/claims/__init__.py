@@ -50,9 +50,7 @@ def carried(figure: str) -> list[str]:
 
 
 def judge(
-    scale: Scale | str = "small",
-    store: Store | None = None,
-    names: Iterable[str] | None = None,
+    scale: Scale | str = "small", store: Store | None = None, names: Iterable[str] | None = None
 ) -> list[Claim]:
     """Judge claims by the runs that a store has; nothing is trained.
 

@@ -242,11 +242,7 @@ class Part:
     """
 
     def __init__(
-        self,
-        runs: pd.DataFrame,
-        figures: Sequence[str],
-        network: str,
-        settings: Sequence[str] = (),
+        self, runs: pd.DataFrame, figures: Sequence[str], network: str, settings: Sequence[str] = ()
     ) -> None:
         """Take the part of `runs`, a frame as `claims.load` returns it. It needs the `settings`."""
         self.figures, self.network, self.settings = tuple(figures), network, settings

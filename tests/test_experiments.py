@@ -15,7 +15,7 @@ from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPrunin
 from paperlib.experiments import FIGURES, PROFILES, Scale
 from paperlib.models import build, scaled
 from paperlib.papers.noise_spans import images_of, training_batches
-from paperlib.papers.settings import Figure, Setting
+from paperlib.papers.settings import Setting
 from paperlib.plans import LAST_FILTERS, TIERS
 from paperlib.pruning import kept_filters, kept_weights, prunable_layers
 
@@ -419,16 +419,6 @@ def test_the_queue_has_every_run_once_by_tier_and_seed(profile):
                 first.setdefault(run, number)
     order = [(first[config.identity], config.seed) for config in queue]
     assert order == sorted(order)
-
-
-def test_what_is_only_measured_makes_no_other_run(monkeypatch):
-    config = VGG.with_(epochs=400)
-    changes = ({}, {"histograms": True}, {"flatness": Flatness(5)}, {"milestones": (7,)})
-    made = [Setting("VGG11", "No Pruning", "none", config.with_(**c)) for c in changes]
-    monkeypatch.setitem(FIGURES, "figure-0", Figure("figure-0", 2, tuple(made), "", "none"))
-    plan = experiments.plan("figure-0", "paper")
-    kept = [config, config.with_(seed=1), *(made[3].config.with_(seed=s) for s in (0, 1))]
-    assert plan.config.tolist() == kept
 
 
 @pytest.mark.parametrize("name", ["figure-2", "figure-D2", "table-F1"])

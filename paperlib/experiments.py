@@ -7,6 +7,7 @@
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
@@ -18,30 +19,21 @@ from paperlib.runs import RunRecord, Store
 NAMED = 3  # settings whose gates fail, on a figure's face
 
 
-def resolve(
-    name: str,
-    profile: str = "auto",
-    data: str | None = None,
-    seeds: int | None = None,
-    precision: str | None = None,
-    store: Store | None = None,
-) -> Scale:
+def resolve(name: str, profile: str = "auto", store: Store | None = None, **change: Any) -> Scale:
     """Return the scale at which a figure is drawn.
 
     Args:
         name: of the figure.
         profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
             if the store has all runs of the figure at that scale, else "demo".
-        data: as for `Scale`.
-        seeds: as for `Scale`.
-        precision: as for `Scale`.
         store: the default store where None.
+        change: data, seeds and precision, as for `Scale`.
     """
     if profile == "auto":
         profile = os.environ.get("PAPERLIB_PROFILE") or "auto"
     if profile != "auto":
-        return Scale(profile, data, seeds, precision)
-    small = Scale("small", data, seeds, precision)
+        return Scale(profile, **change)
+    small = Scale("small", **change)
     if sweep.missing(plan(name, small).config, store or Store()):
         return replace(small, profile="demo")
     return small
@@ -73,7 +65,7 @@ def load(
     """
     figure(name)
     store = store or Store()
-    scale = resolve(name, profile, data, seeds, precision, store)
+    scale = resolve(name, profile, store, data=data, seeds=seeds, precision=precision)
     runs = plan(name, scale)
     if train:
         sweep.execute(runs.config, store)

@@ -19,17 +19,11 @@ SGD = Config(
     epochs=165,
     augment=True,
 )
-LATE = Config(
-    data="cifar100",
-    model="resnet18",
-    optimizer="adam",
-    learning_rate=0.0001,
-    milestones=(2000,),
-    epochs=4000,
-    augment=True,
-)
 VGG11 = ADAM.with_(model="vgg11_bn")
 RESNET18 = ADAM.with_(model="resnet18")
+LATE = RESNET18.with_(
+    data="cifar100", learning_rate=0.0001, milestones=(2000,), epochs=4000, augment=True
+)
 
 # Of the last four convolutions.
 VGG_FRACTIONS = (0.3, 0.3, 0.3, 0.9)

@@ -80,8 +80,9 @@ def frames(runs: pd.DataFrame, store: Store) -> tuple[pd.DataFrame, pd.DataFrame
     there = store.whole(runs.config)
     epochs, frame = (annotate(frame, runs) for frame in store.frames(there))
     flat = [c.identity for c in runs.config if c.flatness is not None and c.identity in there]
-    if flat:
-        frame = frame.merge(measures.flatness(store.records(dict.fromkeys(flat))), "left", "run")
+    records = [r for r in store.records(dict.fromkeys(flat)) if "eigenvalues" in r.arrays]
+    if records:
+        frame = frame.merge(measures.flatness(records), "left", "run")
     return epochs, frame
 
 

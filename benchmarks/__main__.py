@@ -10,7 +10,6 @@ precision.
 
 import argparse
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -28,12 +27,10 @@ def of_gpu(options: argparse.Namespace) -> dict:
 
 
 def of_flatness(options: argparse.Namespace) -> dict:
-    warnings.filterwarnings("ignore", message=".*create_graph=True.*")
     results = {}
     for part, images in FLATNESS.items():
-        arguments = ["--device", options.device, "--images", str(images)]
-        results[part] = flatness.PARTS[part](flatness.parser().parse_args(arguments))
-        print()
+        arguments = ["--only", part, "--device", options.device, "--images", str(images)]
+        results[part] = flatness.main(arguments)[part]
     return results
 
 

@@ -1,4 +1,4 @@
-"""Whether the rules for verdicts are right: claims judged on simulated runs of a known truth.
+"""Check the rules for verdicts: claims judged on simulated runs of a known truth.
 
     python -m benchmarks.claims --simulations 1000
 
@@ -125,7 +125,7 @@ def verdicts(
 
 
 def rates(claim: str, truth: str, simulations: int, draws: int = 1000) -> dict[str, object]:
-    """How many simulations in 1,000 got each verdict, by the new rules and by the old."""
+    """Count the simulations in 1,000 with each verdict, by the new rules and by the old."""
     new, old = (Counter(v) for v in zip(*verdicts(claim, truth, simulations, draws), strict=True))
     share = {name: round(1000 * count / simulations) for name, count in new.most_common()}
     row = {

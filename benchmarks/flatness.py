@@ -1,4 +1,4 @@
-"""How fast and how right `paperlib.flatness` is, against what else there is.
+"""The speed and the precision of `paperlib.flatness`, against what else there is.
 
     python -m benchmarks.flatness --out flatness.json
     python -m benchmarks.flatness --only vgg
@@ -157,7 +157,7 @@ def vgg(options: argparse.Namespace) -> dict:
 PARTS = {f.__name__: f for f in (compare, trace, vgg)}
 
 
-def parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = ["compare", "trace"]
     parser.add_argument("--only", nargs="+", choices=PARTS, default=parts, help="all but vgg")
@@ -167,11 +167,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=100, help="training steps beforehand")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file of everything printed")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> dict:
-    options = parser().parse_args(argv)
+    options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message=".*create_graph=True.*")
     results: dict = {"machine": machine(options.device)}
     for part in options.only:

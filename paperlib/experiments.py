@@ -7,50 +7,33 @@
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
 from paperlib import claims, measures, sweep
 from paperlib.claims import gates
-from paperlib.plans import (  # noqa: F401
-    FIGURES,
-    PROFILES,
-    Scale,
-    annotate,
-    figure,
-    plan,
-    queue,
-    table,
-)
+from paperlib.plans import FIGURES, PROFILES, Scale, annotate, figure, plan, queue, table  # noqa: F401
 from paperlib.runs import RunRecord, Store
 
 NAMED = 3  # settings whose gates fail, on a figure's face
 
 
-def resolve(
-    name: str,
-    profile: str = "auto",
-    data: str | None = None,
-    seeds: int | None = None,
-    precision: str | None = None,
-    store: Store | None = None,
-) -> Scale:
+def resolve(name: str, profile: str = "auto", store: Store | None = None, **change: Any) -> Scale:
     """Return the scale at which a figure is drawn.
 
     Args:
         name: of the figure.
         profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
             for those networks that have all their runs of the figure at that scale, else "demo".
-        data: as for `Scale`.
-        seeds: as for `Scale`.
-        precision: as for `Scale`.
         store: the default store where None.
+        change: data, seeds and precision, as for `Scale`.
     """
     if profile == "auto":
         profile = os.environ.get("PAPERLIB_PROFILE") or "auto"
     if profile != "auto":
-        return Scale(profile, data, seeds, precision)
-    small = Scale("small", data, seeds, precision)
+        return Scale(profile, **change)
+    small = Scale("small", **change)
     runs = plan(name, small)
     missing = {config.identity for config in sweep.missing(runs.config, store or Store())}
     lacking = set(runs.network[runs.run.isin(missing)])
@@ -86,11 +69,25 @@ def load(
     """
     figure(name)
     store = store or Store()
-    scale = resolve(name, profile, data, seeds, precision, store)
+    scale = resolve(name, profile, store, data=data, seeds=seeds, precision=precision)
     runs = plan(name, scale)
     if train:
         sweep.execute(runs.config, store)
     return Loaded(name, scale, runs, store)
+
+
+def frames(runs: pd.DataFrame, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the epochs and runs of a plan that a store has, with the plan's columns.
+
+    Runs have the measures of flatness, too, if the plan has any that are measured.
+    """
+    there = store.whole(runs.config)
+    epochs, frame = (annotate(frame, runs) for frame in store.frames(there))
+    flat = [c.identity for c in runs.config if c.flatness is not None and c.identity in there]
+    records = [r for r in store.records(dict.fromkeys(flat)) if "eigenvalues" in r.arrays]
+    if records:
+        frame = frame.merge(measures.flatness(records), "left", "run")
+    return epochs, frame
 
 
 @dataclass(frozen=True)
@@ -109,16 +106,10 @@ class Loaded:
     plan: pd.DataFrame
     store: Store
 
-    @cached_property
-    def _there(self) -> list[str]:
-        """Identities of the runs that have a whole record, in the plan's order."""
-        whole = self.store.whole(self.plan.config)
-        return [run for run in self.plan.run if run in whole]
-
     @property
     def complete(self) -> bool:
-        """Whether all runs are there."""
-        return len(self._there) == len(self.plan)
+        """True where all runs are there."""
+        return len(self.runs) == len(self.plan)
 
     @cached_property
     def settings(self) -> pd.DataFrame:
@@ -127,32 +118,29 @@ class Loaded:
 
     @cached_property
     def _frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        return self.store.frames(self._there)
+        return frames(self.plan, self.store)
 
-    @cached_property
+    @property
     def epochs(self) -> pd.DataFrame:
         """One row an epoch of each run, with the plan's columns."""
-        return annotate(self._frames[0], self.plan)
+        return self._frames[0]
 
-    @cached_property
+    @property
     def runs(self) -> pd.DataFrame:
         """One row a run, with the plan's columns.
 
         If the figure measures flatness, with columns curvature, noise, tic and delta_w, too.
         """
-        frame = annotate(self._frames[1], self.plan)
-        if any(config.flatness is None for config in self.plan.config):
-            return frame
-        return frame.merge(measures.flatness(self.records), "left", "run")
+        return self._frames[1]
 
     @cached_property
     def records(self) -> list[RunRecord]:
         """The records with their arrays, in the plan's order."""
-        return self.store.records(self._there)
+        return self.store.records(self.runs.run)
 
     @cached_property
     def _gates(self) -> list[gates.Gate]:
-        return gates.evaluate(self.plan.assign(figure=self.name), self._frames[0])
+        return gates.evaluate(self.plan.assign(figure=self.name), self.epochs)
 
     @cached_property
     def gates(self) -> pd.DataFrame:
@@ -173,7 +161,7 @@ class Loaded:
         data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))
         parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
         if not self.complete:
-            parts.append(f"{len(self._there)} of {len(self.plan)} runs")
+            parts.append(f"{len(self.runs)} of {len(self.plan)} runs")
         if self.scale.networks:
             networks = dict.fromkeys(setting.network for setting in figure(self.name).settings)
             absent = [network for network in networks if network not in self.scale.networks]

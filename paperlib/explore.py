@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from paperlib import experiments, measures, plots
+from paperlib import experiments, plots
 from paperlib.runs import Store
 
 MOST_NAMES = 10  # of settings in a legend; methods where there are more
@@ -29,21 +29,13 @@ def frames(
         (epochs, runs), each with the columns of `experiments.plan` and profile; runs with the
         measures of flatness where they were measured.
     """
-    store = store or Store()
     plans = [
         experiments.plan(name, profile).assign(profile=profile)
         for profile in profiles
         for name in experiments.FIGURES
     ]
     plan = pd.concat(plans, ignore_index=True).drop_duplicates(["profile", "run"])
-    epochs, runs = store.frames()
-    plan = plan[plan.run.isin(runs.run)]
-    if plan.empty:
-        return plan, plan
-    flat = [config.flatness is not None for config in plan.config]
-    measured = measures.flatness(store.records(plan.run[flat]))
-    runs = experiments.annotate(runs, plan).merge(measured, "left", on="run")
-    return experiments.annotate(epochs, plan), runs
+    return experiments.frames(plan, store or Store())
 
 
 class Explorer(widgets.VBox):

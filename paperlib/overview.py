@@ -87,41 +87,35 @@ def judged(
         precision: Replaces the profile's.
         store: The default one where None.
     """
-    if profile == "auto":
-        profile = os.environ.get("PAPERLIB_PROFILE", "auto")
-    named = "small" if profile == "auto" else profile
-    scale = experiments.Scale(named, data, precision=precision)
+    asked = os.environ.get("PAPERLIB_PROFILE", "auto") if profile == "auto" else profile
+    scale = experiments.Scale("small" if asked == "auto" else asked, data, precision=precision)
     return Judged(scale, tuple(claims.judge(scale, store)))
 
 
-PAGES = {
-    "README.md": "notebooks/",
-    "docs/index.md": "../notebooks/",
-    "docs/evidence.md": "../notebooks/",
-}
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/index.md", "docs/evidence.md")
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 
 
-def page(path: Path, table: str) -> str:
-    """Return a page's text with the claims' table between its two marks.
+def page(name: str, judged: Judged) -> str:
+    """Return the text of a page of `PAGES` with the claims' table between its two marks.
 
     Raises:
         ValueError: The page lacks a mark.
     """
-    text = path.read_text()
-    for mark in (BEGIN, END):
-        if mark not in text:
-            raise ValueError(f"{path} has no mark {mark!r}")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    before, begin, rest = (ROOT / name).read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{name} lacks {BEGIN} or {END}")
+    table = judged.index("../" * name.count("/") + "notebooks/")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def write(scale: experiments.Scale, judged: Iterable[Claim]) -> None:
     """Write the claims' table into every page of `PAGES` in this checkout."""
-    root = Path(__file__).parents[1]
-    for name, folder in PAGES.items():
-        path = root / name
-        path.write_text(page(path, Judged(scale, tuple(judged)).index(folder)))
+    overview = Judged(scale, tuple(judged))
+    for name in PAGES:
+        (ROOT / name).write_text(page(name, overview))
 
 
 def figures() -> str:

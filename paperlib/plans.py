@@ -21,21 +21,15 @@ from paperlib.profiles import PROFILES
 
 FIGURES = {figure.name: figure for figure in (*tradeoff_2020.FIGURES, *regularization_2018.FIGURES)}
 
-# The evidence in order of worth: (figure, network) pairs, None for all networks of a figure.
+# The evidence in order of worth: figures, or one network of a figure.
 TIERS = (
-    (("figure-6", "VGG11"), ("figure-1", None), ("figure-B1", None)),
-    (("figure-R1", None), ("figure-R2", None), ("figure-R4", None), ("figure-R5", None)),
-    (("figure-5", None), ("figure-D2", None)),
-    (("figure-B2", "VGG11"), ("figure-R6", None)),
-    (("figure-3", None), ("figure-R3", None)),
-    (
-        ("figure-2", "ResNet18"),
-        ("figure-B2", "ResNet18"),
-        ("table-C1", None),
-        ("figure-4", None),
-        ("figure-C3", None),
-    ),
-    (("table-F1", None),),
+    ("figure-6:VGG11", "figure-1", "figure-B1"),
+    ("figure-R1", "figure-R2", "figure-R4", "figure-R5"),
+    ("figure-5", "figure-D2"),
+    ("figure-B2:VGG11", "figure-R6"),
+    ("figure-3", "figure-R3"),
+    ("figure-2:ResNet18", "figure-B2:ResNet18", "table-C1", "figure-4", "figure-C3"),
+    ("table-F1",),
 )
 # Filters of the last layer that is pruned, at full width.
 LAST_FILTERS = {"vgg11_bn": 512, "resnet18": 512, "resnet20": 64, "resnet56": 64}
@@ -128,11 +122,11 @@ def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Confi
     names: only the runs of these figures, in the order of the names instead of the tiers.
     """
     ordered: dict[str, Config] = {}
-    for tier in tuple(((name, None),) for name in names) or TIERS:
+    for tier in [(name,) for name in names] or TIERS:
         parts = []
-        for name, network in tier:
+        for name, _, network in (part.partition(":") for part in tier):
             runs = plan(name, scale)
-            parts.append(runs if network is None else runs[runs.network == network])
+            parts.append(runs[runs.network == network] if network else runs)
         for config in pd.concat(parts).sort_values("seed", kind="stable").config:
             ordered.setdefault(config.identity, config)
     return list(ordered.values())

@@ -7,6 +7,7 @@ steps after the last event as large as the scale allows (docs/evidence.md).
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from paperlib.config import Config, FilterPruning, Flatness
 from paperlib.papers.noise_spans import steps, training_batches, with_noise
@@ -78,8 +79,9 @@ class Profile:
         pruning, noise = config.pruning, config.noise
         if paper is not None and pruning is not None:
             schedule = self.schedule(paper, config.epochs)
-            of_layers = isinstance(pruning, FilterPruning)
-            pruning = replace(pruning, epochs=schedule.epochs if of_layers else schedule.epochs[0])
+            layers: Any = schedule.epochs
+            of_filters = isinstance(pruning, FilterPruning)
+            pruning = replace(pruning, epochs=layers if of_filters else layers[0])
         small = config.with_(
             data=data or self.data or config.data,
             precision=precision or config.precision,

@@ -48,14 +48,6 @@ def test_images_are_written_as_data_takes_them():
     assert dataset.test_labels.bincount().tolist() == [2] * 10
 
 
-def test_events_are_in_the_first_epochs():
-    config = training.with_events(training.setting("vgg11_bn"), 3, 5)
-    assert config.pruning.epochs == ((0, 1, 2),) * 4
-    assert config.epochs == 5
-    config = training.with_events(training.setting("conv4"), 3, 3)
-    assert (config.pruning.epochs, config.epochs) == ((0, 1, 2), 3)
-
-
 def test_training_on_a_cpu(tmp_path):
     out = tmp_path / "bench.json"
     small = "--networks conv4 --width 0.0625 --batches 1 --rounds 1 --out"

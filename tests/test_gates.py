@@ -185,6 +185,7 @@ def test_g3_at_the_end(accuracy, loss, passed, pruning):
 @pytest.mark.parametrize(
     ("counts", "fractions", "ratio", "passed"),
     [
+        ((10,), (0.9,), np.nan, None),
         ((10, 2), (0.9, 0.9), 5, True),
         ((9, 2), (0.9, 0.9), 4.5, False),
         ((9, 2), (0.45, 0.9), 9, True),
@@ -197,41 +198,26 @@ def test_g4_is_the_ratio_of_doses_in_the_last_layer(counts, fractions, ratio, pa
         for i, (n, f) in enumerate(zip(counts, fractions, strict=True))
     ]
     rows.append(run(ADAM.with_(pruning=filters(scratch=True)), "scratch"))
+    rows.append(run(SGD.with_(pruning=filters(*range(15))), "S of a network that need not learn"))
     gate = evaluate(*[(row, history(row)) for row in rows])["G4", ""]
-    assert (gate.passed, gate.number) == (passed, pytest.approx(ratio))
-
-
-def test_g4_without_doses_to_compare():
-    rows = [run(SGD.with_(pruning=filters(*range(n))), f"S {n}") for n in (10, 1)]
-    for compared in (rows, [run(ADAM.with_(pruning=filters(3)), "L")]):
-        gate = evaluate(*[(row, history(row)) for row in compared])["G4", ""]
-        assert gate.passed is None
+    assert (gate.passed, gate.number) == (passed, pytest.approx(ratio, nan_ok=True))
 
 
 # Noise
 
 
-def test_the_share_of_noise_at_every_profile():
-    for profile in experiments.PROFILES:
-        for figure in ("figure-5", "figure-D2"):
-            plan = experiments.plan(figure, profile).assign(figure=figure)
-            rows = plan.drop_duplicates("setting").to_dict("records")
-            found = evaluate(*[(row, history(row)) for row in rows])
-            for row in rows:
-                if row["config"].noise is not None:
-                    passed = None if row["setting"].endswith(" 0") else True
-                    assert found["share", row["setting"]].passed is passed, (profile, row)
-
-
-def test_noise_that_lasts_too_long():
-    """A fifth of small's 2,504 training batches from event to event in place of 7%."""
-    plan = experiments.plan("figure-5", "small")
-    row = plan[plan.setting == "zeroing 1106"].iloc[0].to_dict() | {"figure": "figure-5"}
-    noise = row["config"].noise
-    for more, passed in ((0, True), (1, False), (300, False)):
-        longer = type(noise)(noise.kind, noise.passes + more, noise.evaluation_batch)
-        row |= {"config": row["config"].with_(noise=longer)}
-        assert evaluate((row, history(row)))["share", "zeroing 1106"].passed is passed
+@pytest.mark.parametrize("profile", experiments.PROFILES)
+@pytest.mark.parametrize("figure", ["figure-5", "figure-D2"])
+def test_the_share_of_noise_at_every_profile(figure, profile):
+    """And not with 300 passes more: a fifth of small's 2,504 batches in place of 7%."""
+    plan = experiments.plan(figure, profile).assign(figure=figure)
+    for row in plan.drop_duplicates("setting").to_dict("records"):
+        noise = row["config"].noise
+        for more in (0, 300) if noise is not None else ():
+            longer = type(noise)(noise.kind, noise.passes + more, noise.evaluation_batch)
+            row |= {"config": row["config"].with_(noise=longer)}
+            passed = None if row["setting"].endswith(" 0") else not more
+            assert evaluate((row, history(row)))["share", row["setting"]].passed is passed
 
 
 # All of them
@@ -254,5 +240,5 @@ def test_runs_that_are_not_there_have_no_gates():
     rows = [run(ADAM, "none"), run(ADAM.with_(pruning=filters(3, 11)), "S")]
     results = gates.evaluate(pd.DataFrame(rows), history(rows[0]))
     assert {(gate.gate, gate.setting) for gate in results} == {("G1", "none"), ("G4", "")}
-    empty = gates.evaluate(pd.DataFrame(rows), history(rows[0]).iloc[:0])
+    empty = gates.evaluate(pd.DataFrame(rows), pd.DataFrame({"run": []}))
     assert {gate.gate for gate in empty} == {"G4"}

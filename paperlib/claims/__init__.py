@@ -12,8 +12,8 @@
     curvature, noise, delta_w    Tr(H), Tr(C) and delta_w, for T4
     train_loss                   of the epoch at whose end these were measured, for T4
 
-The claims: `tradeoff_2020`, `regularization_2018`; whether they can be tested: `gates`; how they
-get their verdicts: `verdicts`. No torch.
+The claims are in `tradeoff_2020` and `regularization_2018`. `gates` says if they can be tested, and
+`verdicts` has the rules for their verdicts. No torch.
 """
 
 import json
@@ -50,9 +50,7 @@ def carried(figure: str) -> list[str]:
 
 
 def judge(
-    scale: Scale | str = "small",
-    store: Store | None = None,
-    names: Iterable[str] | None = None,
+    scale: Scale | str = "small", store: Store | None = None, names: Iterable[str] | None = None
 ) -> list[Claim]:
     """Judge claims by the runs that a store has; nothing is trained.
 

@@ -1,4 +1,4 @@
-"""Gates: whether a scale can test a claim at all, from the records and not from a comparison.
+"""Gates: can a scale test a claim at all? From the records, and not from a comparison.
 
 | gate | what must hold |
 | --- | --- |
@@ -196,7 +196,7 @@ def _doses(configs: Iterable[Config]) -> Result:
 
 
 def _noise_share(paper: int, config: Config) -> Result:
-    """Return whether noise lasts for the paper's share of the steps from one event to the next.
+    """The share: noise lasts for the paper's share of the steps from one event to the next.
 
     paper: the paper's span in training batches. To the nearest batch, and at least one.
     """

@@ -1,4 +1,4 @@
-"""How a claim gets its verdict: contrasts, their intervals, and the first rule that applies.
+"""Verdicts of claims: contrasts, their intervals, and the first rule that applies.
 
 | verdict | when |
 | --- | --- |
@@ -104,7 +104,7 @@ class Contrast:
 
     @property
     def supported(self) -> bool:
-        """Whether its interval lies within the claim's region."""
+        """True where its interval lies within the claim's region."""
         return bool(self.supported_by(self.interval(self.level)))
 
     def contradicted(self, level: float) -> bool:
@@ -242,11 +242,7 @@ class Part:
     """
 
     def __init__(
-        self,
-        runs: pd.DataFrame,
-        figures: Sequence[str],
-        network: str,
-        settings: Sequence[str] = (),
+        self, runs: pd.DataFrame, figures: Sequence[str], network: str, settings: Sequence[str] = ()
     ) -> None:
         """Take the part of `runs`, a frame as `claims.load` returns it. It needs the `settings`."""
         self.figures, self.network, self.settings = tuple(figures), network, settings
@@ -364,7 +360,7 @@ class Rule:
             secondary: Without it, only what decides is computed: no other contrast and no power.
         """
         part = Part(runs, self.figures, self.network, self.settings)
-        parts = [part, *(Part(runs, (figure,), *rest) for figure, *rest in self.networks)]
+        parts = [part, *(Part(runs, (f,), network, s) for f, network, s in self.networks)]
         needed = pd.concat([each.runs for each in parts]).drop_duplicates("run")
         figures = tuple(dict.fromkeys(figure for each in parts for figure in each.figures))
         claim = Claim(self.name, self.statement, figures, int(needed.done.sum()), len(needed))

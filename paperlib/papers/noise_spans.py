@@ -1,4 +1,4 @@
-"""How long noise lasts: forward passes, as the loop counts them, from training batches.
+"""The time that noise lasts: forward passes, as the loop counts them, from training batches.
 
 In the paper's runs every forward pass counts, training and evaluation alike (arXiv 1906.03728,
 figures 5 and D2).
@@ -43,7 +43,7 @@ def with_noise(config: Config, kind: str, batches: int, evaluation_batch: int = 
 
 
 def training_batches(config: Config) -> int:
-    """Return how many training batches noise lasts for: the inverse of `with_noise`."""
+    """Count the training batches that noise lasts for: the inverse of `with_noise`."""
     noise = config.noise
     if noise is None or noise.passes == 0:
         return 0

@@ -7,15 +7,7 @@ inferred from the abstract's "85% fewer parameters", and how the claims are test
 from dataclasses import replace
 
 from paperlib.config import Config, WeightPruning
-from paperlib.papers.settings import (
-    DROPOUT,
-    METHODS,
-    NO_PRUNING,
-    Figure,
-    Schedule,
-    Setting,
-    seeded,
-)
+from paperlib.papers.settings import DROPOUT, METHODS, NO_PRUNING, Figure, Schedule, Setting, seeded
 
 # The dense layer of conv4 holds 94.3% of its parameters; 90% of it is 85% of the network.
 CONV4 = Config(model="conv4", optimizer="adam", learning_rate=0.001, epochs=150)

@@ -19,17 +19,11 @@ SGD = Config(
     epochs=165,
     augment=True,
 )
-LATE = Config(
-    data="cifar100",
-    model="resnet18",
-    optimizer="adam",
-    learning_rate=0.0001,
-    milestones=(2000,),
-    epochs=4000,
-    augment=True,
-)
 VGG11 = ADAM.with_(model="vgg11_bn")
 RESNET18 = ADAM.with_(model="resnet18")
+LATE = RESNET18.with_(
+    data="cifar100", learning_rate=0.0001, milestones=(2000,), epochs=4000, augment=True
+)
 
 # Of the last four convolutions.
 VGG_FRACTIONS = (0.3, 0.3, 0.3, 0.9)
@@ -49,23 +43,21 @@ def _pruned(
     network: str,
     base: Config,
     target: str,
-    period: int,
     score: str,
     fractions: tuple[float, ...],
-    first: tuple[int, ...],
-    last: tuple[int, ...],
+    schedule: Schedule,
     norm: bool = True,
 ) -> Setting:
-    schedule = Schedule(first, last, period)
     pruning = FilterPruning(fractions, schedule.epochs, score, target, norm=norm)
-    name = f"{target} {period}" + ("" if norm else " weights")
+    name = f"{target} {schedule.period}" + ("" if norm else " weights")
     return Setting(network, METHODS[target], name, base.with_(pruning=pruning), schedule)
 
 
 def _vgg(target: str, period: int, score: str = "l2", norm: bool = True) -> Setting:
     measured = (target, period) in MEASURED and score == "l2" and norm
-    base, layers = VGG11.with_(flatness=FLATNESS if measured else None), (VGG_FIRST, VGG_LAST)
-    return _pruned("VGG11", base, target, period, score, VGG_FRACTIONS, *layers, norm)
+    base = VGG11.with_(flatness=FLATNESS if measured else None)
+    schedule = Schedule(VGG_FIRST, VGG_LAST, period)
+    return _pruned("VGG11", base, target, score, VGG_FRACTIONS, schedule, norm)
 
 
 def _resnet18(
@@ -75,13 +67,14 @@ def _resnet18(
     fractions: tuple[float, ...] = RESNET_FRACTIONS,
     first: tuple[int, ...] = RESNET_FIRST,
 ) -> Setting:
-    return _pruned("ResNet18", RESNET18, target, period, score, fractions, first, RESNET_LAST)
+    schedule = Schedule(first, RESNET_LAST, period)
+    return _pruned("ResNet18", RESNET18, target, score, fractions, schedule)
 
 
 def _all_layers(network: str, count: int, fraction: float, first: int, period: int) -> Setting:
     base = SGD.with_(model=network.lower())
-    layers = ((fraction,) * count, (first,) * count, (100,) * count)
-    return _pruned(network, base, "smallest", period, "l1", *layers)
+    schedule = Schedule((first,) * count, (100,) * count, period)
+    return _pruned(network, base, "smallest", "l1", (fraction,) * count, schedule)
 
 
 def _noise(kind: str, method: str, evaluation_batch: int = 128) -> tuple[Setting, ...]:
@@ -140,7 +133,7 @@ TABLE_F1 = seeded(
     _unpruned("ResNet18", LATE),
     _scratch("ResNet18", LATE, FilterPruning((0.7,), target="largest", scratch=True)),
     *(
-        _pruned("ResNet18", LATE, target, 750, "l1", (0.7,), (2500,), (3500,))
+        _pruned("ResNet18", LATE, target, "l1", (0.7,), Schedule((2500,), (3500,), 750))
         for target in ("smallest", "largest")
     ),
 )

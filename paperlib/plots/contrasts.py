@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.claims.verdicts import DECIDING, DELTA, OTHER_DELTA
-from paperlib.plots.style import BEHIND_TEXT, p_value, panels
+from paperlib.plots.style import BEHIND_TEXT, Look, p_value, panels
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
 # Outcomes that are logarithms, and what a row's name adds.
@@ -88,7 +88,7 @@ def _interval(ax: Axes, y: float, value: float, low: float, high: float, color: 
     ax.plot([low, high], [y, y], color=color, lw=1.2)
     ax.plot(value, y, "o", ms=4.5, color=color)
     interval = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-    look = {"ha": "center", "fontsize": 6.5, "bbox": BEHIND_TEXT | {"pad": 0.2}}
+    look: Look = {"ha": "center", "fontsize": 6.5, "bbox": BEHIND_TEXT | {"pad": 0.2}}
     words = f"{value:+.2f}{interval}"
     ax.annotate(words, (value, y), (0, 4), textcoords="offset points", **look)
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.instability import stability
-from paperlib.plots.style import LINES, NAMES, focus, grid, legend_below, looks, panels
+from paperlib.plots.style import LINES, NAMES, Look, focus, grid, legend_below, looks, panels
 from paperlib.stats import FEWEST, band
 
 HATCHES = ("", "////", "....", "xxxx")
@@ -42,7 +42,7 @@ def lines(
     """
     for name, look in looks(frame, by).items():
         line, label = band(frame[frame[by] == name], x, y), (names or {}).get(name, name)
-        size = {"linewidth": 1.2, "markersize": 3.5, "markevery": max(1, len(line) // 8)}
+        size: Look = {"linewidth": 1.2, "markersize": 3.5, "markevery": max(1, len(line) // 8)}
         ax.plot(line[x], line["mean"], label=label, **look, **size)
         ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.15, lw=0)
     ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
@@ -77,7 +77,7 @@ def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> 
         beside: Methods that every panel shows.
     """
     epochs = epochs[epochs.epoch < epochs.epoch.max()]
-    names = {}
+    names: dict[str, str] = {}
     for kind in kinds:
         names |= dict.fromkeys(epochs[epochs.method == kind].label, kind)
     figure, axes = grid(len(names), len(names) // len(kinds), (3, 2.2), sharex=True, sharey=True)

@@ -59,10 +59,7 @@ def scatter(
 
 
 def pairs(
-    runs: pd.DataFrame,
-    axes: Iterable[tuple[str, str]],
-    by: str = "network",
-    columns: int = 2,
+    runs: pd.DataFrame, axes: Iterable[tuple[str, str]], by: str = "network", columns: int = 2
 ) -> Figure:
     """Draw a scatter for each group of runs and each pair of columns.
 

@@ -46,20 +46,30 @@ def densities(
     figure_axes[0][0].legend(loc="upper left", fontsize=6)
 
 
-def magnitudes(ax: Axes, edges: np.ndarray, counts: Mapping[str, np.ndarray], color: str) -> None:
-    """Draw histograms of weight magnitudes on a log axis, in percent of the weights at first.
+def magnitudes(
+    axes: Iterable[Axes], edges: np.ndarray, counts: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """Draw histograms of weight magnitudes on log axes, in percent of the weights at first.
+
+    The axes hold all counts but the share `LEFT_OUT` of the lowest.
 
     Args:
-        ax: The panel.
+        axes: A panel a method.
         edges: (bins + 1,).
-        counts: (bins,) by moment of `MOMENTS`; the last is filled.
-        color: Of the method.
+        counts: (bins,) by method and by moment of `MOMENTS`; the last is filled.
     """
-    for moment, (name, line, shade) in MOMENTS.items():
-        percent = 100 * counts[moment] / counts["before"].sum()
-        ax.stairs(percent, edges, color=shade or color, ls=line, lw=1.2, label=name)
-    ax.stairs(percent, edges, color=color, alpha=0.2, fill=True, lw=0)
-    ax.set(xscale="log", xlabel="weight magnitude", ylabel="weights (%, a bin)")
+    total = np.sum([bins for found in counts.values() for bins in found.values()], axis=0)
+    low = np.searchsorted(np.cumsum(total), LEFT_OUT * total.sum())
+    limits = edges[low], edges[total.nonzero()[0][-1] + 1]
+    for ax, (method, found) in zip(axes, counts.items(), strict=True):
+        color = PALETTE[method]
+        for moment, (name, line, shade) in MOMENTS.items():
+            percent = 100 * found[moment] / found["before"].sum()
+            ax.stairs(percent, edges, color=shade or color, ls=line, lw=1.2, label=name)
+        ax.stairs(percent, edges, color=color, alpha=0.2, fill=True, lw=0)
+        ax.set(xscale="log", xlabel="weight magnitude", ylabel="weights (%, a bin)")
+        ax.set(title=method, xlim=limits)
+        ax.legend(loc="upper left")
 
 
 def weight_counts(
@@ -82,13 +92,6 @@ def weight_counts(
         for method, of in found.items()
     }
     return record.arrays["edges"], counts
-
-
-def common_range(edges: np.ndarray, counts: Iterable[np.ndarray]) -> tuple[float, float]:
-    """Return limits (low, high) that hold all counts but the share `LEFT_OUT` of the lowest."""
-    total = np.sum(list(counts), axis=0)
-    low = np.searchsorted(np.cumsum(total), LEFT_OUT * total.sum())
-    return edges[low], edges[total.nonzero()[0][-1] + 1]
 
 
 def shares(

@@ -7,11 +7,10 @@ simply exhausts them.
 """
 
 import math
-import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -21,21 +20,23 @@ from torch import nn
 from paperlib import data, inputs, models
 from paperlib.batches import Batches
 from paperlib.config import Config
-from paperlib.devices import autocast, choose_device, full_float32, memory_format
+from paperlib.devices import autocast, choose_device, full_float32, memory_format, one_at_a_time
 from paperlib.diagnostics import (
     Arrays,
     Callback,
     Moment,
-    Replica,
     distance,
     histograms,
     measured_flatness,
+    recalibrated,
+    training_loss,
 )
 from paperlib.extras import fast as faster
 from paperlib.loop import PlainLoop, Totals, finish
-from paperlib.networks import AnyPruner, build, check_images, events_of, make_optimizer, make_pruner
+from paperlib.networks import build, check_images, events_of, make_optimizer, make_pruner
 from paperlib.networks import imagenet_outputs as imagenet_outputs
 from paperlib.noise import FilterNoise
+from paperlib.pruning import Pruner
 from paperlib.runs import RunRecord, Store
 from paperlib.store import checkpoints, lease
 from paperlib.store.checkpoints import Checkpoint
@@ -44,8 +45,6 @@ from paperlib.streams import generator, seeded, stream
 # No other number of the record depends on these columns. NaN except at events; `distance` is NaN
 # except in the last epoch.
 BESIDE = ("recalibrated", "pre_loss", "post_loss", "distance")
-# torch's global generators and torch.fx's tracing belong to the process: threads take turns.
-_one_at_a_time = threading.RLock()
 
 Row = dict[str, Any]  # an epoch of the record
 Steps = Generator[str | None, None, RunRecord]
@@ -123,12 +122,12 @@ def steps(
 
     Yields: None where the run would wait for the device, else where others may launch work.
     """
-    with _one_at_a_time:
+    with one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read
     faster.warn_if_emulated(config.precision, device)
     if store is None:
         images = inputs.images_of(config)
-        return (yield from _train(config, images, device, callback, None, captured))
+        return (yield from _train(config, images, device, callback, captured, None))
     store.check_writable()
     earlier = store.failure(config.identity)
     with lease.claim(store.path, config.identity, wait) as claim:
@@ -136,10 +135,10 @@ def steps(
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config in store:
             return store.read(config)
-        dataset = inputs.images_of(config, store.path / "data")
-        made_of = inputs.checksums(config, dataset.checksum)
-        checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
-        how = config, dataset, device, callback, checkpoint, captured
+        images = inputs.images_of(config, store.path / "data")
+        checksums = inputs.checksums(config, images)
+        checkpoint = Checkpoint(store.path, config, claim, **checksums, until=until)
+        how = config, images, device, callback, captured, checkpoint
         try:
             try:
                 record = yield from _train(*how)
@@ -191,21 +190,33 @@ class Run:
         self.loop = make_loop(config, self.model, self.optimizer, self.pruner, device, captured)
         self.events = events_of(config.pruning)
         self.evaluation_batch = evaluation_batch(device)
-        self.replica: Replica | None = None
 
     def new_network(self) -> nn.Module:
         """Return the network at its initial weights, on the device."""
         network = build(self.config, self.classes, self.channels)
         return network.to(device=self.device).to(memory_format=self.layout)
 
-    def replicate(self) -> Replica:
-        """Return a replica of the network and pruner as they are now."""
-        if self.replica is None:
-            model = self.new_network()
-            pruner = make_pruner(self.config, model)
-            self.replica = Replica(model, pruner, self.loop, self.evaluation_batch)
-        self.replica.load(self.model, self.pruner)
-        return self.replica
+    @cached_property
+    def _second(self) -> tuple[nn.Module, Pruner]:
+        model = self.new_network()
+        pruner = make_pruner(self.config, model)
+        pruner.unhook()
+        return model, pruner
+
+    @torch.no_grad()
+    def replica(self) -> nn.Module:
+        """Return a second network, brought to the present state of the run's.
+
+        It is built anew. A deep copy would share hooks of the run, and through them its counters,
+        scores and noise. As for a checkpoint, a network may keep state in parameters and buffers
+        only.
+        """
+        model, pruner = self._second
+        pruner.load_state_dict(self.pruner.state_dict())  # first: it may add buffers
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_(state[name])
+        return model
 
     def evaluate(self) -> Totals:
         """Test the network."""
@@ -219,11 +230,11 @@ def _train(
     dataset: data.Dataset,
     device: torch.device,
     callback: Callback | None,
-    checkpoint: Checkpoint | None,
     captured: bool,
+    checkpoint: Checkpoint | None,
 ) -> Steps:
     """Train a network epoch by epoch, and return its record."""
-    with _one_at_a_time:
+    with one_at_a_time:
         run = Run(config, dataset, device, callback, captured)
         parts = run.model, run.optimizer, run.pruner
         rows: list[Row] = []
@@ -239,9 +250,9 @@ def _train(
                 measured = time.perf_counter() - evaluated
                 checkpoint.save_when_due(*parts, rows, run.arrays, measured)
         run.arrays |= histograms(config, "trained", run.model, run.pruner, run.train)
-        about = inputs.described(run.device, run.model, run.pruner)
+        about = inputs.described(device, run.model, run.pruner)
         about |= {"classes": run.classes, "channels": run.channels}
-        about |= inputs.checksums(config, dataset.checksum)
+        about |= inputs.checksums(config, dataset)
         if checkpoint is not None and checkpoint.earlier:
             about["resumed"] = checkpoint.earlier
         return RunRecord(config, pd.DataFrame(rows), run.arrays, about)
@@ -288,8 +299,6 @@ def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, Ro
         test_loss, post = tested.read()
     if not math.isfinite(test_loss):
         raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
-    if epoch == config.epochs - 1:
-        beside["distance"] = distance(run.model, build(config, run.classes, run.channels))
     return {
         "epoch": epoch,
         "trained": totals is not None,
@@ -313,7 +322,7 @@ def _event(run: Run, epoch: int) -> tuple[int, Row]:
     """
     removed, beside, pruner = 0, dict.fromkeys(BESIDE, math.nan), run.pruner
     if event := run.events.get(epoch):
-        replica = run.replicate()
+        pre_loss = training_loss(run.replica(), run.loop, run.train, run.evaluation_batch)
         chooser = pruner if run.noise is None else run.noise.pruner
         _reseed(chooser, run.config.seed, "filters", epoch)
         if epoch == min(run.events):
@@ -321,14 +330,16 @@ def _event(run: Run, epoch: int) -> tuple[int, Row]:
         removed = pruner.prune(*event)
         if epoch == max(run.events):
             run.arrays |= histograms(run.config, "after", run.model, pruner, run.train)
-        if removed:
-            beside["pre_loss"], _ = replica.loss(run.train).read()
-    if run.noise is not None and epoch == run.config.epochs - 1:
+    last = epoch == run.config.epochs - 1
+    if run.noise is not None and last:
         run.noise.remove()
     if removed:
-        replica = run.replicate()
-        beside["post_loss"], _ = replica.loss(run.train).read()
-        _, beside["recalibrated"] = replica.recalibrated(run.train, run.test).read()
+        replica, with_images = run.replica(), (run.loop, run.train, run.evaluation_batch)
+        beside["pre_loss"], beside["post_loss"] = pre_loss, training_loss(replica, *with_images)
+        beside["recalibrated"] = recalibrated(replica, *with_images, run.test)
+    if last:
+        initial = build(run.config, run.classes, run.channels)
+        beside["distance"] = distance(run.model, initial)
     return removed, beside
 
 
@@ -339,7 +350,7 @@ def _reseed(chooser: Any, seed: int, name: str, epoch: int) -> None:
 def _measured(run: Run, epoch: int, row: Row) -> Arrays:
     """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
     config, arrays = run.config, Arrays()
-    with run.noise.paused() if run.noise is not None else nullcontext():
+    with run.pruner.by_hand():
         if config.flatness is not None and epoch == config.flatness.epoch:
             held = run.pruner.held()
             arrays |= measured_flatness(run.model, run.test, config.flatness, held)
@@ -353,7 +364,7 @@ def make_loop(
     config: Config,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    pruner: AnyPruner | None,
+    pruner: Pruner | None,
     device: torch.device,
     fast: bool = False,
 ) -> PlainLoop:

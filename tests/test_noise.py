@@ -227,7 +227,7 @@ def test_measurements_in_a_pause_are_no_passes():
     noise = noised(model, "gaussian", 0)
     noise.prune(1, 2)
     before = snapshot(model)
-    with noise.paused():
+    with noise.by_hand():
         model(batch(0)[0])
     assert same(before, model.state_dict())
     model(batch(0)[0])

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ STEPS = (1e-8, 1e-9, 1e-6, 1e-5, 1e-4)  # relative steps of finite differences, 
 COARSE = (1e-2, 1e-3)  # the same in float32
 AGREEMENT = 1e-3  # largest relative difference between two ways to a derivative
 
-Held = Mapping[str, Tensor]
+Held = Mapping[str, Tensor]  # by name of parameter
 Weights = Mapping[str, Tensor]
 T = TypeVar("T")
 
@@ -39,8 +39,8 @@ class Loss:
 
     Attributes:
         model: The network. It is called with other weights and buffers; its own are not touched.
-        weights: The parameters by name, detached, all of one precision, float32 at least. A tied
-            parameter counts once, by its first name, as in `named_parameters`.
+        weights: The parameters by name, detached. A tied parameter counts once, by its first name,
+            as in `named_parameters`.
         buffers: The buffers by name. Every call gets a fresh copy of them.
         held: Parameter name -> bool tensor, True where pruning holds the parameter at zero.
         images: (N, ...) floats, on the network's device.
@@ -48,11 +48,11 @@ class Loss:
         chunk: Images that go through the network at once; by default 64 on the CPU, where larger
             ones leave the caches, and 512 elsewhere.
         size: P, how many numbers the parameters are, held or not.
-        free: Indices of the coordinates that are not held, or None where none is held.
+        free: (F,) indices of the coordinates that are not held.
 
     Raises:
-        ValueError: Bad input; or a network that is random in evaluation mode, computes in low
-            precision, or mixes the images of a batch.
+        ValueError: Bad input; or a network that is random in evaluation mode, computes or has
+            weights in low precision, or mixes the images of a batch.
     """
 
     def __init__(
@@ -70,15 +70,21 @@ class Loss:
                 f"images must be floats and labels integers, got {images.dtype} and {labels.dtype}"
             )
         self.model, self.name = model, type(model).__name__
-        self.weights, self.buffers = _in_full_precision(model)
+        self.weights = {name: p.detach() for name, p in model.named_parameters()}
+        self.buffers = dict(model.named_buffers())
+        kinds = {str(w.dtype) for w in self.weights.values()}
+        if kinds not in ({"torch.float32"}, {"torch.float64"}):
+            raise ValueError(
+                f"the parameters of {self.name} must be float32, or all of them float64, got "
+                f"{', '.join(sorted(kinds)) or 'none'}; a copy by .float() can be measured"
+            )
         self.held = _checked_held(self.weights, held or {})
         self.like = next(iter(self.weights.values()))
         self.images, self.labels = images.to(self.like), labels.to(self.like.device, torch.long)
         self.chunk = chunk or (64 if self.like.device.type == "cpu" else 512)
-        masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
-        flat = torch.cat([mask.flatten() for mask in (masks | self.held).values()])
-        self.size = len(flat)
-        self.free = (~flat).nonzero().flatten() if flat.any() else None
+        none = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        held_flat = torch.cat([mask.flatten() for mask in (none | self.held).values()])
+        self.size, self.free = len(held_flat), (~held_flat).nonzero().flatten()
         self._check()
 
     @property
@@ -99,14 +105,12 @@ class Loss:
 
     def filled(self, vectors: Tensor) -> Tensor:
         """Return vectors (..., F) over the free coordinates as (..., P), zero elsewhere."""
-        if self.free is None:
-            return vectors
         whole = vectors.new_zeros(*vectors.shape[:-1], self.size)
         return whole.index_copy_(-1, self.free, vectors)
 
     def picked(self, vectors: Tensor) -> Tensor:
         """Return vectors (..., P) at the free coordinates (..., F)."""
-        return vectors if self.free is None else vectors[..., self.free]
+        return vectors[..., self.free]
 
     def within(self, weights: Weights, function: Callable[[], T]) -> T:
         """Return function() while the network has these weights, and a fresh copy of its buffers.
@@ -142,19 +146,20 @@ class Loss:
         Attention is computed by the plain kernel: the other ones have no second derivative. All is
         as it was afterwards.
         """
+        attention = torch.backends.mha
+        contexts: list[AbstractContextManager] = [
+            torch.enable_grad(),
+            torch.autocast(self.like.device.type, enabled=False),
+            devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True),
+            devices.full_float32(),
+            sdpa_kernel(SDPBackend.MATH),
+            *(devices.switched(module, training=False) for module in self.model.modules()),
+        ]
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.like.device.type, enabled=False))
-            stack.enter_context(
-                devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True)
-            )
-            stack.enter_context(devices.full_float32())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            fast = torch.backends.mha.get_fastpath_enabled()
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module in self.model.modules():
-                stack.enter_context(devices.switched(module, training=False))
+            for context in contexts:
+                stack.enter_context(context)
+            stack.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
+            attention.set_fastpath_enabled(False)
             yield
 
     def few(self, dtype: torch.dtype) -> "Loss":
@@ -223,20 +228,19 @@ class Loss:
             right = order == 1 or _close(found[4], found[5], math.sqrt(abs(found[3] * found[6])))
             try:
                 wide.evaluate(wide.weights)
+                # A kink within the step spoils a comparison, but not every time.
+                matches = (_match(wide, step, order) for step in STEPS)
             except Exception as error:  # of any kind: the network's own code runs
                 text = "%s does not compute in float64: its gradient is checked roughly (%s)"
                 log.warning(text, self.name, error)
-                right &= any(_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
-            else:
-                # A kink within the step spoils a comparison, but not every time.
-                right &= any(_match(wide, step, order) for step in STEPS)
-        if not right:
-            raise ValueError(
-                f"the derivatives that autograd gives for {self.name} disagree with its loss or "
-                "each other: a custom autograd function may have a wrong backward, or a part may "
-                "run without gradients (torch.no_grad, detach). Parameters that are no coordinates "
-                "belong in `held`"
-            )
+                matches = (_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
+            if not (right and any(matches)):
+                raise ValueError(
+                    f"the derivatives that autograd gives for {self.name} disagree with its loss "
+                    "or each other: a custom autograd function may have a wrong backward, or a "
+                    "part may run without gradients (torch.no_grad, detach). Parameters that are "
+                    "no coordinates belong in `held`"
+                )
 
 
 class _Within(nn.Module):
@@ -263,23 +267,6 @@ class _FullPrecision(TorchFunctionMode):
                 "float32, so take conversions and autocast out of its forward"
             )
         return out
-
-
-def _in_full_precision(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return parameters and buffers by name, detached, in float32 at least.
-
-    Those that need no conversion share the model's memory.
-    """
-    parameters = dict(model.named_parameters())
-    kinds = {p.dtype for p in parameters.values()}
-    if not kinds or not all(kind.is_floating_point for kind in kinds):
-        raise ValueError(f"the parameters of the network must be real floats, got {kinds or None}")
-    dtype = torch.float64 if torch.float64 in kinds else torch.float32
-    buffers = {
-        name: b.to(dtype) if b.is_floating_point() and b.dtype.itemsize < dtype.itemsize else b
-        for name, b in model.named_buffers()
-    }
-    return {name: p.detach().to(dtype) for name, p in parameters.items()}, buffers
 
 
 def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:

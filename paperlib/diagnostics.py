@@ -81,7 +81,7 @@ def magnitudes(weight: Tensor) -> np.ndarray:
 
 
 def histograms(
-    config: Config, moment: str, model: nn.Module, pruner: Pruner | None, train: Batches
+    config: Config, moment: str, model: nn.Module, pruner: Pruner, train: Batches
 ) -> Arrays:
     """Measure the histograms of a run that asks for them, of pruned weights or of batch norms.
 
@@ -89,7 +89,7 @@ def histograms(
         config: The run.
         moment: "untrained"; "before" the first event, "after" the last one; "trained" at the end.
         model: The network.
-        pruner: Its pruner; None of the untrained network.
+        pruner: Its pruner.
         train: The training images.
 
     Returns:

@@ -327,7 +327,8 @@ class Run:
             beside["pre_loss"], beside["post_loss"] = pre_loss, training_loss(replica, *with_images)
             beside["recalibrated"] = recalibrated(replica, *with_images, self.test)
         if last:
-            beside["distance"] = distance(self.model, self.new_network())
+            initial = build(self.config, self.classes, self.channels)
+            beside["distance"] = distance(self.model, initial)
         return removed, beside
 
     def _note_histograms(self, moment: str) -> None:

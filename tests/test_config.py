@@ -262,6 +262,8 @@ def test_iterative_rate(pruning, rate):
         (lambda: Flatness(0, images=0), "images must be at least 1, got 0"),
         (lambda: Flatness(0, eigenvalues=5, directions=6), "6 directions"),
         (lambda: Flatness(0, directions=0), "directions .* got 0"),
+        (lambda: Flatness(0, step=0.0), "step .* got 0"),
+        (lambda: Flatness(0, step=0.5), "step .* 0.4, got 0.5"),
         (lambda: Config(optimizer="lion"), "unknown optimizer 'lion': one of adam, sgd"),
         (lambda: Config(precision="float16"), "'float16': one of float32, bfloat16"),
         (lambda: Config(epochs=0), "epochs must be at least 1, got 0"),

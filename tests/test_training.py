@@ -12,7 +12,7 @@ from small import CONV, GONE, NUMBERS, PRUNED, SCRATCH, VGG, WEIGHTS, numbers, s
 from torch import nn
 
 from paperlib import data, inputs, training
-from paperlib.config import Config, FilterPruning, Flatness, WeightPruning, to_dict
+from paperlib.config import Config, FilterPruning, WeightPruning, to_dict
 from paperlib.extras.fast.together import by_turns
 from paperlib.loop import finish
 from paperlib.pruning import PruningError
@@ -287,16 +287,6 @@ def test_arrays_of_a_callback(tmp_path, pruned):
     kept = store.read(PRUNED.identity).arrays
     assert all(np.array_equal(kept[name], array) for name, array in record.arrays.items())
     assert not np.array_equal(kept["weights 0"], kept["weights 2"])
-
-
-def test_measuring_flatness_changes_no_other_number(plain):
-    config = VGG.with_(
-        flatness=Flatness(1, images=5, eigenvalues=2, directions=1, reach=0.1, step=0.1)
-    )
-    record = run(config, device="cpu")
-    assert same(record.epochs.drop(columns="seconds"), plain)
-    assert record.arrays["eigenvalues"].shape == (2,)
-    assert record.arrays["losses"].shape == (1, 3)
 
 
 # Data and code of a record

@@ -63,21 +63,21 @@ class Loss:
         held: Held | None = None,
         chunk: int | None = None,
     ) -> None:
-        if not len(images) or labels.shape != (len(images),):
-            raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
-        if not images.is_floating_point() or labels.is_floating_point():
-            raise ValueError(
-                f"images must be floats and labels integers, got {images.dtype} and {labels.dtype}"
-            )
+        shape, kinds = tuple(labels.shape), (images.dtype, labels.dtype)
+        _require(
+            len(images) > 0 and shape == (len(images),), f"{len(images)} images, labels {shape}"
+        )
+        numbers = images.is_floating_point() and not labels.is_floating_point()
+        _require(numbers, f"images must be floats and labels integers, got {kinds}")
         self.model, self.name = model, type(model).__name__
         self.weights = {name: p.detach() for name, p in model.named_parameters()}
         self.buffers = dict(model.named_buffers())
-        kinds = {str(w.dtype) for w in self.weights.values()}
-        if kinds not in ({"torch.float32"}, {"torch.float64"}):
-            raise ValueError(
-                f"the parameters of {self.name} must be float32, or all of them float64, got "
-                f"{', '.join(sorted(kinds)) or 'none'}; a copy by .float() can be measured"
-            )
+        types = sorted({str(w.dtype) for w in self.weights.values()})
+        _require(
+            types in (["torch.float32"], ["torch.float64"]),
+            f"the parameters of {self.name} must be float32, or all of them float64, got "
+            f"{', '.join(types) or 'none'}; a copy by .float() can be measured",
+        )
         self.held = _checked_held(self.weights, held or {})
         self.like = next(iter(self.weights.values()))
         self.images, self.labels = images.to(self.like), labels.to(self.like.device, torch.long)
@@ -179,25 +179,21 @@ class Loss:
             with _FullPrecision():
                 logits = self.logits(self.weights, x)
             again, alone = self.logits(self.weights, x), self.logits(self.weights, x[:2])
-        last = logits.shape[1] - 1
-        if self.labels.min() < 0 or self.labels.max() > last:
-            raise ValueError(
-                f"labels must be within 0 and {last}, "
-                f"got {int(self.labels.min())} to {int(self.labels.max())}"
-            )
-        if not logits.isfinite().all():
-            raise ValueError(f"the logits of {self.name} are not all finite")
-        size = float(logits.abs().max())
-        if not torch.allclose(logits, again, rtol=0, atol=1e-5 * size):
-            raise ValueError(
-                f"{self.name} is random in evaluation mode: two passes of the same images differ "
-                "(functional dropout needs training=self.training)"
-            )
-        if not torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size):
-            raise ValueError(
-                f"{self.name} mixes the images of a batch in evaluation mode: the logits of an "
-                "image depend on the others (batch norm needs track_running_stats=True)"
-            )
+        last, least, most = logits.shape[1] - 1, int(self.labels.min()), int(self.labels.max())
+        labelled = least >= 0 and most <= last
+        _require(labelled, f"labels must be within 0 and {last}, got {least} to {most}")
+        finite, size = bool(logits.isfinite().all()), float(logits.abs().max())
+        _require(finite, f"the logits of {self.name} are not all finite")
+        _require(
+            torch.allclose(logits, again, rtol=0, atol=1e-5 * size),
+            f"{self.name} is random in evaluation mode: two passes of the same images differ "
+            "(functional dropout needs training=self.training)",
+        )
+        _require(
+            torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size),
+            f"{self.name} mixes the images of a batch in evaluation mode: the logits of an "
+            "image depend on the others (batch norm needs track_running_stats=True)",
+        )
 
     def check_derivatives(self, order: int) -> None:
         """Check on two images that u.Hv = v.Hu, and derivatives against finite differences.
@@ -234,13 +230,18 @@ class Loss:
                 text = "%s does not compute in float64: its gradient is checked roughly (%s)"
                 log.warning(text, self.name, error)
                 matches = (_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
-            if not (right and any(matches)):
-                raise ValueError(
-                    f"the derivatives that autograd gives for {self.name} disagree with its loss "
-                    "or each other: a custom autograd function may have a wrong backward, or a "
-                    "part may run without gradients (torch.no_grad, detach). Parameters that are "
-                    "no coordinates belong in `held`"
-                )
+            _require(
+                right and any(matches),
+                f"the derivatives that autograd gives for {self.name} disagree with its loss or "
+                "each other: a custom autograd function may have a wrong backward, or a part may "
+                "run without gradients (torch.no_grad, detach). Parameters that are no coordinates "
+                "belong in `held`",
+            )
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise ValueError(message)
 
 
 class _Within(nn.Module):
@@ -272,13 +273,9 @@ class _FullPrecision(TorchFunctionMode):
 def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:
     """Return `held` on the weights' device, or raise ValueError."""
     for name, mask in held.items():
-        if name not in weights:
-            raise ValueError(f"held: the model has no parameter {name!r}")
-        if mask.shape != weights[name].shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"held[{name!r}] must be bool of shape {tuple(weights[name].shape)}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
+        _require(name in weights, f"held: the model has no parameter {name!r}")
+        shape, found = tuple(weights[name].shape), (mask.dtype, tuple(mask.shape))
+        _require(found == (torch.bool, shape), f"held[{name!r}] must be bool {shape}, got {found}")
     return {name: mask.to(weights[name].device) for name, mask in held.items()}
 
 

@@ -114,22 +114,20 @@ class Replays:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._warm: set[Hashable] = set()
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, Graph | None] = {}  # None after the first call
 
     def __call__(self, function: Callable[[], None], *key: Hashable) -> None:
         """Call a function, or replay the one that was captured for this key."""
-        if key not in self._warm:
-            self._warm.add(key)
+        if key not in self._graphs:
+            self._graphs[key] = None
             function()
             return
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(function)
-        self._graphs[key].replay()
+        graph = self._graphs[key] or self._capture(function)
+        self._graphs[key] = graph
+        graph.replay()
 
     def forget(self) -> None:
         """Drop all graphs, because the tensors that they use have changed."""
-        self._warm.clear()
         self._graphs.clear()
 
 

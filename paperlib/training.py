@@ -17,20 +17,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from paperlib import data, inputs, models
+from paperlib import data, diagnostics, inputs, models
 from paperlib.batches import Batches
 from paperlib.config import Config
 from paperlib.devices import autocast, choose_device, full_float32, memory_format, one_at_a_time
-from paperlib.diagnostics import (
-    Arrays,
-    Callback,
-    Moment,
-    distance,
-    histograms,
-    measured_flatness,
-    recalibrated,
-    training_loss,
-)
+from paperlib.diagnostics import Arrays, Callback, Moment
 from paperlib.extras import fast as faster
 from paperlib.loop import PlainLoop, Totals, finish
 from paperlib.networks import build, check_images, events_of, make_optimizer, make_pruner
@@ -311,7 +302,7 @@ class Run:
         removed, beside = 0, dict.fromkeys(BESIDE, math.nan)
         with_images = self.loop, self.train, self.evaluation_batch
         if event := self.events.get(epoch):
-            pre_loss = training_loss(self.replica(), *with_images)
+            pre_loss = diagnostics.training_loss(self.replica(), *with_images)
             chooser = self.pruner if self.noise is None else self.noise.pruner
             _reseed(chooser, self.config.seed, "filters", epoch)
             if epoch == min(self.events):
@@ -324,15 +315,17 @@ class Run:
             self.noise.remove()
         if removed:
             replica = self.replica()
-            beside["pre_loss"], beside["post_loss"] = pre_loss, training_loss(replica, *with_images)
-            beside["recalibrated"] = recalibrated(replica, *with_images, self.test)
+            beside["pre_loss"] = pre_loss
+            beside["post_loss"] = diagnostics.training_loss(replica, *with_images)
+            beside["recalibrated"] = diagnostics.recalibrated(replica, *with_images, self.test)
         if last:
             initial = build(self.config, self.classes, self.channels)
-            beside["distance"] = distance(self.model, initial)
+            beside["distance"] = diagnostics.distance(self.model, initial)
         return removed, beside
 
     def _note_histograms(self, moment: str) -> None:
-        self.arrays |= histograms(self.config, moment, self.model, self.pruner, self.train)
+        parts = self.model, self.pruner, self.train
+        self.arrays |= diagnostics.histograms(self.config, moment, *parts)
 
     def _measured(self, epoch: int, row: Row) -> Arrays:
         """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
@@ -340,7 +333,9 @@ class Run:
         with self.pruner.by_hand():
             if config.flatness is not None and epoch == config.flatness.epoch:
                 held = self.pruner.held()
-                arrays |= measured_flatness(self.model, self.test, config.flatness, held)
+                arrays |= diagnostics.measured_flatness(
+                    self.model, self.test, config.flatness, held
+                )
             if self.callback is not None:
                 moment = Moment(epoch, row, self.model, self.pruner, self.test, config)
                 arrays |= self.callback(moment) or {}

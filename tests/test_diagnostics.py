@@ -117,7 +117,7 @@ def all_tensors(moment) -> dict[str, np.ndarray]:
 def switch_measuring_off(monkeypatch) -> None:
     monkeypatch.setattr(training.Run, "replica", lambda run: None)
     for name in ("training_loss", "recalibrated", "distance"):
-        monkeypatch.setattr(training, name, lambda *arguments: math.nan)
+        monkeypatch.setattr(diagnostics, name, lambda *arguments: math.nan)
 
 
 def same_but_for_what_is_measured(a: RunRecord, b: RunRecord) -> None:

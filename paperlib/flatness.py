@@ -11,8 +11,8 @@ recur:
 - `chunk`: images that go through the network in one batch; by default 64 on the CPU, 512 elsewhere.
 
 P counts all parameters in the order of `model.named_parameters()`: those that are held, and those
-that do not require gradients, too. Bad input, and networks whose measures would be wrong, raise
-ValueError before any long work (`loss`).
+that do not require gradients, too. Weights in bfloat16 or float16 are measured as float32. Bad
+input, and networks whose measures would be wrong, raise ValueError before any long work (`loss`).
 """
 
 import logging
@@ -28,6 +28,7 @@ from torch.func import grad, vmap
 from paperlib.extras.fast import convolutions
 from paperlib.lanczos import leading_eigenpairs
 from paperlib.loss import PROBED, Held, Loss, Weights
+from paperlib.measures import RISE
 from paperlib.measures import delta_w as delta_w
 from paperlib.measures import tic as tic
 
@@ -296,3 +297,18 @@ def sharpness(
             moved = loss.moved(float(epsilon) * direction)
             out[0, i, j], out[1, i, j] = loss.evaluate(moved)
     return out[0], out[1]
+
+
+def find_delta_w(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    directions: Tensor,
+    held: Held | None = None,
+    *,
+    rise: float = RISE,
+) -> float:
+    """Compute `delta_w` of the `sharpness` at the multiples of 0.01 from -0.4 to 0.4."""
+    epsilons = [n * 0.01 for n in range(-40, 41)]
+    losses, _ = sharpness(model, images, labels, directions, epsilons, held)
+    return delta_w(losses, epsilons, float(losses[0, 40]), rise)

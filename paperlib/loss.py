@@ -39,8 +39,8 @@ class Loss:
 
     Attributes:
         model: The network. It is called with other weights and buffers; its own are not touched.
-        weights: The parameters by name, detached. A tied parameter counts once, by its first name,
-            as in `named_parameters`.
+        weights: The parameters by name, detached, all of one precision, float32 at least. A tied
+            parameter counts once, by its first name, as in `named_parameters`.
         buffers: The buffers by name. Every call gets a fresh copy of them.
         held: Parameter name -> bool tensor, True where pruning holds the parameter at zero.
         images: (N, ...) floats, on the network's device.
@@ -51,8 +51,8 @@ class Loss:
         free: (F,) indices of the coordinates that are not held.
 
     Raises:
-        ValueError: Bad input; or a network that is random in evaluation mode, computes or has
-            weights in low precision, or mixes the images of a batch.
+        ValueError: Bad input; or a network that is random in evaluation mode, computes in low
+            precision, or mixes the images of a batch.
     """
 
     def __init__(
@@ -70,14 +70,13 @@ class Loss:
         numbers = images.is_floating_point() and not labels.is_floating_point()
         _require(numbers, f"images must be floats and labels integers, got {kinds}")
         self.model, self.name = model, type(model).__name__
-        self.weights = {name: p.detach() for name, p in model.named_parameters()}
-        self.buffers = dict(model.named_buffers())
-        types = sorted({str(w.dtype) for w in self.weights.values()})
-        _require(
-            types in (["torch.float32"], ["torch.float64"]),
-            f"the parameters of {self.name} must be float32, or all of them float64, got "
-            f"{', '.join(types) or 'none'}; a copy by .float() can be measured",
-        )
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        types = {p.dtype for p in parameters.values()}
+        real = bool(types) and all(each.is_floating_point for each in types)
+        _require(real, f"the parameters of {self.name} must be real floats, got {types or None}")
+        dtype = torch.float64 if torch.float64 in types else torch.float32
+        self.weights = _raised(parameters, dtype)
+        self.buffers = _raised(dict(model.named_buffers()), dtype)
         self.held = _checked_held(self.weights, held or {})
         self.like = next(iter(self.weights.values()))
         self.images, self.labels = images.to(self.like), labels.to(self.like.device, torch.long)
@@ -165,10 +164,7 @@ class Loss:
     def few(self, dtype: torch.dtype) -> "Loss":
         """Return the loss of the first `PROBED` images alone, in a precision."""
         few = copy.copy(self)
-        few.weights = {name: w.to(dtype) for name, w in self.weights.items()}
-        few.buffers = {
-            name: b.to(dtype) if b.is_floating_point() else b for name, b in self.buffers.items()
-        }
+        few.weights, few.buffers = _raised(self.weights, dtype), _raised(self.buffers, dtype)
         few.images, few.labels = self.images[:PROBED].to(dtype), self.labels[:PROBED]
         return few
 
@@ -268,6 +264,15 @@ class _FullPrecision(TorchFunctionMode):
                 "float32, so take conversions and autocast out of its forward"
             )
         return out
+
+
+def _raised(tensors: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors, with floats of lower precision than `dtype` raised to it."""
+    raised = {}
+    for name, tensor in tensors.items():
+        low = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+        raised[name] = tensor.to(dtype) if low else tensor
+    return raised
 
 
 def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:

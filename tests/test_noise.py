@@ -304,19 +304,17 @@ def test_noise_that_cannot_be():
 # Passes and training batches
 
 
-FIGURE_5 = [(0, 0), (51, 129), (1106, 1500)]
-FIGURE_D2 = [(89, 129), (630, 750), (1220, 1500), (2480, 3000)]
-
-
-@pytest.mark.parametrize(("batches", "passes"), FIGURE_5)
-@pytest.mark.parametrize("kind", ["zeroing", "gaussian"])
-def test_the_spans_of_figure_5(kind, batches, passes):
-    assert noise_for(kind, batches).passes == passes
-
-
-@pytest.mark.parametrize(("batches", "passes"), FIGURE_D2)
-def test_the_spans_of_appendix_d(batches, passes):
-    assert noise_for("restored", batches, evaluation_batch=256).passes == passes
+@pytest.mark.parametrize(
+    ("kinds", "evaluation_batch", "spans"),
+    [
+        (("zeroing", "gaussian"), 128, {0: 0, 51: 129, 1106: 1500}),  # figure 5
+        (("restored",), 256, {89: 129, 630: 750, 1220: 1500, 2480: 3000}),  # figure D2
+    ],
+)
+def test_the_spans_of_the_papers_figures(kinds, evaluation_batch, spans):
+    for kind in kinds:
+        noises = [noise_for(kind, n, evaluation_batch=evaluation_batch) for n in spans]
+        assert [noise.passes for noise in noises] == list(spans.values())
 
 
 @pytest.mark.parametrize("evaluation_batch", [128, 256])

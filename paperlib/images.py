@@ -6,7 +6,6 @@ test/CLASS/FILE, possibly under one common top folder.
 
 import hashlib
 import io
-import json
 import lzma
 import stat
 import tarfile
@@ -14,16 +13,15 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,7 +35,6 @@ IMAGES = (
     *(".ppm", ".pgm", ".tif", ".tiff", ".webp"),
 )
 SPLITS = ("train", "test")
-TENSORS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels"))
 BITS_PER_SAMPLE = 258  # a TIFF tag
 DAMAGED = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
@@ -45,7 +42,6 @@ DAMAGED = (
 )
 
 Decoded = tuple[dict[str, Tensor], tuple[str, ...]]  # tensors by their name in Dataset, classes
-Member = tuple[str, bool, Callable[[], bytes]]  # name, whether it is a plain file, its content
 
 
 class DataError(ValueError):
@@ -63,40 +59,32 @@ def decoded(checksum: str, find: Callable[[], Path], folders: Sequence[Path]) ->
     Raises:
         DataError: The source is damaged, or its images are others or cannot be decoded.
     """
-    caches = [folder / f"images-{checksum}.safetensors" for folder in folders]
+    caches = [folder / f"images-{checksum}.npz" for folder in folders]
     for cache in filter(Path.exists, caches):
         try:
-            return _read_cache(cache)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            with np.load(cache) as file:  # which compares the checksums of all arrays
+                arrays = dict(file)
+            classes = tuple(arrays.pop("classes").tolist())
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}, classes
+        except (*DAMAGED, KeyError, ValueError) as error:
             message = f"{cache} is damaged ({error}); the images are decoded afresh"
             warnings.warn(message, stacklevel=4)
             with suppress(OSError):  # the folder may be read-only
                 cache.unlink(missing_ok=True)
     path = find()
     tensors, classes = _decode(read_images(path, checksum), path)
-    about = {"crc32": str(_crc32(tensors)), "classes": json.dumps(classes)}
-    write_whole(caches[0], save(tensors, about))
+    saved: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    content = io.BytesIO()
+    np.savez(content, classes=np.array(classes), **saved)
+    write_whole(caches[0], content.getvalue())
     return tensors, classes
-
-
-def _read_cache(cache: Path) -> Decoded:
-    with safe_open(cache, "pt") as file:
-        about = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in TENSORS}
-    if int(about["crc32"]) != _crc32(tensors):
-        raise ValueError("its checksum differs")
-    return tensors, tuple(json.loads(about["classes"]))
-
-
-def _crc32(tensors: dict[str, Tensor]) -> int:
-    crc = 0
-    for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.numpy().data, crc)
-    return crc
 
 
 def read_images(path: Path, checksum: str | None = None) -> dict[str, bytes]:
     """Return the image files of a folder or archive, by SPLIT/CLASS/FILE.
+
+    A backslash separates like /, and accents are composed (Unicode NFC). Hidden files and images
+    outside train/ and test/ are left out.
 
     Args:
         path: A folder or an archive.
@@ -105,17 +93,29 @@ def read_images(path: Path, checksum: str | None = None) -> dict[str, bytes]:
     Raises:
         DataError: There is no such layout, the archive is damaged, or the checksum differs.
     """
-    files = {}
+    files: dict[str, bytes] = {}
+    tops: set[str] = set()
     try:
         for name, plain, read in members(path):
+            parts = PureWindowsPath(unicodedata.normalize("NFC", name)).parts
+            hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
             if not plain:
                 raise DataError(f"{path}: member {name!r} is a link or a device, not a file")
-            if _is_image(name):
-                files[name] = read()  # of two of one name the later counts, as if extracted
+            if hidden or not name.lower().endswith(IMAGES) or not set(SPLITS) & set(parts):
+                continue
+            if len(parts) < 3 or parts[-3] not in SPLITS:
+                raise DataError(f"{path}: {name} is not at train/CLASS/FILE or test/CLASS/FILE")
+            tops.add("/".join(parts[:-3]) or ".")
+            if len(tops) > 1:
+                found = ", ".join(sorted(tops))
+                raise DataError(f"{path}: train/ and test/ in more than one folder: {found}")
+            place = "/".join(parts[-3:])
+            if place in files:
+                raise DataError(f"{path}: {name!r} is the second image at {place}")
+            files[place] = read()
     except DAMAGED as error:
         raise DataError(f"{path}: cannot be read, truncated or damaged ({error})") from error
-    places = _layout(list(files), path)
-    files = {places[name]: content for name, content in files.items() if name in places}
+    _check_classes(files, path)
     found = images_checksum(files)
     if checksum not in (None, found):
         raise DataError(
@@ -123,6 +123,21 @@ def read_images(path: Path, checksum: str | None = None) -> dict[str, bytes]:
             "remove or replace it"
         )
     return files
+
+
+def _check_classes(files: Iterable[str], source: Path) -> None:
+    """Raise DataError unless there are images in both splits, and test/ has no class of its own."""
+    train, test = (
+        {label for part, label, _ in (name.split("/") for name in files) if part == split}
+        for split in SPLITS
+    )
+    for split, labels in (("train", train), ("test", test)):
+        if not labels:
+            needed = f"needed: train/CLASS/*, test/CLASS/* of {', '.join(IMAGES)}"
+            raise DataError(f"{source}: no images in {split}/ ({needed})")
+    if unknown := sorted(test - train):
+        there = ", ".join(sorted(train))
+        raise DataError(f"{source}: class {unknown[0]!r} is in test/ but not in train/: {there}")
 
 
 def images_checksum(files: dict[str, bytes]) -> str:
@@ -136,26 +151,25 @@ def images_checksum(files: dict[str, bytes]) -> str:
 
 def _decode(files: dict[str, bytes], source: Path) -> Decoded:
     """Decode image files, and sort them by split, class and name."""
-    parts = sorted(tuple(name.split("/")) for name in files)
-    classes = sorted({label for _, label, _ in parts})
-    names = ["/".join(part) for part in parts]
-    images = [
-        decode_image(files[name], f"{source}: {name}")
-        for name in tqdm(names, desc=f"decoding {source.name}", unit="image", mininterval=1)
-    ]
-    for name, image in zip(names, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = ["x".join(map(str, s[:0:-1])) for s in (images[0].shape, image.shape)]
+    places = sorted(tuple(name.split("/")) for name in files)
+    classes = sorted({label for _, label, _ in places})
+    images: dict[str, np.ndarray] = {}
+    for place in tqdm(places, desc=f"decoding {source.name}", unit="image", mininterval=1):
+        name = "/".join(place)
+        images[name] = decode_image(files[name], f"{source}: {name}")
+        first = next(iter(images))
+        if images[name].shape != images[first].shape:
+            sizes = ["x".join(map(str, images[n].shape[:0:-1])) for n in (first, name)]
             raise DataError(
-                f"{source}: images of mixed size: {names[0]} is {sizes[0]}, "
-                f"{name} is {sizes[1]} (width x height)"
+                f"{source}: images of mixed size: {first} is {sizes[0]}, {name} is {sizes[1]} "
+                "(width x height)"
             )
     tensors = {}
     for split in SPLITS:
-        chosen = [i for i, part in enumerate(parts) if part[0] == split]
-        stacked = np.ascontiguousarray(np.stack([images[i] for i in chosen]))
+        chosen = [place for place in places if place[0] == split]
+        stacked = np.ascontiguousarray(np.stack([images["/".join(place)] for place in chosen]))
         tensors[f"{split}_images"] = torch.from_numpy(stacked)
-        tensors[f"{split}_labels"] = torch.tensor([classes.index(parts[i][1]) for i in chosen])
+        tensors[f"{split}_labels"] = torch.tensor([classes.index(label) for _, label, _ in chosen])
     return tensors, tuple(classes)
 
 
@@ -177,12 +191,10 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             mode = image.mode
-            tags = getattr(image, "tag_v2", {BITS_PER_SAMPLE: (16,)})  # which a TIFF has
-            bits = tags.get(BITS_PER_SAMPLE, (8,))[0]
             # Older versions of Pillow open a PNG or PGM of 16 bits in mode I.
             if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-                gray = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
-                return np.stack(3 * [gray])
+                bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+                return np.stack(3 * [(np.asarray(image) >> (bits - 8)).astype(np.uint8)])
             if mode not in ("I", "F"):
                 return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise all sorts
@@ -193,48 +205,12 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     )
 
 
-def _layout(names: Sequence[str], source: Path) -> dict[str, str]:
-    """Return each image's place SPLIT/CLASS/FILE, by its name in the source.
+def members(path: Path) -> Iterator[tuple[str, bool, Callable[[], bytes]]]:
+    """Iterate over a folder or an archive, in its own order: a compressed one has no other.
 
-    A backslash separates like /, accents are composed (Unicode NFC), and one common top folder is
-    ignored. Files outside train/ and test/ are left out.
-
-    Args:
-        names: Of image files.
-        source: For messages.
-
-    Raises:
-        DataError: The layout is another, or a class is in test/ only.
+    Yields:
+        A member's name, whether it is a plain file or folder, and a function that reads it.
     """
-    parts = {name: _parts(name) for name in names}
-    if not any(p[0] in SPLITS for p in parts.values()):
-        tops = {p[0] for p in parts.values() if len(p) > 1 and p[1] in SPLITS}
-        if len(tops) > 1:
-            found = ", ".join(sorted(tops))
-            raise DataError(f"{source}: train/ and test/ in more than one folder: {found}")
-        parts = {name: p[1:] for name, p in parts.items() if p[0] in tops}
-    parts = {name: p for name, p in parts.items() if p[0] in SPLITS}
-    classes: dict[str, set[str]] = {split: set() for split in SPLITS}
-    seen: dict[tuple[str, ...], str] = {}
-    for name, p in parts.items():
-        if len(p) != 3:
-            raise DataError(f"{source}: {name} is not at {p[0]}/CLASS/FILE")
-        if p in seen:
-            raise DataError(f"{source}: {seen[p]!r} and {name!r} are both {'/'.join(p)}")
-        seen[p] = name
-        classes[p[0]].add(p[1])
-    for split, labels in classes.items():
-        if not labels:
-            needed = f"needed: train/CLASS/*, test/CLASS/* of {', '.join(IMAGES)}"
-            raise DataError(f"{source}: no images in {split}/ ({needed})")
-    if unknown := sorted(classes["test"] - classes["train"]):
-        there = ", ".join(sorted(classes["train"]))
-        raise DataError(f"{source}: class {unknown[0]!r} is in test/ but not in train/: {there}")
-    return {name: "/".join(p) for name, p in parts.items()}
-
-
-def members(path: Path) -> Iterator[Member]:
-    """Iterate over a folder or an archive, in its own order: a compressed one has no other."""
     if path.is_dir():
         for file in files_below(path):
             yield file.relative_to(path).as_posix(), not file.is_symlink(), file.read_bytes
@@ -247,8 +223,7 @@ def members(path: Path) -> Iterator[Member]:
         with tarfile.open(path) as tar:
             for info in tar:
                 plain = info.isreg() or info.isdir()
-                name = info.name + "/" * info.isdir()
-                yield name, plain, partial(_content, tar, info)
+                yield info.name + "/" * info.isdir(), plain, partial(_content, tar, info)
             # tarfile ends at a damaged or missing header as at the real end, a block of zeros.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -261,13 +236,3 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(info)
     assert file is not None  # as of a folder
     return file.read()
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    """Return the parts of a path, for any separator and form of Unicode."""
-    return PureWindowsPath(unicodedata.normalize("NFC", name)).parts
-
-
-def _is_image(name: str) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in _parts(name))
-    return not hidden and name.lower().endswith(IMAGES)

@@ -27,9 +27,9 @@ def _subset(
     return data.load(spec, root).subset(training, test)
 
 
-def checksums(config: Config, images: str | None) -> dict[str, str | None]:
-    """Return the checksums of a run's data, given that of its images, and of its code."""
-    return {"data": images or None, "source": provenance.code_checksum(config)}
+def checksums(config: Config, images: data.Dataset) -> dict[str, str | None]:
+    """Return the checksums of a run's images, and of its code."""
+    return {"data": images.checksum or None, "source": provenance.code_checksum(config)}
 
 
 def described(device: torch.device, model: nn.Module, pruner: Pruner) -> dict[str, object]:

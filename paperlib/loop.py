@@ -17,6 +17,7 @@ from paperlib.batches import Batches
 from paperlib.pruning import Pruner
 
 T = TypeVar("T")
+Precision = Callable[[], AbstractContextManager]  # that of a pass; see `devices.autocast`
 
 
 @dataclass
@@ -57,50 +58,15 @@ def logits_of(output: object, images: int) -> Tensor:
     return found
 
 
-def step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    hold: Callable[[], None],
-    autocast: Callable[[], AbstractContextManager],
-    x: Tensor,
-    y: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Take one training step on a batch.
-
-    Args:
-        model: The network, in training mode.
-        optimizer: Of its parameters.
-        hold: Called after the optimizer's step; sets pruned weights to zero again.
-        autocast: The precision of the pass.
-        x: Images (B, C, H, W).
-        y: Labels (B,).
-
-    Returns:
-        The sum of the losses, and the number of images classified correctly.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with autocast():
-        found = logits_of(model(x), len(x))
-        loss = F.cross_entropy(found, y)
-    loss.backward()
-    optimizer.step()
-    hold()
-    return loss.detach() * len(y), (found.detach().argmax(1) == y).sum()
-
-
-def score(
-    model: nn.Module, autocast: Callable[[], AbstractContextManager], x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the same numbers as `step`, without training."""
+def score(model: nn.Module, autocast: Precision, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of a batch's losses, and the number of images classified correctly."""
     with autocast():
         found = logits_of(model(x), len(x)).float()
         return F.cross_entropy(found, y, reduction="sum"), (found.argmax(1) == y).sum()
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    autocast: Callable[[], AbstractContextManager],
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: Precision
 ) -> Totals:
     """Test on batches (x, y) in evaluation mode, then return to training mode."""
     model.eval()
@@ -112,11 +78,7 @@ def evaluate(
     return totals
 
 
-def recalibrate(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    autocast: Callable[[], AbstractContextManager],
-) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Tensor], autocast: Precision) -> None:
     """Set the running statistics of all batch norms to their mean over batches of images.
 
     Everything else is in evaluation mode, so nothing is random.
@@ -153,7 +115,7 @@ def finish(steps: Generator[Any, None, T]) -> T:
 
 
 class PlainLoop:
-    """How a run trains and tests: by the functions above.
+    """How a run trains and tests, step by step.
 
     Attributes:
         draws: The network may draw from torch's global generators.
@@ -166,7 +128,7 @@ class PlainLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         pruner: Pruner | None,
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Precision,
     ) -> None:
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.pruner = pruner or Pruner()
@@ -174,6 +136,25 @@ class PlainLoop:
     def kernels(self, model: nn.Module) -> AbstractContextManager:
         """Return the context in which a network is trained and evaluated."""
         return nullcontext()
+
+    def hold(self) -> None:
+        """Set pruned weights to zero again, after a step of the optimizer."""
+        self.pruner.hold()
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one training step on images (B, C, H, W) and labels (B,).
+
+        Returns:
+            The sum of the losses, and the number of images classified correctly.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            found = logits_of(self.model(x), len(x))
+            loss = F.cross_entropy(found, y)
+        loss.backward()
+        self.optimizer.step()
+        self.hold()
+        return loss.detach() * len(y), (found.detach().argmax(1) == y).sum()
 
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
@@ -193,8 +174,7 @@ class PlainLoop:
         totals = Totals()
         with self.kernels(self.model):
             for x, y in batches.epoch(order, augment):
-                done = step(self.model, self.optimizer, self.pruner.hold, self.autocast, x, y)
-                totals.add(*done, len(y))
+                totals.add(*self.step(x, y), len(y))
         return totals
 
     def evaluate(self, batches: Batches, size: int) -> Totals:

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ STEPS = (1e-8, 1e-9, 1e-6, 1e-5, 1e-4)  # relative steps of finite differences, 
 COARSE = (1e-2, 1e-3)  # the same in float32
 AGREEMENT = 1e-3  # largest relative difference between two ways to a derivative
 
-Held = Mapping[str, Tensor]
+Held = Mapping[str, Tensor]  # by name of parameter
 Weights = Mapping[str, Tensor]
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Loss:
         chunk: Images that go through the network at once; by default 64 on the CPU, where larger
             ones leave the caches, and 512 elsewhere.
         size: P, how many numbers the parameters are, held or not.
-        free: Indices of the coordinates that are not held, or None where none is held.
+        free: (F,) indices of the coordinates that are not held.
 
     Raises:
         ValueError: Bad input; or a network that is random in evaluation mode, computes in low
@@ -63,22 +63,27 @@ class Loss:
         held: Held | None = None,
         chunk: int | None = None,
     ) -> None:
-        if not len(images) or labels.shape != (len(images),):
-            raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
-        if not images.is_floating_point() or labels.is_floating_point():
-            raise ValueError(
-                f"images must be floats and labels integers, got {images.dtype} and {labels.dtype}"
-            )
+        shape, kinds = tuple(labels.shape), (images.dtype, labels.dtype)
+        _require(
+            len(images) > 0 and shape == (len(images),), f"{len(images)} images, labels {shape}"
+        )
+        numbers = images.is_floating_point() and not labels.is_floating_point()
+        _require(numbers, f"images must be floats and labels integers, got {kinds}")
         self.model, self.name = model, type(model).__name__
-        self.weights, self.buffers = _in_full_precision(model)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        types = {p.dtype for p in parameters.values()}
+        real = bool(types) and all(each.is_floating_point for each in types)
+        _require(real, f"the parameters of {self.name} must be real floats, got {types or None}")
+        dtype = torch.float64 if torch.float64 in types else torch.float32
+        self.weights = _raised(parameters, dtype)
+        self.buffers = _raised(dict(model.named_buffers()), dtype)
         self.held = _checked_held(self.weights, held or {})
         self.like = next(iter(self.weights.values()))
         self.images, self.labels = images.to(self.like), labels.to(self.like.device, torch.long)
         self.chunk = chunk or (64 if self.like.device.type == "cpu" else 512)
-        masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
-        flat = torch.cat([mask.flatten() for mask in (masks | self.held).values()])
-        self.size = len(flat)
-        self.free = (~flat).nonzero().flatten() if flat.any() else None
+        none = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        held_flat = torch.cat([mask.flatten() for mask in (none | self.held).values()])
+        self.size, self.free = len(held_flat), (~held_flat).nonzero().flatten()
         self._check()
 
     @property
@@ -99,14 +104,12 @@ class Loss:
 
     def filled(self, vectors: Tensor) -> Tensor:
         """Return vectors (..., F) over the free coordinates as (..., P), zero elsewhere."""
-        if self.free is None:
-            return vectors
         whole = vectors.new_zeros(*vectors.shape[:-1], self.size)
         return whole.index_copy_(-1, self.free, vectors)
 
     def picked(self, vectors: Tensor) -> Tensor:
         """Return vectors (..., P) at the free coordinates (..., F)."""
-        return vectors if self.free is None else vectors[..., self.free]
+        return vectors[..., self.free]
 
     def within(self, weights: Weights, function: Callable[[], T]) -> T:
         """Return function() while the network has these weights, and a fresh copy of its buffers.
@@ -142,28 +145,26 @@ class Loss:
         Attention is computed by the plain kernel: the other ones have no second derivative. All is
         as it was afterwards.
         """
+        attention = torch.backends.mha
+        contexts: list[AbstractContextManager] = [
+            torch.enable_grad(),
+            torch.autocast(self.like.device.type, enabled=False),
+            devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True),
+            devices.full_float32(),
+            sdpa_kernel(SDPBackend.MATH),
+            *(devices.switched(module, training=False) for module in self.model.modules()),
+        ]
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.like.device.type, enabled=False))
-            stack.enter_context(
-                devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True)
-            )
-            stack.enter_context(devices.full_float32())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            fast = torch.backends.mha.get_fastpath_enabled()
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module in self.model.modules():
-                stack.enter_context(devices.switched(module, training=False))
+            for context in contexts:
+                stack.enter_context(context)
+            stack.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
+            attention.set_fastpath_enabled(False)
             yield
 
     def few(self, dtype: torch.dtype) -> "Loss":
         """Return the loss of the first `PROBED` images alone, in a precision."""
         few = copy.copy(self)
-        few.weights = {name: w.to(dtype) for name, w in self.weights.items()}
-        few.buffers = {
-            name: b.to(dtype) if b.is_floating_point() else b for name, b in self.buffers.items()
-        }
+        few.weights, few.buffers = _raised(self.weights, dtype), _raised(self.buffers, dtype)
         few.images, few.labels = self.images[:PROBED].to(dtype), self.labels[:PROBED]
         return few
 
@@ -174,25 +175,21 @@ class Loss:
             with _FullPrecision():
                 logits = self.logits(self.weights, x)
             again, alone = self.logits(self.weights, x), self.logits(self.weights, x[:2])
-        last = logits.shape[1] - 1
-        if self.labels.min() < 0 or self.labels.max() > last:
-            raise ValueError(
-                f"labels must be within 0 and {last}, "
-                f"got {int(self.labels.min())} to {int(self.labels.max())}"
-            )
-        if not logits.isfinite().all():
-            raise ValueError(f"the logits of {self.name} are not all finite")
-        size = float(logits.abs().max())
-        if not torch.allclose(logits, again, rtol=0, atol=1e-5 * size):
-            raise ValueError(
-                f"{self.name} is random in evaluation mode: two passes of the same images differ "
-                "(functional dropout needs training=self.training)"
-            )
-        if not torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size):
-            raise ValueError(
-                f"{self.name} mixes the images of a batch in evaluation mode: the logits of an "
-                "image depend on the others (batch norm needs track_running_stats=True)"
-            )
+        last, least, most = logits.shape[1] - 1, int(self.labels.min()), int(self.labels.max())
+        labelled = least >= 0 and most <= last
+        _require(labelled, f"labels must be within 0 and {last}, got {least} to {most}")
+        finite, size = bool(logits.isfinite().all()), float(logits.abs().max())
+        _require(finite, f"the logits of {self.name} are not all finite")
+        _require(
+            torch.allclose(logits, again, rtol=0, atol=1e-5 * size),
+            f"{self.name} is random in evaluation mode: two passes of the same images differ "
+            "(functional dropout needs training=self.training)",
+        )
+        _require(
+            torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size),
+            f"{self.name} mixes the images of a batch in evaluation mode: the logits of an "
+            "image depend on the others (batch norm needs track_running_stats=True)",
+        )
 
     def check_derivatives(self, order: int) -> None:
         """Check on two images that u.Hv = v.Hu, and derivatives against finite differences.
@@ -223,20 +220,24 @@ class Loss:
             right = order == 1 or _close(found[4], found[5], math.sqrt(abs(found[3] * found[6])))
             try:
                 wide.evaluate(wide.weights)
+                # A kink within the step spoils a comparison, but not every time.
+                matches = (_match(wide, step, order) for step in STEPS)
             except Exception as error:  # of any kind: the network's own code runs
                 text = "%s does not compute in float64: its gradient is checked roughly (%s)"
                 log.warning(text, self.name, error)
-                right &= any(_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
-            else:
-                # A kink within the step spoils a comparison, but not every time.
-                right &= any(_match(wide, step, order) for step in STEPS)
-        if not right:
-            raise ValueError(
+                matches = (_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
+            _require(
+                right and any(matches),
                 f"the derivatives that autograd gives for {self.name} disagree with its loss or "
                 "each other: a custom autograd function may have a wrong backward, or a part may "
                 "run without gradients (torch.no_grad, detach). Parameters that are no coordinates "
-                "belong in `held`"
+                "belong in `held`",
             )
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise ValueError(message)
 
 
 class _Within(nn.Module):
@@ -265,33 +266,21 @@ class _FullPrecision(TorchFunctionMode):
         return out
 
 
-def _in_full_precision(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return parameters and buffers by name, detached, in float32 at least.
-
-    Those that need no conversion share the model's memory.
-    """
-    parameters = dict(model.named_parameters())
-    kinds = {p.dtype for p in parameters.values()}
-    if not kinds or not all(kind.is_floating_point for kind in kinds):
-        raise ValueError(f"the parameters of the network must be real floats, got {kinds or None}")
-    dtype = torch.float64 if torch.float64 in kinds else torch.float32
-    buffers = {
-        name: b.to(dtype) if b.is_floating_point() and b.dtype.itemsize < dtype.itemsize else b
-        for name, b in model.named_buffers()
-    }
-    return {name: p.detach().to(dtype) for name, p in parameters.items()}, buffers
+def _raised(tensors: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors, with floats of lower precision than `dtype` raised to it."""
+    raised = {}
+    for name, tensor in tensors.items():
+        low = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+        raised[name] = tensor.to(dtype) if low else tensor
+    return raised
 
 
 def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:
     """Return `held` on the weights' device, or raise ValueError."""
     for name, mask in held.items():
-        if name not in weights:
-            raise ValueError(f"held: the model has no parameter {name!r}")
-        if mask.shape != weights[name].shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"held[{name!r}] must be bool of shape {tuple(weights[name].shape)}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
+        _require(name in weights, f"held: the model has no parameter {name!r}")
+        shape, found = tuple(weights[name].shape), (mask.dtype, tuple(mask.shape))
+        _require(found == (torch.bool, shape), f"held[{name!r}] must be bool {shape}, got {found}")
     return {name: mask.to(weights[name].device) for name, mask in held.items()}
 
 

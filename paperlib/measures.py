@@ -2,7 +2,7 @@
 
 Instability, delta_w and TIC are defined in arXiv 1906.03728, section 3 and appendix E. The frames
 are those that figures 6 and E1 to E5 are drawn from. They are made of the arrays of records, which
-`training.measured_flatness` describes. Losses are mean cross-entropies in nats.
+`diagnostics.measured_flatness` describes. Losses are mean cross-entropies in nats.
 """
 
 import itertools

@@ -4,7 +4,10 @@ At `width=1` architecture, initialisation and order of parameters are those of t
 1906.03728 and, for `conv4`, arXiv 1805.01930). Images are (N, C, 32, 32), logits (N, num_classes).
 """
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 POOL = "M"
 VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
 VGG19 = (64, 64, POOL, 128, 128, POOL, *[256] * 4, POOL, *[512] * 4, POOL, *[512] * 4, POOL)
+
+Dropout = tuple[float, float]  # rates after each pool and after a dense layer
 
 
 def scaled(filters: int, width: float) -> int:
@@ -51,22 +56,6 @@ def _expect_keep(add: ResidualSum, state: Mapping[str, Tensor], prefix: str, *re
         add.keep = torch.ones_like(stored)
 
 
-class Subsample(nn.Module):
-    """Every `stride`-th pixel.
-
-    A pooling of single pixels: unlike a slice's, its gradient stays channels-last where the images
-    are, and what the gradient meets next is quicker by half.
-    """
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return every `stride`-th pixel of images (N, C, H, W)."""
-        return F.avg_pool2d(x, 1, self.stride)
-
-
 class PadChannels(nn.Module):
     """Adds zero channels on both sides."""
 
@@ -89,18 +78,18 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
+        # Every `stride`-th pixel. Unlike a slice's, the gradient of a pooling of single pixels
+        # stays channels-last, which makes the layers before it quicker.
+        pixels = nn.AvgPool2d(1, stride)
         if stride == 1 and inputs == outputs:
             self.shortcut: nn.Module = nn.Identity()
         elif projection:
             # A 1x1 convolution of stride 2, written so because oneDNN crashes in the backward pass
             # of one with 4 channels, channels last.
-            self.shortcut = nn.Sequential(
-                Subsample(stride),
-                nn.Conv2d(inputs, outputs, 1, bias=False),
-                nn.BatchNorm2d(outputs),
-            )
+            conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+            self.shortcut = nn.Sequential(pixels, conv, nn.BatchNorm2d(outputs))
         else:
-            self.shortcut = nn.Sequential(Subsample(stride), PadChannels(inputs, outputs))
+            self.shortcut = nn.Sequential(pixels, PadChannels(inputs, outputs))
         self.sum = ResidualSum(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +105,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         blocks: int,
-        filters: tuple[int, ...],
+        filters: Sequence[int],
         projection: bool,
         num_classes: int,
         in_channels: int,
@@ -127,8 +116,8 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(filters[0])
         stages, inputs = [], filters[0]
         for stage, outputs in enumerate(filters):
-            strides = [1 if stage == 0 else 2] + [1] * (blocks - 1)
-            for stride in strides:
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
                 stages.append(BasicBlock(inputs, outputs, stride, projection))
                 inputs = outputs
         self.blocks = nn.Sequential(*stages)
@@ -141,139 +130,107 @@ class ResNet(nn.Module):
         return self.fc(self.dropout(out.mean(dim=(2, 3))))
 
 
-class VGG(nn.Module):
-    """VGG with batch norm: 3x3 convolutions with bias, max pools between them, then `head`."""
+def conv4(num_classes: int, in_channels: int, width: float, dropout: Dropout) -> nn.Module:
+    """Return four 3x3 convolutions and two dense layers, without batch norm."""
+    filters, dense = scaled(32, width), scaled(512, width)
 
-    def __init__(self, layout: tuple, in_channels: int, head: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        inputs = in_channels
-        for item in layout:
-            if item == POOL:
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [
-                    nn.Conv2d(inputs, item, 3, padding=1),
-                    nn.BatchNorm2d(item),
-                    nn.ReLU(inplace=True),
-                ]
-                inputs = item
-        self.features = nn.Sequential(*layers)
-        self.classifier = head(inputs)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.constant_(module.get_parameter("bias"), 0)
+    def two(inputs: int, outputs: int) -> list[nn.Module]:
+        first, second = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3)
+        pooled = nn.MaxPool2d(2), nn.Dropout(dropout[0])
+        return [first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), *pooled]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, num_classes)."""
-        return self.classifier(self.features(x))
+    convolutions = [*two(in_channels, filters), *two(filters, 2 * filters)]
+    layers: dict[str, nn.Module] = {"features": nn.Sequential(*convolutions, nn.Flatten())}
+    layers |= {"dense": nn.Linear(2 * filters * 6 * 6, dense), "relu": nn.ReLU()}
+    layers |= {"dropout": nn.Dropout(dropout[1]), "fc": nn.Linear(dense, num_classes)}
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Conv4(nn.Module):
-    """Four 3x3 convolutions and a dense layer of 512, without batch norm (arXiv 1805.01930)."""
-
-    def __init__(
-        self,
-        filters: int,
-        dense: int,
-        num_classes: int,
-        in_channels: int,
-        dropout: tuple[float, float],
-    ) -> None:
-        super().__init__()
-        after_pool, after_dense = dropout
-        self.features = nn.Sequential(
-            nn.Conv2d(in_channels, filters, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(filters, filters, 3),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(2),
-            nn.Dropout(after_pool),
-            nn.Conv2d(filters, 2 * filters, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(2 * filters, 2 * filters, 3),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(2),
-            nn.Dropout(after_pool),
-            nn.Flatten(),
-        )
-        self.dense = nn.Linear(2 * filters * 6 * 6, dense)
-        self.dropout = nn.Dropout(after_dense)
-        self.fc = nn.Linear(dense, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, num_classes)."""
-        return self.fc(self.dropout(F.relu(self.dense(self.features(x)))))
-
-
-def conv4(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
-    """Return four convolutions and two dense layers, without batch norm."""
-    return Conv4(scaled(32, width), scaled(512, width), num_classes, in_channels, dropout)
-
-
-def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: Dropout) -> nn.Module:
     """Return VGG11 with batch norm and one dense layer."""
+    features = _convolutions(VGG11, in_channels, width)
+    dense = nn.Linear(scaled(512, width), num_classes)
+    classifier = nn.Sequential(nn.Flatten(), nn.Dropout(dropout[1]), dense)
+    _draw_by_fan_out(features)
+    return nn.Sequential(OrderedDict(features=features, classifier=classifier))
 
-    def head(inputs: int) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Dropout(dropout[1]), nn.Linear(inputs, num_classes))
 
-    return VGG(_widened(VGG11, width), in_channels, head)
-
-
-def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
+def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: Dropout) -> nn.Module:
     """Return VGG19 with torchvision's names and initialisation, so that its weights load."""
-    model = VGG(_widened(VGG19, width), in_channels, lambda inputs: nn.Identity())
-    dense = scaled(4096, width)
-    model.features.append(nn.AdaptiveAvgPool2d(7)).append(nn.Flatten())
-    model.classifier = nn.Sequential(
-        nn.Linear(scaled(512, width) * 49, dense),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout[1]),
-        nn.Linear(dense, dense),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout[1]),
-        nn.Linear(dense, num_classes),
+    features = _convolutions(VGG19, in_channels, width)
+    _draw_by_fan_out(features)
+    features.extend([nn.AdaptiveAvgPool2d(7), nn.Flatten()])
+    sizes = scaled(512, width) * 49, scaled(4096, width), scaled(4096, width), num_classes
+    first, second, last = (nn.Linear(a, b) for a, b in pairwise(sizes))
+    for dense in (first, second, last):
+        nn.init.normal_(dense.weight, 0, 0.01)
+        nn.init.zeros_(dense.bias)
+    classifier = nn.Sequential(
+        *(first, nn.ReLU(inplace=True), nn.Dropout(dropout[1])),
+        *(second, nn.ReLU(inplace=True), nn.Dropout(dropout[1])),
+        last,
     )
-    for module in model.classifier:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, 0.01)
-            nn.init.zeros_(module.bias)
-    return model
+    return nn.Sequential(OrderedDict(features=features, classifier=classifier))
 
 
-def resnet18(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
-    """Return ResNet18 for CIFAR, with projections in its shortcuts."""
-    filters = tuple(scaled(n, width) for n in (64, 128, 256, 512))
-    return ResNet(2, filters, True, num_classes, in_channels, dropout[1])
+def _convolutions(layout: Sequence, in_channels: int, width: float) -> nn.Sequential:
+    """Return 3x3 convolutions with bias, batch norm and ReLU, and max pools between them."""
+    layers: list[nn.Module] = []
+    for item in layout:
+        if item == POOL:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        filters = scaled(item, width)
+        layers.append(nn.Conv2d(in_channels, filters, 3, padding=1))
+        layers += [nn.BatchNorm2d(filters), nn.ReLU(inplace=True)]
+        in_channels = filters
+    return nn.Sequential(*layers)
 
 
-def resnet20(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
-    """Return ResNet20, with zero channels in its shortcuts."""
-    return _thin_resnet(3, num_classes, in_channels, width, dropout)
+def _draw_by_fan_out(features: nn.Sequential) -> None:
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.get_parameter("bias"))
 
 
-def resnet56(num_classes: int, in_channels: int, width: float, dropout: tuple) -> nn.Module:
-    """Return ResNet56, with zero channels in its shortcuts."""
-    return _thin_resnet(9, num_classes, in_channels, width, dropout)
-
-
-def _thin_resnet(
-    blocks: int, num_classes: int, in_channels: int, width: float, dropout: tuple
+def resnet(
+    blocks: int,
+    filters: Sequence[int],
+    projection: bool,
+    num_classes: int,
+    in_channels: int,
+    width: float,
+    dropout: Dropout,
 ) -> nn.Module:
-    filters = tuple(scaled(n, width) for n in (16, 32, 64))
-    model = ResNet(blocks, filters, False, num_classes, in_channels, dropout[1])
+    """Return a ResNet for CIFAR.
+
+    Args:
+        blocks: How many in each stage.
+        filters: Of each stage, at width 1.
+        projection: Shortcuts to more filters are 1x1 convolutions with batch norm, as in ResNet18.
+            Otherwise they add channels of zeros, and all weights are drawn as by He et al.
+        num_classes: As for `build`, like the others.
+        in_channels: As for `build`.
+        width: As for `build`.
+        dropout: As for `build`.
+    """
+    scales = [scaled(n, width) for n in filters]
+    model = ResNet(blocks, scales, projection, num_classes, in_channels, dropout[1])
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if not projection and isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
     return model
 
 
-def _widened(layout: tuple, width: float) -> tuple:
-    return tuple(item if item == POOL else scaled(item, width) for item in layout)
-
-
-MODELS = {f.__name__: f for f in (conv4, vgg11_bn, vgg19_bn, resnet18, resnet20, resnet56)}
+MODELS: dict[str, Callable[[int, int, float, Dropout], nn.Module]] = {
+    "conv4": conv4,
+    "vgg11_bn": vgg11_bn,
+    "vgg19_bn": vgg19_bn,
+    "resnet18": partial(resnet, 2, (64, 128, 256, 512), True),
+    "resnet20": partial(resnet, 3, (16, 32, 64), False),
+    "resnet56": partial(resnet, 9, (16, 32, 64), False),
+}
 
 
 def build(

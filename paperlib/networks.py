@@ -22,9 +22,6 @@ from paperlib.streams import seeded
 SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 224)  # of square images, to name some that fit
 
 
-AnyPruner = Pruner | FilterPruner | FilterNoise | WeightPruner
-
-
 def resolve(spec: str) -> Callable:
     """Return the object that "package.module:name" names; raise ValueError if there is none."""
     module, _, name = spec.partition(":")
@@ -42,14 +39,13 @@ def build(config: Config, classes: int = 10, channels: int = 3) -> nn.Module:
         return models.build(config.model, classes, channels, config.width, config.dropout)
 
 
-def make_pruner(config: Config, model: nn.Module) -> AnyPruner:
+def make_pruner(config: Config, model: nn.Module) -> Pruner:
     """Return a run's pruner, or the noise that replaces it."""
-    p = config.pruning
-    chance = torch.Generator()
+    p, chance = config.pruning, torch.Generator()
+    if p is None:
+        return Pruner()
     if isinstance(p, WeightPruning):
         return WeightPruner(model, p.layers, p.fractions, p.target, p.schedule, p.mu, chance)
-    if not isinstance(p, FilterPruning):
-        return Pruner()
     score = resolve(p.score) if ":" in p.score else p.score
     pruner = FilterPruner(model, p.fractions, score, p.target, p.layers, chance, p.norm)
     if config.noise is None:
@@ -74,22 +70,17 @@ def events_of(pruning: FilterPruning | WeightPruning | None) -> dict[int, tuple]
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Return Adam or SGD over all parameters, fused."""
-    common: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "fused": True,
-    }
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
-    return torch.optim.Adam(model.parameters(), **common)
+        options |= {"momentum": config.momentum}
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+    return kind(model.parameters(), fused=True, **options)
 
 
 def check_images(
     config: Config, shape: tuple[int, int, int], classes: int, device: torch.device
 ) -> None:
     """Check that a run's network takes images of this shape and returns logits.
-
-    The networks of `models` are tried without memory or arithmetic (torch's meta device).
 
     Args:
         config: The run's configuration.
@@ -100,32 +91,25 @@ def check_images(
     Raises:
         ValueError: The network does not take these images, or returns no (images, classes).
     """
-    ours = ":" not in config.model
-    with torch.device("meta") if ours else torch.device("cpu"):
-        model = build(config, classes, shape[0])
-    model = model if ours else model.to(device)
-    where = torch.device("meta") if ours else device
+    channels, height, width = shape
+    model = build(config, classes, channels).to(device).eval()
 
     def tried(height: int, width: int) -> Exception | None:
-        images = torch.zeros(2, shape[0], height, width, device=where)
+        images = torch.zeros(2, channels, height, width, device=device)
         try:
             with torch.no_grad(), seeded(config.seed, "check"):
-                found = logits_of(model.eval()(images), 2)
+                found = tuple(logits_of(model(images), 2).shape)
+            if found != (2, classes):
+                raise ValueError(f"its logits are {found} for 2 images, {classes} classes")
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return error
-        if found.shape != (2, classes):
-            return ValueError(
-                f"its logits are {tuple(found.shape)} for 2 images, {classes} classes"
-            )
         return None
 
-    error = tried(*shape[1:])
-    if error is not None:
-        size = f"{shape[2]}x{shape[1]}"
-        fitting = [f"{s}x{s}" for s in SIZES if tried(s, s) is None]
-        valid = f"of these sizes it takes {', '.join(fitting)}" if fitting else "it takes none"
+    if error := tried(height, width):
+        fitting = [f"{size}x{size}" for size in SIZES if tried(size, size) is None]
         raise ValueError(
-            f"{config.model} cannot take images of {size} in {config.data!r} ({error}); {valid}"
+            f"{config.model} cannot take images of {width}x{height} in {config.data!r} ({error}); "
+            f"of these sizes it takes {', '.join(fitting) or 'none'}"
         ) from error
 
 
@@ -144,20 +128,18 @@ def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
     Raises:
         ValueError: The record has no such masks, or those of another network.
     """
-    run = f"the record of {record.config.title}"
-    if not isinstance(record.config.pruning, WeightPruning):
-        raise ValueError(f"{run} is not of single weights pruned")
     model = initial_network(record)
-    pruner = make_pruner(record.config, model)
-    assert isinstance(pruner, WeightPruner)
+    pruner, title = make_pruner(record.config, model), record.config.title
+    if not isinstance(pruner, WeightPruner):
+        raise ValueError(f"the record of {title} is not of single weights pruned")
     state = {}
     for name, mask in pruner.masks.items():
-        packed = record.arrays.get(f"kept.{name}")
-        if packed is None:
-            raise ValueError(f"{run} has no mask of {name!r}: it was not made with histograms=True")
+        packed = record.arrays.get(f"kept.{name}", np.empty(0, np.uint8))
         if len(packed) != math.ceil(mask.numel() / 8):
-            shape = tuple(mask.shape)
-            raise ValueError(f"{run} has a mask of {len(packed)} bytes of {name!r}, not of {shape}")
+            raise ValueError(
+                f"the record of {title} has {len(packed)} bytes of a mask of {name!r}, which is "
+                f"{tuple(mask.shape)}; a run has masks if it was made with histograms=True"
+            )
         kept = torch.from_numpy(np.unpackbits(packed, count=mask.numel()).astype(bool))
         state[f"mask.{name}"] = kept.view(mask.shape)
     pruner.load_state_dict(state)
@@ -173,12 +155,9 @@ def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
     Raises:
         RuntimeError: The weights cannot be downloaded.
     """
-    trained = models.pretrained_vgg19_bn()
-    dataset = data.load(config.data)
-    images = Batches(
-        dataset.train_images, dataset.train_labels, dataset.mean, dataset.std, torch.device("cpu")
-    )
-    first, _ = images.first(HISTOGRAM_IMAGES)
+    trained, dataset = models.pretrained_vgg19_bn(), data.load(config.data)
+    images, mean, std = dataset.train_images, dataset.mean, dataset.std
+    first, _ = Batches(images, dataset.train_labels, mean, std, "cpu").first(HISTOGRAM_IMAGES)
     with seeded(config.seed, "weights"):
         untrained = models.build("vgg19_bn", num_classes=1000)
     networks = {"untrained": untrained, "trained": trained}

@@ -17,9 +17,7 @@ forward passes after the event their weights are disturbed, then they train on.
 (0, 2)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +27,17 @@ from paperlib.pruning.pruners import PassHook
 from paperlib.pruning.zeros import Entries
 
 KINDS = ("zeroing", "gaussian", "restored")
-_TENSORS = {
+OF_NORMS = {  # by the names in `state_dict`
     "scale": "weight",
     "shift": "bias",
     "running_mean": "running_mean",
     "running_var": "running_var",
 }
 
-
-@dataclass
-class Span:
-    """A layer's noise, from its latest event until the pass that ends it.
-
-    Attributes:
-        filters: (n,) indices of the filters it acts on.
-        saved: the values those filters had at the event, by the names of `FilterNoise._tensors`.
-        passes: forward passes since then.
-    """
-
-    filters: Tensor
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    passes: int = 0
+# A layer's noise from its latest event until the pass that ends it: "filters" (n,), the indices of
+# those it acts on; "passes", (), since then; and by names of `FilterNoise._tensors` the values that
+# will be restored.
+Span = dict[str, Tensor]
 
 
 class FilterNoise(Pruner):
@@ -105,7 +93,6 @@ class FilterNoise(Pruner):
         self.masks, self.layers = pruner.masks, pruner.layers
         self.removed = False
         self._spans: dict[str, Span] = {}
-        self._paused = False
         pruner.unhook()
         self._hook = PassHook(self.before_pass)
         model.register_forward_pre_hook(self._hook)
@@ -116,14 +103,12 @@ class FilterNoise(Pruner):
             return self.pruner.prune(event, events)
         chosen = self.pruner.choose(event, events)
         for name, filters in chosen.items():
-            self._spans[name] = Span(filters)
+            span = {"passes": torch.tensor(0), "filters": filters}
             if self.kind == "restored":
-                gone = (~self.masks[name]).nonzero().squeeze(1)
-                saved = {
-                    key: tensor.detach().index_select(0, entries.of(gone))
-                    for key, (tensor, entries) in self._tensors(name).items()
-                }
-                self._spans[name] = Span(gone, saved)
+                span["filters"] = gone = (~self.masks[name]).nonzero().squeeze(1)
+                for key, (tensor, entries) in self._tensors(name).items():
+                    span[key] = tensor.detach().index_select(0, entries.of(gone))
+            self._spans[name] = span
         return sum(len(filters) for filters in chosen.values())
 
     def remove(self) -> None:
@@ -141,22 +126,11 @@ class FilterNoise(Pruner):
         """Return what `FilterPruner.held` does once filters are removed; before that, nothing."""
         return self.pruner.held() if self.removed else {}
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Neither count forward passes nor change anything in this context, for measurements."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return the pruner's state and the noise still to come, as named tensors."""
         state = self.pruner.state_dict() | {"noise.removed": torch.tensor(self.removed)}
         for name, span in self._spans.items():
-            state[f"noise.passes.{name}"] = torch.tensor(span.passes)
-            state[f"noise.filters.{name}"] = span.filters
-            state |= {f"noise.{key}.{name}": tensor for key, tensor in span.saved.items()}
+            state |= {f"noise.{key}.{name}": tensor.clone() for key, tensor in span.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -168,15 +142,12 @@ class FilterNoise(Pruner):
             return
         self.pruner.load_masks(state)
         for name, mask in self.masks.items():
-            if f"noise.passes.{name}" not in state:
-                continue
-            saved = {
-                key: state[f"noise.{key}.{name}"].clone().to(mask.device)
-                for key in self._tensors(name)
-                if f"noise.{key}.{name}" in state
-            }
-            filters = state[f"noise.filters.{name}"].clone().to(mask.device)
-            self._spans[name] = Span(filters, saved, int(state[f"noise.passes.{name}"]))
+            span = {}
+            for key in ("passes", "filters", *self._tensors(name)):
+                if f"noise.{key}.{name}" in state:
+                    span[key] = state[f"noise.{key}.{name}"].clone().to(mask.device)
+            if span:
+                self._spans[name] = span | {"passes": span["passes"].cpu()}
 
     @property
     def due(self) -> bool:
@@ -192,34 +163,33 @@ class FilterNoise(Pruner):
     def before_pass(self, training: bool) -> None:
         """Disturb the weights, and have the pruner that chooses count the pass."""
         self.pruner.before_pass(training)
-        if self._paused or not self._spans:
-            return
         # In forward order: the order of draws must not depend on that of events.
         for name in [name for name in self.masks if name in self._spans]:
             span = self._spans[name]
-            span.passes += 1
+            span["passes"] += 1
             self._disturb(name, span)
-            if span.passes > self.passes:
+            if span["passes"] > self.passes:
                 del self._spans[name]
-        # Autocast may hold copies of the weights as they were before.
-        torch.clear_autocast_cache()
+            # Autocast may hold copies of the weights as they were before.
+            torch.clear_autocast_cache()
 
     def _disturb(self, name: str, span: Span) -> None:
-        tensors = self._tensors(name)
+        tensors, filters = self._tensors(name), span["filters"]
+        weight, _ = tensors["weight"]
         if self.kind == "gaussian":
-            weight, first = tensors["weight"][0], self.masks[name].int().argmax(0, keepdim=True)
-            shape = (len(span.filters), *weight.shape[1:])
+            first = self.masks[name].int().argmax(0, keepdim=True)
+            shape = (len(filters), *weight.shape[1:])
             noise = torch.randn(shape, generator=self.generator, dtype=torch.float32)
             noise = noise.to(weight) * weight.index_select(0, first).std()
-            weight.index_add_(0, span.filters, noise)
+            weight.index_add_(0, filters, noise)
         elif self.kind == "zeroing":
-            tensors["weight"][0].index_fill_(0, span.filters, 0)
+            weight.index_fill_(0, filters, 0)
         else:
             for key, (tensor, entries) in tensors.items():
-                if span.passes > self.passes:
-                    tensor.index_copy_(0, entries.of(span.filters), span.saved[key])
+                if span["passes"] > self.passes:
+                    tensor.index_copy_(0, entries.of(filters), span[key])
                 elif not key.startswith("running"):
-                    tensor.index_fill_(0, entries.of(span.filters), 0)
+                    tensor.index_fill_(0, entries.of(filters), 0)
 
     def _tensors(self, name: str) -> dict[str, tuple[Tensor, Entries]]:
         """Return what noise may change of a layer, and where a filter's entries are in it."""
@@ -227,7 +197,7 @@ class FilterNoise(Pruner):
         found = {"weight": (layer.conv.weight, Entries(layer.conv, ("weight",)))}
         norms = [e for e in layer.entries.values() if not isinstance(e.module, nn.Conv2d)]
         for i, entries in enumerate(norms):
-            for key, of_norm in _TENSORS.items():
+            for key, of_norm in OF_NORMS.items():
                 tensor = getattr(entries.module, of_norm, None)
                 if tensor is not None:
                     found[f"{key}.{i}" if i else key] = (tensor, entries)

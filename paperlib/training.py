@@ -1,41 +1,33 @@
 """One run, from its configuration to its record.
 
-`run` is the entry. `steps` looks the record up, claims the run and writes the record; `_train`
-does the epochs; `_epoch` is one of them: train, test, prune, test again, measure. They are
-generators because several runs may take turns on one GPU (`extras.fast.together`); alone, a run
+`run` is the entry. `steps` looks the record up, claims the run and writes the record.
+`Run.complete` does the epochs; one of them is to train, test, prune, test again, and measure. They
+are generators because several runs may take turns on one GPU (`extras.fast.together`); alone, a run
 simply exhausts them.
 """
 
 import math
-import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from paperlib import data, inputs, models
+from paperlib import data, diagnostics, inputs, models
 from paperlib.batches import Batches
 from paperlib.config import Config
-from paperlib.devices import autocast, choose_device, full_float32, memory_format
-from paperlib.diagnostics import (
-    Arrays,
-    Callback,
-    Moment,
-    Replica,
-    distance,
-    histograms,
-    measured_flatness,
-)
+from paperlib.devices import autocast, choose_device, full_float32, memory_format, one_at_a_time
+from paperlib.diagnostics import Arrays, Callback, Moment
 from paperlib.extras import fast as faster
 from paperlib.loop import PlainLoop, Totals, finish
-from paperlib.networks import AnyPruner, build, check_images, events_of, make_optimizer, make_pruner
+from paperlib.networks import build, check_images, events_of, make_optimizer, make_pruner
 from paperlib.networks import imagenet_outputs as imagenet_outputs
 from paperlib.noise import FilterNoise
+from paperlib.pruning import Pruner
 from paperlib.runs import RunRecord, Store
 from paperlib.store import checkpoints, lease
 from paperlib.store.checkpoints import Checkpoint
@@ -44,8 +36,6 @@ from paperlib.streams import generator, seeded, stream
 # No other number of the record depends on these columns. NaN except at events; `distance` is NaN
 # except in the last epoch.
 BESIDE = ("recalibrated", "pre_loss", "post_loss", "distance")
-# torch's global generators and torch.fx's tracing belong to the process: threads take turns.
-_one_at_a_time = threading.RLock()
 
 Row = dict[str, Any]  # an epoch of the record
 Steps = Generator[str | None, None, RunRecord]
@@ -123,29 +113,29 @@ def steps(
 
     Yields: None where the run would wait for the device, else where others may launch work.
     """
-    with _one_at_a_time:
+    with one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read
     faster.warn_if_emulated(config.precision, device)
     if store is None:
-        images = inputs.images_of(config)
-        return (yield from _train(config, images, device, callback, None, captured))
+        how = config, inputs.images_of(config), device, callback, captured
+        with one_at_a_time:
+            return (yield from Run(*how).complete(None))
     store.check_writable()
     earlier = store.failure(config.identity)
-    with lease.claim(store.path, config.identity, wait) as claim:
+    with lease.claim(store.path, config.identity, wait) as claim, one_at_a_time:
         if (failure := store.failure(config.identity)) not in (earlier, None):
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config in store:
             return store.read(config)
-        dataset = inputs.images_of(config, store.path / "data")
-        made_of = inputs.checksums(config, dataset.checksum)
-        checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
-        how = config, dataset, device, callback, checkpoint, captured
+        how = config, inputs.images_of(config, store.path / "data"), device, callback, captured
+        checksums = inputs.checksums(config, how[1])
+        checkpoint = Checkpoint(store.path, config, claim, **checksums, until=until)
         try:
             try:
-                record = yield from _train(*how)
+                record = yield from Run(*how).complete(checkpoint)
             except checkpoints.UnusableCheckpoint as error:
                 checkpoint.set_aside(error)
-                record = yield from _train(*how)
+                record = yield from Run(*how).complete(checkpoint)
         except TrainingError as error:
             store.fail(config, error)
             checkpoints.discard(store.path, config.identity)
@@ -173,6 +163,7 @@ class Run:
         captured: bool,
     ) -> None:
         self.config, self.device, self.callback = config, device, callback
+        self.checksums = inputs.checksums(config, dataset)
         self.layout, shape = memory_format(device, config.precision), dataset.train_images.shape[1:]
         self.classes, (self.channels, height, width) = len(dataset.classes), shape
         check_images(config, (self.channels, height, width), self.classes, device)
@@ -183,29 +174,42 @@ class Run:
         train, labels = dataset.train_images, dataset.train_labels
         self.train = batches(train, labels, size=config.batch, augment=config.augment)
         self.test = batches(dataset.test_images, dataset.test_labels)
-        # Before there is a pruner, which may observe forward passes.
-        self.arrays = histograms(config, "untrained", self.model, None, self.train)
+        self.arrays: Arrays = {}
+        self.pruner = Pruner()  # the run's own may observe forward passes
+        self._note_histograms("untrained")
         self.pruner = make_pruner(config, self.model)
         self.noise = self.pruner if isinstance(self.pruner, FilterNoise) else None
         self.optimizer = make_optimizer(config, self.model)
         self.loop = make_loop(config, self.model, self.optimizer, self.pruner, device, captured)
         self.events = events_of(config.pruning)
         self.evaluation_batch = evaluation_batch(device)
-        self.replica: Replica | None = None
 
     def new_network(self) -> nn.Module:
         """Return the network at its initial weights, on the device."""
         network = build(self.config, self.classes, self.channels)
         return network.to(device=self.device).to(memory_format=self.layout)
 
-    def replicate(self) -> Replica:
-        """Return a replica of the network and pruner as they are now."""
-        if self.replica is None:
-            model = self.new_network()
-            pruner = make_pruner(self.config, model)
-            self.replica = Replica(model, pruner, self.loop, self.evaluation_batch)
-        self.replica.load(self.model, self.pruner)
-        return self.replica
+    @cached_property
+    def _second(self) -> tuple[nn.Module, Pruner]:
+        model = self.new_network()
+        pruner = make_pruner(self.config, model)
+        pruner.unhook()
+        return model, pruner
+
+    @torch.no_grad()
+    def replica(self) -> nn.Module:
+        """Return a second network, brought to the present state of the run's.
+
+        It is built anew. A deep copy would share hooks of the run, and through them its counters,
+        scores and noise. As for a checkpoint, a network may keep state in parameters and buffers
+        only.
+        """
+        model, pruner = self._second
+        pruner.load_state_dict(self.pruner.state_dict())  # first: it may add buffers
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_(state[name])
+        return model
 
     def evaluate(self) -> Totals:
         """Test the network."""
@@ -213,147 +217,140 @@ class Run:
         size = self.evaluation_batch if noise is None else noise.evaluation_batch
         return self.loop.evaluate(self.test, size)
 
-
-def _train(
-    config: Config,
-    dataset: data.Dataset,
-    device: torch.device,
-    callback: Callback | None,
-    checkpoint: Checkpoint | None,
-    captured: bool,
-) -> Steps:
-    """Train a network epoch by epoch, and return its record."""
-    with _one_at_a_time:
-        run = Run(config, dataset, device, callback, captured)
-        parts = run.model, run.optimizer, run.pruner
+    def complete(self, checkpoint: Checkpoint | None) -> Steps:
+        """Train the network epoch by epoch, from the checkpoint on, and return the record."""
+        parts = self.model, self.optimizer, self.pruner
         rows: list[Row] = []
         if checkpoint is not None:
-            rows, run.arrays = checkpoint.restore(*parts) or (rows, run.arrays)
-        for epoch in range(len(rows), config.epochs):
+            rows, self.arrays = checkpoint.restore(*parts) or (rows, self.arrays)
+        for epoch in range(len(rows), self.config.epochs):
             start = time.perf_counter()
-            row = yield from _epoch(run, epoch, trained=sum(row["trained"] for row in rows))
+            row = yield from self._epoch(epoch, trained=sum(row["trained"] for row in rows))
             evaluated = time.perf_counter()
-            run.arrays |= _measured(run, epoch, row)
+            self.arrays |= self._measured(epoch, row)
             rows.append(row | {"seconds": time.perf_counter() - start})
-            if checkpoint is not None and len(rows) < config.epochs:
+            if checkpoint is not None and len(rows) < self.config.epochs:
                 measured = time.perf_counter() - evaluated
-                checkpoint.save_when_due(*parts, rows, run.arrays, measured)
-        run.arrays |= histograms(config, "trained", run.model, run.pruner, run.train)
-        about = inputs.described(run.device, run.model, run.pruner)
-        about |= {"classes": run.classes, "channels": run.channels}
-        about |= inputs.checksums(config, dataset.checksum)
+                checkpoint.save_when_due(*parts, rows, self.arrays, measured)
+        self._note_histograms("trained")
+        about = inputs.described(self.device, self.model, self.pruner) | self.checksums
+        about |= {"classes": self.classes, "channels": self.channels}
         if checkpoint is not None and checkpoint.earlier:
             about["resumed"] = checkpoint.earlier
-        return RunRecord(config, pd.DataFrame(rows), run.arrays, about)
+        return RunRecord(self.config, pd.DataFrame(rows), self.arrays, about)
 
+    def _epoch(self, epoch: int, trained: int) -> Generator[str | None, None, Row]:
+        """Train, test, prune and test again.
 
-def _epoch(run: Run, epoch: int, trained: int) -> Generator[str | None, None, Row]:
-    """Train, test, prune and test again.
+        Args:
+            epoch: Which epoch, from 0.
+            trained: How many epochs have trained before.
 
-    Args:
-        run: The run.
-        epoch: Which epoch, from 0.
-        trained: How many epochs have trained before.
+        Yields:
+            As `steps`.
 
-    Yields:
-        As `steps`.
-
-    Returns:
-        The epoch's row of the record, without its seconds.
-    """
-    config, loop = run.config, run.loop
-    learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    if run.noise is not None:
-        _reseed(run.noise, config.seed, "noise", epoch)
-    totals = None
-    if epoch > 0 or not getattr(config.pruning, "scratch", False):
-        order = generator(config.seed, "order", epoch)
-        augment = generator(config.seed, "augmentation", epoch)
-        with seeded(config.seed, "dropout", epoch) if loop.draws else nullcontext():
-            totals = yield from loop.launch(run.train, order, augment)
-    tested = run.evaluate()
-    yield None
-    train_loss, train_accuracy = totals.read() if totals else (math.nan, math.nan)
-    if totals and not math.isfinite(train_loss):
-        raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
-    test_loss, pre = tested.read()
-    post = pre
-    removed, beside = _event(run, epoch)
-    if removed or run.noise is not None:
-        # With noise every epoch has both evaluations: each of their batches is a pass.
-        tested = run.evaluate()
+        Returns:
+            The epoch's row of the record, without its seconds.
+        """
+        config, loop = self.config, self.loop
+        learning_rate = config.learning_rate * 0.1 ** sum(trained >= m for m in config.milestones)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.noise is not None:
+            _reseed(self.noise, config.seed, "noise", epoch)
+        totals = None
+        if epoch > 0 or not getattr(config.pruning, "scratch", False):
+            order = generator(config.seed, "order", epoch)
+            augment = generator(config.seed, "augmentation", epoch)
+            with seeded(config.seed, "dropout", epoch) if loop.draws else nullcontext():
+                totals = yield from loop.launch(self.train, order, augment)
+        tested = self.evaluate()
         yield None
-        test_loss, post = tested.read()
-    if not math.isfinite(test_loss):
-        raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
-    if epoch == config.epochs - 1:
-        beside["distance"] = distance(run.model, build(config, run.classes, run.channels))
-    return {
-        "epoch": epoch,
-        "trained": totals is not None,
-        "learning_rate": learning_rate,
-        "train_loss": train_loss,
-        "train_accuracy": train_accuracy,
-        "test_loss": test_loss,
-        "pre": pre,
-        "post": post,
-        "removed": removed,
-    } | beside
+        train_loss, train_accuracy = totals.read() if totals else (math.nan, math.nan)
+        if totals and not math.isfinite(train_loss):
+            raise TrainingError(f"the loss of {config.title} is {train_loss} at epoch {epoch}")
+        test_loss, pre = tested.read()
+        post = pre
+        removed, beside = self._event(epoch)
+        if removed or self.noise is not None:
+            # With noise every epoch has both evaluations: each of their batches is a pass.
+            tested = self.evaluate()
+            yield None
+            test_loss, post = tested.read()
+        if not math.isfinite(test_loss):
+            raise TrainingError(f"the test loss of {config.title} is {test_loss} at epoch {epoch}")
+        return {
+            "epoch": epoch,
+            "trained": totals is not None,
+            "learning_rate": learning_rate,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "pre": pre,
+            "post": post,
+            "removed": removed,
+        } | beside
 
+    def _event(self, epoch: int) -> tuple[int, Row]:
+        """Prune, if the epoch has an event.
 
-def _event(run: Run, epoch: int) -> tuple[int, Row]:
-    """Prune, if the epoch has an event.
-
-    Returns:
-        How many filters or weights were removed, and the columns `BESIDE`. If some were removed,
-        these are the loss on training images before and after, and the test accuracy with
-        recalibrated batch norms.
-    """
-    removed, beside, pruner = 0, dict.fromkeys(BESIDE, math.nan), run.pruner
-    if event := run.events.get(epoch):
-        replica = run.replicate()
-        chooser = pruner if run.noise is None else run.noise.pruner
-        _reseed(chooser, run.config.seed, "filters", epoch)
-        if epoch == min(run.events):
-            run.arrays |= histograms(run.config, "before", run.model, pruner, run.train)
-        removed = pruner.prune(*event)
-        if epoch == max(run.events):
-            run.arrays |= histograms(run.config, "after", run.model, pruner, run.train)
+        Returns:
+            How many filters or weights were removed, and the columns `BESIDE`. If some were
+            removed, these are the loss on training images before and after, and the test accuracy
+            with recalibrated batch norms.
+        """
+        removed, beside = 0, dict.fromkeys(BESIDE, math.nan)
+        with_images = self.loop, self.train, self.evaluation_batch
+        if event := self.events.get(epoch):
+            pre_loss = diagnostics.training_loss(self.replica(), *with_images)
+            chooser = self.pruner if self.noise is None else self.noise.pruner
+            _reseed(chooser, self.config.seed, "filters", epoch)
+            if epoch == min(self.events):
+                self._note_histograms("before")
+            removed = self.pruner.prune(*event)
+            if epoch == max(self.events):
+                self._note_histograms("after")
+        last = epoch == self.config.epochs - 1
+        if self.noise is not None and last:
+            self.noise.remove()
         if removed:
-            beside["pre_loss"], _ = replica.loss(run.train).read()
-    if run.noise is not None and epoch == run.config.epochs - 1:
-        run.noise.remove()
-    if removed:
-        replica = run.replicate()
-        beside["post_loss"], _ = replica.loss(run.train).read()
-        _, beside["recalibrated"] = replica.recalibrated(run.train, run.test).read()
-    return removed, beside
+            replica = self.replica()
+            beside["pre_loss"] = pre_loss
+            beside["post_loss"] = diagnostics.training_loss(replica, *with_images)
+            beside["recalibrated"] = diagnostics.recalibrated(replica, *with_images, self.test)
+        if last:
+            initial = build(self.config, self.classes, self.channels)
+            beside["distance"] = diagnostics.distance(self.model, initial)
+        return removed, beside
+
+    def _note_histograms(self, moment: str) -> None:
+        parts = self.model, self.pruner, self.train
+        self.arrays |= diagnostics.histograms(self.config, moment, *parts)
+
+    def _measured(self, epoch: int, row: Row) -> Arrays:
+        """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
+        config, arrays = self.config, Arrays()
+        with self.pruner.by_hand():
+            if config.flatness is not None and epoch == config.flatness.epoch:
+                held = self.pruner.held()
+                arrays |= diagnostics.measured_flatness(
+                    self.model, self.test, config.flatness, held
+                )
+            if self.callback is not None:
+                moment = Moment(epoch, row, self.model, self.pruner, self.test, config)
+                arrays |= self.callback(moment) or {}
+        return arrays
 
 
 def _reseed(chooser: Any, seed: int, name: str, epoch: int) -> None:
     chooser.generator.manual_seed(stream(seed, name, epoch))
 
 
-def _measured(run: Run, epoch: int, row: Row) -> Arrays:
-    """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
-    config, arrays = run.config, Arrays()
-    with run.noise.paused() if run.noise is not None else nullcontext():
-        if config.flatness is not None and epoch == config.flatness.epoch:
-            held = run.pruner.held()
-            arrays |= measured_flatness(run.model, run.test, config.flatness, held)
-        if run.callback is not None:
-            moment = Moment(epoch, row, run.model, run.pruner, run.test, config)
-            arrays |= run.callback(moment) or {}
-    return arrays
-
-
 def make_loop(
     config: Config,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    pruner: AnyPruner | None,
+    pruner: Pruner | None,
     device: torch.device,
     fast: bool = False,
 ) -> PlainLoop:

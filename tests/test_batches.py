@@ -82,30 +82,28 @@ def test_same_generators_same_batches_whatever_else_is_drawn():
     assert torch.equal(next(plain.epoch(generator(1)))[1], epochs[0][0][1])
 
 
-@pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("count", [1, 4, 7, 12, 99])
-def test_first_images(count, augment):
-    images, labels = random_images(12, size=8), torch.tensor([2, 0, 1] * 4)
-    batches = Batches(images, labels, MEAN, STD, "cpu", augment=augment)
-    x, y = batches.first(count)
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.allclose(x, normalise(images[:count]), atol=1e-5)
-    assert torch.equal(y, labels[:count])
+IN_TURN, BY_CLASS = [2, 0, 1] * 4, [0] * 4 + [1] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize(
-    ("count", "chosen"),
-    [(1, [0]), (3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (11, [*range(11)]), (12, [*range(12)])],
+    ("labels", "count", "chosen"),
+    [
+        *((IN_TURN, count, [*range(count)]) for count in (1, 7, 12)),
+        (IN_TURN, 99, [*range(12)]),
+        # At even distances: of the first images all would be of one class.
+        (BY_CLASS, 1, [0]),
+        (BY_CLASS, 3, [0, 4, 8]),
+        (BY_CLASS, 5, [0, 2, 4, 7, 9]),
+        (BY_CLASS, 12, [*range(12)]),
+    ],
 )
-def test_first_images_of_a_set_sorted_by_class(count, chosen, augment):
-    """At even distances: of the first images all would be of one class."""
-    images, labels = random_images(12, size=8), torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
-    batches = Batches(images, labels, MEAN, STD, "cpu", augment=augment)
-    x, y = batches.first(count)
+def test_first_images(labels, count, chosen, augment):
+    images, labels = random_images(12, size=8), torch.tensor(labels)
+    x, y = Batches(images, labels, MEAN, STD, "cpu", augment=augment).first(count)
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    assert torch.allclose(x, normalise(images[chosen]), atol=1e-5)
     assert torch.equal(y, labels[chosen])
-    in_order = torch.cat([x for x, _ in batches.evaluation()])
-    assert torch.equal(x, in_order[chosen])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,5 +1,7 @@
 """Switches are as they were afterwards, whichever of torch's two ways they were set by."""
 
+import threading
+
 import pytest
 import torch
 from small import VGG
@@ -87,14 +89,24 @@ def test_float32_is_full_float32(precision, full, tf32):
     assert rounds()
 
 
-def test_full_float32_overlaps(tf32):
-    """As in two threads: the first context ends while the second is open."""
-    first, second = devices.full_float32(), devices.full_float32()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not rounds()
-    second.__exit__(None, None, None)
+def test_threads_take_turns_in_full_float32(tf32):
+    """Else the first to end would set the switches back while the other computes."""
+    entered, seen = threading.Event(), []
+
+    def work():
+        with devices.full_float32():
+            entered.set()
+            seen.append(rounds())
+
+    with devices.full_float32():
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert not entered.wait(0.1)
+        with devices.full_float32():  # the same thread may enter again
+            pass
+        assert not rounds()
+    thread.join()
+    assert seen == [False]
     assert rounds()
 
 

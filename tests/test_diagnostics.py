@@ -13,7 +13,6 @@ from torch import nn
 from paperlib import data, diagnostics, training
 from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, Noise
-from paperlib.loop import Totals
 from paperlib.runs import RunRecord, Store
 from paperlib.store import checkpoints
 from paperlib.training import build, run
@@ -108,21 +107,6 @@ MEASURED = {
 }
 
 
-class Unmeasured:
-    """Stands in for the replica, and measures nothing."""
-
-    def __init__(self, *arguments) -> None:
-        pass
-
-    def load(self, *arguments) -> None:
-        pass
-
-    def nothing(self, *arguments) -> Totals:
-        return Totals(math.nan, math.nan, 1)
-
-    loss = recalibrated = nothing
-
-
 def all_tensors(moment) -> dict[str, np.ndarray]:
     """A callback: everything that the network and the pruner hold, at every epoch."""
     state = dict(moment.model.named_parameters()) | dict(moment.model.named_buffers())
@@ -131,8 +115,9 @@ def all_tensors(moment) -> dict[str, np.ndarray]:
 
 
 def switch_measuring_off(monkeypatch) -> None:
-    monkeypatch.setattr(training, "Replica", Unmeasured)
-    monkeypatch.setattr(training, "distance", lambda *networks: math.nan)
+    monkeypatch.setattr(training.Run, "replica", lambda run: None)
+    for name in ("training_loss", "recalibrated", "distance"):
+        monkeypatch.setattr(diagnostics, name, lambda *arguments: math.nan)
 
 
 def same_but_for_what_is_measured(a: RunRecord, b: RunRecord) -> None:

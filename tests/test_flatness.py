@@ -1,13 +1,12 @@
 """The measures against explicit Hessians, loops over images, and weights that are written anew."""
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from explicit import Explicit
 from torch import nn
-from torch.func import functional_call, hessian
 
 from paperlib import flatness, models
 
@@ -56,52 +55,6 @@ def some_held(model):
     }
 
 
-def flat_mask(model, held):
-    return torch.cat(
-        [
-            held.get(name, torch.zeros_like(p, dtype=torch.bool)).flatten()
-            for name, p in model.named_parameters()
-        ]
-    )
-
-
-def explicit_hessian(model, images, labels, held=None):
-    """(P, P) by torch.func, rows and columns of held coordinates zero."""
-    sizes = [p.numel() for p in model.parameters()]
-
-    def loss(flat):
-        pieces = flat.split(sizes)
-        weights = {
-            name: piece.view(p.shape)
-            for piece, (name, p) in zip(pieces, model.named_parameters(), strict=True)
-        }
-        return F.cross_entropy(functional_call(model, weights, (images,)), labels)
-
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    matrix = hessian(loss)(flat)
-    mask = flat_mask(model, held or {})
-    matrix[mask] = 0
-    matrix[:, mask] = 0
-    return matrix
-
-
-def by_magnitude(values):
-    return sorted((float(v) for v in values), key=lambda v: (-abs(v), v))
-
-
-def plain_trace(model, images, labels, held=None, centered=False):
-    free = ~flat_mask(model, held or {})
-    gradients = []
-    for x, y in zip(images.split(1), labels.split(1), strict=True):
-        loss = F.cross_entropy(model(x), y)
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
-        gradients.append(torch.cat([g.flatten() for g in gradient])[free])
-    gradients = torch.stack(gradients)
-    if centered:
-        gradients = gradients - gradients.mean(0)
-    return float(gradients.square().sum(1).mean())
-
-
 # The Hessian
 
 
@@ -110,26 +63,25 @@ def plain_trace(model, images, labels, held=None, centered=False):
 def test_spectrum_against_the_explicit_hessian(holding, dtype, tol):
     model, (images, labels) = network(dtype), batch(dtype)
     held = some_held(model) if holding else None
-    matrix = explicit_hessian(model, images, labels, held)
-    expected = by_magnitude(torch.linalg.eigvalsh(matrix.double()))
-    k = 12
+    exact, k = Explicit(model, images, labels, held), 12
+    matrix, expected = exact.hessian(), exact.eigenvalues(k)
     values, vectors = flatness.hessian_spectrum(model, images, labels, k, held, tol=tol / 2)
     scale = abs(expected[0])
-    assert values.tolist() == pytest.approx(expected[:k], abs=tol * scale)
+    assert (values - expected).abs().max() <= tol * scale
     assert (values < 0).any()
     assert vectors.shape == (k, len(matrix))
     assert vectors.norm(dim=1).tolist() == pytest.approx([1] * k, abs=1e-5)
     assert (vectors @ matrix - values[:, None] * vectors).norm(dim=1).max() <= tol * scale
-    if holding:
-        assert not vectors[:, flat_mask(model, held)].any()
+    assert not vectors[:, ~exact.free].any()
 
 
 @pytest.mark.parametrize(("chunk", "memory"), [(None, 4), (7, 4), (7, 0), (7, 2e-5)])
-def test_chunks_and_rebuilt_graphs_give_the_same_product(chunk, memory):
+def test_chunks_and_rebuilt_graphs_give_the_same_product(chunk, memory, monkeypatch):
+    monkeypatch.setattr(flatness, "GRAPHS_GIB", memory)
     model, (images, labels) = network(), batch()
     v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
-    expected = explicit_hessian(model, images, labels) @ v
-    matvec = flatness.hessian_operator(flatness.Loss(model, images, labels, chunk=chunk), memory)
+    expected = Explicit(model, images, labels).hessian() @ v
+    matvec = flatness.hessian_operator(flatness.Loss(model, images, labels, chunk=chunk))
     assert torch.allclose(matvec(v), expected, atol=1e-10)
 
 
@@ -162,11 +114,12 @@ def test_the_operator_is_symmetric_and_repeats_itself(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("memory", [4, 0])
-def test_a_product_does_not_wait_for_the_gpu(memory):
+def test_a_product_does_not_wait_for_the_gpu(memory, monkeypatch):
+    monkeypatch.setattr(flatness, "GRAPHS_GIB", memory)
     model = network(torch.float32).to("cuda")
     held = some_held(model)
     loss = flatness.Loss(model, *batch(torch.float32), held)
-    matvec = flatness.hessian_operator(loss, memory)
+    matvec = flatness.hessian_operator(loss)
     v = torch.randn(len(loss.free), device="cuda")
     expected = matvec(v)
     torch.cuda.set_sync_debug_mode("error")  # from here on a wait raises
@@ -186,7 +139,7 @@ def test_a_product_does_not_wait_for_the_gpu(memory):
 def test_trace_against_the_loop(holding, centered, chunk):
     model, (images, labels) = network(), batch()
     held = some_held(model) if holding else None
-    expected = plain_trace(model, images, labels, held, centered)
+    expected = Explicit(model, images, labels, held).trace(centered)
     actual = flatness.gradient_covariance_trace(model, images, labels, held, centered, chunk=chunk)
     assert actual == pytest.approx(expected, rel=1e-10)
 
@@ -200,7 +153,7 @@ def test_trace_of_the_papers_networks(name, limit, monkeypatch):
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     held = {key: torch.rand(p.shape) < 0.3 for key, p in model.named_parameters()}
     monkeypatch.setitem(flatness.GRADIENTS, "cpu", limit)
-    expected = plain_trace(model, images, labels, held)
+    expected = Explicit(model, images, labels, held).trace()
     actual = flatness.gradient_covariance_trace(model, images, labels, held)
     assert actual == pytest.approx(expected, rel=1e-4)
 
@@ -209,24 +162,19 @@ def test_trace_of_the_papers_networks(name, limit, monkeypatch):
 
 
 @pytest.mark.parametrize("holding", [False, True])
-def test_sharpness_against_reloading(holding):
+def test_sharpness_against_explicit_steps(holding):
     model, (images, labels) = network(), batch()
     held = some_held(model) if holding else None
-    mask = flat_mask(model, held or {})
-    directions = F.normalize(torch.randn(2, len(mask), dtype=torch.float64), dim=1)
+    exact = Explicit(model, images, labels, held)
+    directions = F.normalize(torch.randn(2, len(exact.flat), dtype=torch.float64), dim=1)
     epsilons = [-0.4, -0.1, 0.0, 0.4]
     losses, accuracies = flatness.sharpness(
         model, images, labels, directions, epsilons, held, chunk=7
     )
     assert losses.shape == accuracies.shape == (2, 4)
-    for i, direction in enumerate(directions.masked_fill(mask, 0)):
+    for i, direction in enumerate(directions):
         for j, epsilon in enumerate(epsilons):
-            other = copy.deepcopy(model)
-            steps = direction.split([p.numel() for p in other.parameters()])
-            with torch.no_grad():
-                for p, step in zip(other.parameters(), steps, strict=True):
-                    p += epsilon * step.view(p.shape)
-                logits = other(images)
+            logits = exact.logits(exact.flat + epsilon * direction * exact.free, images)
             assert losses[i, j] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-12)
             correct = (logits.argmax(1) == labels).double().mean()
             assert accuracies[i, j] == pytest.approx(100 * float(correct))

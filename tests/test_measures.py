@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
+from explicit import Explicit
 from scipy import optimize
-from torch.func import functional_call, hessian
 
 from paperlib import data, measures, training
 from paperlib.batches import Batches
-from paperlib.config import Config, ConfigError, FilterPruning, Flatness, Noise
+from paperlib.config import Config, FilterPruning, Flatness, Noise
 from paperlib.runs import RunRecord
 
 torch.set_num_threads(1)
@@ -50,43 +49,25 @@ def test_what_a_run_measures():
     config = config.with_(pruning=FilterPruning((0.5,), ((0, 2),)))
     arrays = training.run(config, device="cpu", callback=keep).arrays
     dataset = data.load("digits").subset(4, 3)
-    cpu = torch.device("cpu")
-    test = Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, cpu)
-    state = {k: v.double() if v.is_floating_point() else v for k, v in kept["state"].items()}
-    model = small(10, 3).eval()
-    shapes = {name: state[name].shape for name, _ in model.named_parameters()}
-
-    def loss(flat: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        pieces = flat.split([s.numel() for s in shapes.values()])
-        weights = {n: p.view(shapes[n]) for n, p in zip(shapes, pieces, strict=True)}
-        return F.cross_entropy(functional_call(model, state | weights, (x,)), y)
-
-    flat = torch.cat([state[name].flatten() for name in shapes])
-    none = {name: torch.zeros(shape, dtype=bool) for name, shape in shapes.items()}
-    held = torch.cat([mask.flatten() for mask in (none | kept["held"]).values()])
-    assert held.any()
+    test = Batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, "cpu")
     images, labels = test.first(8)
-    images = images.double()
-    explicit = hessian(lambda f: loss(f, images, labels))(flat)[~held][:, ~held]
-    values, vectors = torch.linalg.eigh(explicit)
-    expected = values[values.abs().argsort(descending=True)[:4]]
+    model = small(10, 3).double()
+    model.load_state_dict(kept["state"])
+    exact = Explicit(model, images.double(), labels, kept["held"])
+    assert not exact.free.all()
+    expected = exact.eigenvalues(4)
     assert arrays["eigenvalues"] == pytest.approx(expected.numpy(), rel=1e-3)
-    noise = 0.0
-    for x, y in zip(images, labels, strict=True):
-        point = flat.clone().requires_grad_()
-        gradient = torch.autograd.grad(loss(point, x[None], y[None]), point)[0]
-        noise += float(gradient[~held].square().sum()) / 8
-    assert float(arrays["noise"]) == pytest.approx(noise, rel=1e-4)
+    assert float(arrays["noise"]) == pytest.approx(exact.trace(), rel=1e-4)
     assert arrays["epsilons"] == pytest.approx([-0.2, -0.1, 0, 0.1, 0.2])
-    whole = [torch.cat(parts) for parts in zip(*test.evaluation(), strict=True)]
-    whole[0] = whole[0].double()
-    chosen = expected.sort(descending=True).values[:2]
-    for row, value in zip(arrays["losses"], chosen, strict=True):
-        direction = torch.zeros_like(flat)
-        direction[~held] = vectors[:, (values - value).abs().argmin()]
-        ends = sorted(float(loss(flat + eps * direction, *whole)) for eps in (-0.2, 0.2))
-        assert sorted((row[0], row[-1])) == pytest.approx(ends, abs=1e-4)
-        assert row[2] == pytest.approx(float(loss(flat, *whole)), abs=1e-5)
+    x, y = (torch.cat(parts) for parts in zip(*test.evaluation(), strict=True))
+    values, vectors = torch.linalg.eigh(exact.hessian())
+    for row, value in zip(arrays["losses"], expected.sort(descending=True).values[:2], strict=True):
+        direction = vectors[:, (values - value).abs().argmin()]
+        moved = [
+            float(exact.loss(exact.flat + eps * direction, x.double(), y)) for eps in (-0.2, 0, 0.2)
+        ]
+        assert sorted((row[0], row[-1])) == pytest.approx(sorted((moved[0], moved[2])), abs=1e-4)
+        assert row[2] == pytest.approx(moved[1], abs=1e-5)
 
 
 def small(num_classes: int, in_channels: int) -> torch.nn.Module:
@@ -168,15 +149,6 @@ def test_spectra_and_rises():
     at = rises[(rises.run == FIRST.run) & (rises.direction == 0)].set_index("epsilon").rise
     assert at.to_dict() == pytest.approx({-0.2: 1, -0.1: 0.2, 0: 0, 0.1: 0.05, 0.2: 0.3})
     assert (rises[rises.run == FLAT.run].rise == 0).all()
-
-
-@pytest.mark.parametrize(
-    "changes", [{"step": 0.0}, {"step": 0.5}, {"directions": 200}, {"images": 0}]
-)
-def test_what_cannot_be_measured(changes):
-    (value,) = changes.values()
-    with pytest.raises(ConfigError, match=f"{value:g}"):
-        Flatness(epoch=1, **changes)
 
 
 def test_no_module_of_the_numbers_imports_torch():

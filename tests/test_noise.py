@@ -228,7 +228,7 @@ def test_measurements_in_a_pause_are_no_passes():
     noise = noised(model, "gaussian", 0)
     noise.prune(1, 2)
     before = snapshot(model)
-    with noise.paused():
+    with noise.by_hand():
         model(batch(0)[0])
     assert same(before, model.state_dict())
     model(batch(0)[0])
@@ -306,19 +306,19 @@ def test_noise_that_cannot_be():
 
 
 PAPER = tradeoff_2020.VGG_PRUNE_WEIGHTS.config
-FIGURE_5 = [(0, 0), (51, 129), (1106, 1500)]
-FIGURE_D2 = [(89, 129), (630, 750), (1220, 1500), (2480, 3000)]
 
 
-@pytest.mark.parametrize(("batches", "passes"), FIGURE_5)
-@pytest.mark.parametrize("kind", ["zeroing", "gaussian"])
-def test_the_spans_of_figure_5(kind, batches, passes):
-    assert with_noise(PAPER, kind, batches).noise.passes == passes
-
-
-@pytest.mark.parametrize(("batches", "passes"), FIGURE_D2)
-def test_the_spans_of_appendix_d(batches, passes):
-    assert with_noise(PAPER, "restored", batches, 256).noise.passes == passes
+@pytest.mark.parametrize(
+    ("kinds", "evaluation_batch", "spans"),
+    [
+        (("zeroing", "gaussian"), 128, {0: 0, 51: 129, 1106: 1500}),  # figure 5
+        (("restored",), 256, {89: 129, 630: 750, 1220: 1500, 2480: 3000}),  # figure D2
+    ],
+)
+def test_the_spans_of_the_papers_figures(kinds, evaluation_batch, spans):
+    for kind in kinds:
+        configs = [with_noise(PAPER, kind, n, evaluation_batch) for n in spans]
+        assert [config.noise.passes for config in configs] == list(spans.values())
 
 
 @pytest.mark.parametrize("evaluation_batch", [128, 256])

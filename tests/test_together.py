@@ -18,6 +18,7 @@ from paperlib.extras import fast
 from paperlib.extras.fast import graphs, together
 from paperlib.extras.fast.convolutions import QuickLoop
 from paperlib.extras.fast.graphs import Replays
+from paperlib.loop import finish
 from paperlib.runs import Store
 from paperlib.store import checkpoints, lease
 from paperlib.training import run
@@ -25,8 +26,13 @@ from paperlib.training import run
 captured = recording.captured  # a fixture
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
 TOGETHER = ("filters", "dropout", "gaussian", "residual")
+SEEDS = [BASE.with_(seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path, tmp_path / "none")
 
 
 @pytest.mark.parametrize("with_graphs", [False, True])
@@ -42,8 +48,9 @@ def test_together_as_alone(with_graphs, request, monkeypatch):
     assert torch.get_rng_state().equal(before)
 
 
-def launching(name, monkeypatch) -> str:
-    """Whose steps were launched, in order: two runs of one epoch of four steps."""
+@pytest.mark.parametrize(("name", "expected"), [("plain", "00110011"), ("dropout", "00001111")])
+def test_steps_take_turns(name, expected, captured, monkeypatch):
+    """Two runs of one epoch of four steps, in the order of launches."""
     order, real = [], Replays.__call__
 
     def noted(replays, function, *key):
@@ -56,62 +63,42 @@ def launching(name, monkeypatch) -> str:
     config = SETTINGS[name].with_(epochs=1, train_per_class=6, batch=16)
     run_together([config.with_(seed=seed) for seed in range(2)], device="cpu")
     names = {each: str(i) for i, each in enumerate(dict.fromkeys(order))}
-    return "".join(names[each] for each in order)
+    assert "".join(names[each] for each in order) == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("plain", "00110011"), ("dropout", "00001111")])
-def test_steps_take_turns(name, expected, captured, monkeypatch):
-    assert launching(name, monkeypatch) == expected
-
-
-def test_all_stop_when_the_time_is_up(tmp_path):
-
-    store, seeds = Store(tmp_path, tmp_path / "none"), [BASE.with_(seed=i) for i in range(2)]
-    alone = [numbers(config) for config in seeds]
+def test_all_stop_when_the_time_is_up(store):
     for epochs in (1, 2):  # one more each time
-        stopped = run_together(seeds, store, "cpu", until=0.0)
-        assert [type(each) for each in stopped] == [checkpoints.Stopped] * 2
-        assert [checkpoints.progress(tmp_path, c.identity) for c in seeds] == [epochs] * 2
+        stopped = run_together(SEEDS, store, "cpu", until=0.0)
+        assert [type(each) for each in stopped] == [checkpoints.Stopped] * 3
+        assert [checkpoints.progress(store.path, c.identity) for c in SEEDS] == [epochs] * 3
     assert not store.failures()
-    done = run_together(seeds, store, "cpu")
-    for record, rows in zip(done, alone, strict=True):
-        assert record.epochs.drop(columns="seconds").equals(rows)
-
-
-class Stream:
-    """It is busy, except at every fifth question."""
-
-    device, asked = None, 0
-
-    def query(self):
-        self.asked += 1
-        return self.asked % 5 == 0
+    for record, config in zip(run_together(SEEDS, store, "cpu"), SEEDS, strict=True):
+        assert record.epochs.drop(columns="seconds").equals(numbers(config))
 
 
 def test_a_run_that_waits_leaves_the_thread_to_others(captured, monkeypatch):
     """It continues when its stream is done; between launches it does not ask."""
-    stream, config = Stream(), BASE.with_(epochs=2)
+
+    class Stream:
+        """It is busy, except at every fifth question."""
+
+        device, asked = None, 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked % 5 == 0
+
+    stream = Stream()
     monkeypatch.setattr(fast, "new_stream", lambda device: stream)
     monkeypatch.setattr(fast, "on_stream", nullcontext)
     monkeypatch.setattr(graphs, "STEPS", 1)
-    turns = together.by_turns(config, None, "cpu")
-    calls = 0
-    while True:
-        try:
-            next(turns)
-        except StopIteration as end:
-            record = end.value
-            break
-        calls += 1
-    assert len(record.epochs) == 2
-    assert stream.asked == 2 * 5
+    calls = len(list(together.by_turns(BASE.with_(epochs=2), None, "cpu")))
     launches = math.ceil(10 * BASE.train_per_class / BASE.batch)
+    assert stream.asked == 2 * 5
     assert calls == 2 * launches + 2 * 4
 
 
-def test_one_that_fails_leaves_the_others(tmp_path):
-
-    store = Store(tmp_path, tmp_path / "none")
+def test_one_that_fails_leaves_the_others(store):
     bad = BASE.with_(learning_rate=1e30, optimizer="sgd")
     wrong = BASE.with_(pruning=FilterPruning((0.5,), ((1,),), "loudest"))
     first, second, third = run_together([bad, BASE, wrong], store, "cpu")
@@ -120,8 +107,7 @@ def test_one_that_fails_leaves_the_others(tmp_path):
     assert second.epochs.drop(columns="seconds").equals(numbers(BASE))
     assert BASE.identity in store
     assert bad.identity in store.failures()
-    again = run_together([BASE], store, "cpu")
-    assert again[0].provenance == second.provenance
+    assert run_together([BASE], store, "cpu")[0].provenance == second.provenance
 
 
 def test_one_that_fails_holds_no_memory(monkeypatch, captured):
@@ -149,50 +135,30 @@ def test_one_that_fails_holds_no_memory(monkeypatch, captured):
     assert not alive[-1]
 
 
-def test_one_without_memory_beside_others_is_done_after_them(tmp_path, monkeypatch):
-
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_without_memory_may_be_tried_again_unless_it_was_alone(alone, store, monkeypatch):
     class Short(QuickLoop):
-        """With a second run there is no memory for the first's third epoch."""
-
         def launch(self, *rest):
-            going.append(self)
-            if len(ended) < 1 and self is going[0] and going.count(self) > 2:
-                raise torch.OutOfMemoryError("out of memory")
-            return (yield from super().launch(*rest))
+            raise torch.OutOfMemoryError("out of memory")
 
     def make_loop(config, model, optimizer, pruner, device, fast):
         loop = MAKE_LOOP(config, model, optimizer, pruner, device)
         return Short(model, optimizer, pruner, loop.autocast)
 
-    configs = [BASE.with_(seed=seed) for seed in range(2)]
-    alone = [numbers(config) for config in configs]
-    monkeypatch.setattr(training, "make_loop", make_loop)
-    store, going, ended = Store(tmp_path, tmp_path / "none"), [], []
-
-    def note(moment):
-        if moment.epoch == BASE.epochs - 1:
-            ended.append(moment)
-
-    records = run_together(configs, store, "cpu", callbacks=[note, note])
-    for record, rows in zip(records, alone, strict=True):
-        assert record.epochs.drop(columns="seconds").equals(rows)
-    assert not store.failures()
-    assert len({id(loop) for loop in going}) == 3
-    going, ended = [], []
-    (only,) = run_together([BASE.with_(seed=2)], store, "cpu")
-    assert isinstance(only, torch.OutOfMemoryError)
-    assert "out of memory" in store.failure(BASE.with_(seed=2).identity)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_loop", make_loop)
+        error = finish(together.by_turns(BASE, store, "cpu", alone=alone))
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert (BASE.identity in store.failures()) == alone
 
 
-def test_stopped_together(tmp_path):
-
+def test_stopped_together(store):
     def stop(moment):
         raise KeyboardInterrupt
 
-    store, seeds = Store(tmp_path, tmp_path / "none"), [BASE.with_(seed=i) for i in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        run_together(seeds, store, "cpu", [None, stop, None])
-    for config in seeds:
+        run_together(SEEDS, store, "cpu", [None, stop, None])
+    for config in SEEDS:
         with lease.claim(store.path, config.identity, wait=False):
             pass
     assert not store.failures()

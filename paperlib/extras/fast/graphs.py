@@ -8,7 +8,7 @@ device holds pruned weights at zero, and a pruner's `before_pass` is called befo
 
 import gc
 from collections.abc import Callable, Generator, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.batches import Batches
-from paperlib.loop import PlainLoop, Totals, score, step
+from paperlib.loop import PlainLoop, Precision, Totals, score
 from paperlib.pruning import Pruner
 
 
@@ -114,22 +114,20 @@ class Replays:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._warm: set[Hashable] = set()
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, Graph | None] = {}  # None after the first call
 
     def __call__(self, function: Callable[[], None], *key: Hashable) -> None:
         """Call a function, or replay the one that was captured for this key."""
-        if key not in self._warm:
-            self._warm.add(key)
+        if key not in self._graphs:
+            self._graphs[key] = None
             function()
             return
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(function)
-        self._graphs[key].replay()
+        graph = self._graphs[key] or self._capture(function)
+        self._graphs[key] = graph
+        graph.replay()
 
     def forget(self) -> None:
         """Drop all graphs, because the tensors that they use have changed."""
-        self._warm.clear()
         self._graphs.clear()
 
 
@@ -173,7 +171,7 @@ class CapturedLoop(PlainLoop):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         pruner: Pruner | None,
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Precision,
         capture: Capture | None = None,
     ) -> None:
         super().__init__(model, optimizer, pruner, autocast)
@@ -233,7 +231,7 @@ class CapturedLoop(PlainLoop):
     def _train_batch(self, batches: Batches, size: int) -> None:
         rows = self._rows(size)
         x, y = batches.pick(*(drawn.index_select(0, rows) for drawn in self._drawn))
-        self._add(*step(self.model, self.optimizer, self._hold, self.autocast, x, y))
+        self._add(*self.step(x, y))
 
     @torch.no_grad()
     def _test_batch(self, batches: Batches, size: int) -> None:
@@ -258,7 +256,8 @@ class CapturedLoop(PlainLoop):
         return Totals(self._loss.clone(), self._correct.clone(), images)
 
     @torch.no_grad()
-    def _hold(self) -> None:
+    def hold(self) -> None:
+        """Multiply by masks, which graphs read."""
         if self._keep:
             parameters: list[Tensor] = [self._parameters[name] for name in self._keep]
             torch._foreach_mul_(parameters, list(self._keep.values()))  # type: ignore[arg-type]

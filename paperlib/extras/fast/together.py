@@ -17,9 +17,8 @@ from paperlib.config import Config
 from paperlib.devices import choose_device
 from paperlib.extras import fast as faster
 from paperlib.extras.fast.graphs import GO_ON, CaptureError
-from paperlib.extras.fast.turns import ALONE
 from paperlib.runs import RunRecord, Store
-from paperlib.training import Callback, Steps
+from paperlib.training import Callback
 
 
 def by_turns(
@@ -31,23 +30,21 @@ def by_turns(
     alone: bool = False,
     fast: bool = False,
     until: float = math.inf,
-) -> Generator[str | None, None, RunRecord | Exception]:
-    """Do one of several runs that take turns on a device.
-
-    A run that finds no memory beside the others starts again, from its checkpoint, when they are
-    done.
+) -> Generator[None, None, RunRecord | Exception]:
+    """Do one of several runs that take turns on a device, each on a CUDA stream of its own.
 
     Args:
         config: The run.
         store: As for `training.run`, like device, callback and fast.
         device: As for `training.run`.
         callback: As for `training.run`.
-        alone: No other run uses the device, so a lack of memory is a failure of this run.
+        alone: No other run uses the device, so the store notes a lack of memory as a failure of
+            this run. A run that finds no memory beside others can be tried again.
         fast: As for `training.run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
 
     Yields:
-        None when it is the others' turn, `turns.ALONE` when it has to wait for their end.
+        When it is the others' turn: after a launch, and while the run's stream is busy.
 
     Returns:
         The record, or the exception that ended the run: `lease.Claimed` if another process has it.
@@ -57,38 +54,25 @@ def by_turns(
         if record := inputs.finished(config, store):
             return record
         where = choose_device(device)
+        stream = faster.new_stream(where)
+        steps = training.steps(
+            config, store, where, callback, wait=False, alone=alone, captured=fast, until=until
+        )
         while True:
-            try:
-                steps = training.steps(
-                    config, store, where, callback, False, alone, captured=fast, until=until
-                )
-                return (yield from _launched(config, steps, where, alone))
-            except torch.OutOfMemoryError as error:
-                _free_frames(error, handled)
-                if alone:
-                    return error
-            steps, alone = None, True
-            yield ALONE
+            with training.computing(config, stream):
+                try:
+                    busy = next(steps) != GO_ON
+                except StopIteration as end:
+                    return end.value
+            yield
+            while busy and stream is not None and not alone and not stream.query():
+                yield
     except Exception as error:
         _free_frames(error, handled)
         return error
     finally:
         if steps is not None:
             steps.close()  # which gives up the run's claim
-
-
-def _launched(config: Config, steps: Steps, device: torch.device, alone: bool) -> Steps:
-    """Take a run's steps on a new stream, and yield while its stream is busy."""
-    stream = faster.new_stream(device)
-    while True:
-        with training.computing(config, stream):
-            try:
-                busy = next(steps) != GO_ON
-            except StopIteration as end:
-                return end.value
-        yield None
-        while busy and stream is not None and not alone and not stream.query():
-            yield None
 
 
 def _free_frames(error: BaseException | None, handled: BaseException | None) -> None:

@@ -146,11 +146,11 @@ class FilterPruner(Pruner):
         # Parameters that have zeros: name, module, name in it, and the indices of the zeros.
         self._gone: list[tuple[str, nn.Module, str, Tensor]] = []
         # By name of the modules that mask residual sums: their masks before this pruner.
-        self._before = {
-            where: None if (there := mask_of(mask.module)) is None else there.clone()
-            for layer in self.layers.values()
-            for where, mask in layer.masks.items()
-        }
+        self._before: dict[str, Tensor] = {}
+        for layer in self.layers.values():
+            for where, mask in layer.masks.items():
+                there = mask_of(mask.module)
+                self._before[where] = torch.ones(len(mask.filters)) if there is None else there + 0
         self._masked = True
         self.activation: ActivationScore | None = None
         if score == "activation":
@@ -255,14 +255,12 @@ class FilterPruner(Pruner):
     def _mask_sums(self) -> None:
         """Bring the masks of residual sums up to date; a sum with nothing pruned gets none."""
         new: dict[str, tuple[nn.Module, Tensor]] = {}
-        for name, layer in self.layers.items():
-            for where, mask in layer.masks.items() if self.norm else ():
-                before = self._before[where]
-                before = torch.ones(mask.channels) if before is None else before
-                whole = mask.module, before.to(layer.conv.weight, copy=True)
-                _, keep = new.setdefault(where, whole)
-                for offset in mask.offsets:
-                    keep[offset : offset + layer.filters] *= self.masks[name].to(keep.device)
+        for name, layer in self.layers.items() if self.norm else ():
+            gone = (~self.masks[name]).nonzero().squeeze(1)
+            for where, mask in layer.masks.items():
+                before = self._before[where].to(layer.conv.weight, copy=True)
+                _, keep = new.setdefault(where, (mask.module, before))
+                keep[mask.of(gone).to(keep.device)] = 0
         for module, keep in new.values():
             if mask_of(module) is not None or not keep.all():
                 set_mask(module, keep)

@@ -189,9 +189,9 @@ class Network(Traced):
         if len(before) < 2 or len(after) < 2:
             return None
         if key in ops.MOVES:
-            return self._traced(node, source, lambda value: self.evaluate(node, value))
+            return self._followed(node, source, lambda value: self.evaluate(node, value))
         if self.operands[node] or key in ops.ELEMENTWISE:
-            return self._traced(node, source, lambda value: value(source).broadcast_to(after))
+            return self._followed(node, source, lambda value: value(source).broadcast_to(after))
         if source is not self.tensors(node)[0] or before[:2] != after[:2]:
             return None
         if key in ops.REDUCE:
@@ -204,24 +204,14 @@ class Network(Traced):
         known = ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL
         return torch.arange(after[1]) if key in known or key in NORMS else None
 
-    def _traced(self, node: fx.Node, source: fx.Node, run: Callable) -> Tensor | None:
+    def _followed(self, node: fx.Node, source: fx.Node, run: Callable) -> Tensor | None:
         """Find features again in what an operation makes of their numbers, all else being nan.
 
         The second image has the numbers of the first with a minus: images must stay apart.
         """
-
-        def value(tensor: fx.Node) -> object:
-            if self.is_plain(tensor):
-                return self.values[tensor]
-            shape = self.shape(tensor)
-            if tensor is not source:
-                return torch.full(shape, torch.nan)
-            numbers = torch.arange(1.0, shape[1] + 1).view(1, -1, *[1] * (len(shape) - 2))
-            sign = torch.tensor([1.0, -1.0]).view(-1, *[1] * (len(shape) - 1))
-            return (numbers * sign).expand(shape).clone()
-
+        numbers = torch.arange(1.0, self.shape(source)[1] + 1)
         try:
-            out = run(value)
+            out = run(self._spread({source: torch.stack([numbers, -numbers])}))
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
         if len(out) != 2 or not out[0].nan_to_num().equal(-out[1].nan_to_num()):
@@ -243,28 +233,39 @@ class Network(Traced):
         Returns:
             The values (features,) of the output's features, nan where they vary.
         """
-        like = next(iter(known.values()))
         if self.key(node) in ops.PASSING:
-            return like
-        alone = self.key(node) in ops.ELEMENTWISE  # then one pixel is enough
-
-        def value(source: fx.Node) -> object:
-            if self.is_plain(source):
-                return self.values[source]
-            shape = self.shape(source)
-            if source not in known:
-                return torch.full(() if alone else shape, torch.nan).to(like)
-            column = known[source].view(1, -1, *[1] * (len(shape) - 2))
-            return column.clone() if alone else column.repeat(shape[0], 1, *shape[2:])
-
+            return next(iter(known.values()))
+        alone = self.key(node) in ops.ELEMENTWISE
+        value = self._spread({source: x[None] for source, x in known.items()}, pixels=not alone)
         out = self.evaluate(node, value)
         if self.key(node) in ops.MULTIPLY:
-            factors = [v == 0 for v in map(value, known)]  # zero times anything is zero
-            out = torch.where(torch.stack(torch.broadcast_tensors(*factors)).any(0), 0, out)
-        rows = out.transpose(0, 1).flatten(1)
-        low, high = rows.aminmax(dim=1)
+            for factor in map(value, known):
+                out = torch.where(factor == 0, 0, out)  # zero times anything is zero
+        low, high = out.transpose(0, 1).flatten(1).aminmax(dim=1)
         uniform = torch.isclose(low, high, rtol=1e-5, atol=0) & high.isfinite()
         return torch.where(uniform, high, torch.nan).expand(self.shape(node)[1])
+
+    def _spread(
+        self, known: Mapping[fx.Node, Tensor], pixels: bool = True
+    ) -> Callable[[fx.Node], Any]:
+        """Return a function from a node to a tensor of these values of features, else of nan.
+
+        Args:
+            known: by node, (images or 1, features).
+            pixels: each tensor is of its own size; False for a single image and pixel.
+        """
+        like = next(iter(known.values()))
+
+        def value(node: fx.Node) -> object:
+            if self.is_plain(node):
+                return self.values[node]
+            shape = self.shape(node)
+            if node not in known:
+                return torch.full(shape if pixels else (), torch.nan).to(like)
+            column = known[node][(...,) + (None,) * (len(shape) - 2)]
+            return column.expand(shape).clone() if pixels else column.clone()
+
+        return value
 
 
 def _layer(kind: Any, module: Any, x: Tensor) -> Tensor:

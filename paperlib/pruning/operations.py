@@ -69,9 +69,8 @@ SPATIAL = named(
 ACROSS = named("local_response_norm LocalResponseNorm")
 REDUCE = named("mean sum amax")
 STACK = named("stack")
-VIEW = named("view reshape")
 # Values are moved, joined, or surrounded by constants.
-MOVES = named("flatten Flatten getitem unsqueeze squeeze cat concat concatenate") | VIEW
+MOVES = named("flatten Flatten view reshape getitem unsqueeze squeeze cat concat concatenate")
 MOVES |= {F.pad, nn.ConstantPad2d, PadChannels}
 
 

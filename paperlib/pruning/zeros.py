@@ -93,7 +93,6 @@ class Trail:
             self.network = network
             self.calls = network.calls(name)
             self.uses = max(self.uses, len(self.calls))
-            self._met: dict[str, set[fx.Node]] = {}
             self._at: dict[fx.Node, Zeros] = {}
             for node in network.graph.nodes:
                 state = self._follow(node)
@@ -181,8 +180,8 @@ class Trail:
         for source, state in found.items():
             origin = self.network.origin(node, source)
             self._check(origin is not None, node)
-            filters = torch.tensor(state.filters)[origin]
-            placed.append(torch.where(origin < 0, -1, filters))
+            assert origin is not None
+            placed.append(torch.where(origin < 0, -1, torch.tensor(state.filters)[origin]))
         filters = torch.stack(placed).amax(0)
         self._check(all(((p == filters) | (p < 0)).all() for p in placed), node)
         return tuple(filters.tolist())
@@ -265,7 +264,6 @@ class Trail:
         """The filters' entries of these parameters of a module are zero with the filters."""
         module, name = self.network.module(node), self.network.name(node)
         self._check(len(getattr(module, names[0])) == len(state.filters), node)
-        self._met.setdefault(name, set()).add(node)
         self._note(self.entries, name, Entries(module, names, state.filters))
 
     def _note(self, where: dict, name: str, value: Entries) -> None:
@@ -295,10 +293,11 @@ class Trail:
     def _check_not_shared(self) -> None:
         """Refuse a module that must be zero for this convolution but is also used elsewhere."""
         for name in self.entries:
-            if self._met.get(name, set()) != set(self.network.calls(name)):
+            if any(call.all_input_nodes[0] not in self._at for call in self.network.calls(name)):
                 raise Refused(f"{name!r}, which would have to be zero with it, is used elsewhere")
         for name, mask in self.masks.items():
-            states = [node and self._at.get(node) for node in self.network.returns.get(name, ())]
+            nodes = self.network.returns.get(name, ())
+            states = [self._at.get(node) if node is not None else None for node in nodes]
             if any(s is None or s.spoilt or s.filters != mask.filters for s in states):
                 raise Refused(
                     f"{name!r} returns its residual sum and, elsewhere, something else: add with "

@@ -208,7 +208,6 @@ REFUSED = {
     "in place, of a view": (lambda n, x: [x[:, :, 1:].add_(1), x][1], "add_"),
     "into another": (lambda n, x: torch.add(x, x, out=x), "add"),
     "rows of some channels": (lambda n, x: n.rows(x.view(-1, 8)).view(x.shape), "view"),
-    "squeezed pixels": (lambda n, x: x.relu().squeeze(-1), "squeeze"),
     "multiplier": (lambda n, x: n.wide(x)[:, :6], "wide"),
     "division": (lambda n, x: x / n.c(x), "truediv"),
     "as weights": (lambda n, x: F.conv2d(n.c(x), x[:, :, :1, :1]), "conv2d"),
@@ -268,17 +267,23 @@ def test_training_and_evaluation_are_both_followed():
         assert not seen[:, ~pruner.masks["a"]].any()
 
 
-def test_following_a_network_draws_nothing_and_keeps_its_modes():
+def test_following_a_network_draws_and_changes_nothing():
     class Drawing(Net):
         def forward(self, x):
             return super().forward(x + torch.rand(1, 3, 8, 8)) if self.training else x
 
-    net = Drawing(lambda n, x: x)
+    def between(net, x):
+        return F.dropout(parametrized(net.norm(x)), training=net.training)
+
+    parametrized = nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 1))
+    net = Drawing(between, norm=nn.BatchNorm2d(6), more=parametrized)
     net.b.eval()
     modes, state = [m.training for m in net.modules()], torch.get_rng_state()
-    FilterPruner(net, [0.5])
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    FilterPruner(net, [0.5], layers=["a"])
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in net.modules()] == modes
+    assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_checkpointed_layers_are_followed():

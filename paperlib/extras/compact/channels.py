@@ -180,7 +180,7 @@ class Following:
             both = (ids >= 0) & (moved >= 0)
             self._tie(ids[both], moved[both])
             ids = torch.where(ids < 0, moved, ids)
-        if (key is not PadChannels and (ids < 0).any()) or self._states_features(node):
+        if key is not PadChannels and (ids < 0).any():
             return None
         ids[ids < 0] = self._new(torch.zeros(int((ids < 0).sum()))).ids
         known = {source: channels.values for source, channels in sources.items()}
@@ -202,13 +202,6 @@ class Following:
         if source.op == "get_attr":  # a mask
             return torch.arange(self.network.shape(node)[1])
         return self.network.origin(node, source)
-
-    def _states_features(self, node: fx.Node) -> bool:
-        """Whether a view states how many features there are, and so cannot lose any."""
-        last = node.args[-1]
-        size = last[-1] if isinstance(last, tuple | list) else last
-        flat = self.network.shape(node)[:2] != self.network.shape(node.all_input_nodes[0])[:2]
-        return self.network.key(node) in ops.VIEW and flat and size != -1
 
     # What the rules are made of
 

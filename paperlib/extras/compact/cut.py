@@ -56,7 +56,7 @@ def _kept(following: Following) -> Tensor:
 def _shorten(axis: Axis, kept: Tensor) -> None:
     """Cut a tensor along a dimension, or how many channels are added to what is there."""
     module, name = axis.module, axis.tensor
-    tensor = getattr(module, name, None)
+    tensor: Any = getattr(module, name, None)
     if name == "padding":
         before, after = tensor[-2:]
         added = int(kept[:before].sum()), int(kept[len(kept) - after :].sum())

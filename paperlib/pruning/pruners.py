@@ -41,9 +41,11 @@ class Pruner:
     replayed, the caller does so, within `by_hand`.
 
     Attributes:
+        masks: by name of layer, bool, True where a filter or weight is kept.
         generator: draws what is random.
     """
 
+    masks: Mapping[str, Tensor] = {}
     generator: torch.Generator | None = None
     _hook: PassHook | None = None
 
@@ -66,10 +68,17 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that later events depend on, as named tensors."""
-        return {}
+        return {f"mask.{name}": mask for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a `state_dict`: what it says is pruned is set to zero."""
+        self.load_masks(state)
+        self.hold()
+
+    def load_masks(self, state: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`, with the weights left as they are."""
+        for name, mask in self.masks.items():
+            mask.copy_(state[f"mask.{name}"])
 
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
@@ -227,18 +236,12 @@ class FilterPruner(Pruner):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that later events depend on, as named tensors."""
-        state = {f"mask.{name}": mask for name, mask in self.masks.items()}
+        state = super().state_dict()
         return state | (self.activation.state_dict() if self.activation is not None else {})
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state_dict`: what it says is pruned is set to zero."""
-        self.load_masks(state)
-        self.hold()
 
     def load_masks(self, state: Mapping[str, Tensor]) -> None:
         """As `load_state_dict`, with the weights left as they are."""
-        for name, mask in self.masks.items():
-            mask.copy_(state[f"mask.{name}"])
+        super().load_masks(state)
         if self.activation is not None:
             self.activation.load_state_dict(state)
         self._refresh()

@@ -29,6 +29,7 @@ class Network(Traced):
         values: by node, a tensor of arbitrary numbers, or anything else that the operation
             returns; a node that cannot be run has none.
         written: nodes that write into one of their inputs.
+        plain: nodes that return a size, a type or the like, and so no value of any tensor.
         operands: by node, the tensors that it adds, in whatever form a sum is written; none if it
             is no sum.
         returned: by node that a module returns, the module's name.
@@ -46,11 +47,12 @@ class Network(Traced):
         super().__init__(model, training)
         self.values: dict[fx.Node, Any] = {}
         self.written: set[fx.Node] = set()
+        self.plain: set[fx.Node] = set()
         with in_mode(model, training), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for size in [image] if image is not None else self._sizes():
-                values, written = self._run(model, size)
+                values, written, plain = self._run(model, size)
                 if len(values) > len(self.values):
-                    self.values, self.written = values, written
+                    self.values, self.written, self.plain = values, written, plain
                 if len(values) == len(self.graph.nodes):
                     break
         self.returned = {
@@ -69,9 +71,9 @@ class Network(Traced):
 
     def _run(
         self, model: nn.Module, image: Sequence[int]
-    ) -> tuple[dict[fx.Node, Any], set[fx.Node]]:
+    ) -> tuple[dict[fx.Node, Any], set[fx.Node], set[fx.Node]]:
         values: dict[fx.Node, Any] = {}
-        written = set()
+        written, plain = set(), set()
         for node in self.graph.nodes:
             inputs = [values[s] for s in node.all_input_nodes if isinstance(values.get(s), Tensor)]
             versions = [x._version for x in inputs]
@@ -81,7 +83,11 @@ class Network(Traced):
                 continue
             if versions != [x._version for x in inputs]:
                 written.add(node)
-        return values, written
+            told = node.args[1] if node.target is getattr else node.target
+            from_plain = plain.issuperset(node.all_input_nodes) and node.op != "output"
+            if (told in ops.TELLING or from_plain) and not isinstance(values[node], Tensor):
+                plain.add(node)
+        return values, written, plain
 
     def _value(
         self, model: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any], image: Sequence[int]
@@ -98,7 +104,10 @@ class Network(Traced):
                 raise ValueError("the images are not of this size")
             return out
         if key in ops.ACTIVATIONS or key in (*NORMS, *CONVOLUTIONS, *TRANSPOSED, nn.Linear):
-            return _layer(key, module, values[node.all_input_nodes[0]])
+            x = values.get(node.all_input_nodes[0])
+            if x is None and key is nn.Conv2d:  # what comes after it can be followed all the same
+                x = torch.ones(2, module.in_channels, *image[1:])
+            return _layer(key, module, x)
         if key is not ResidualSum and module is not None and module.state_dict():
             return copy.deepcopy(module).cpu()(*fx.map_arg(node.args, values.__getitem__))
         return self.evaluate(node, values.__getitem__)
@@ -127,23 +136,17 @@ class Network(Traced):
         value = self.values.get(node)
         return tuple(value.shape) if isinstance(value, Tensor) else ()
 
-    def is_plain(self, node: fx.Node) -> bool:
-        """Whether a node returns a size, a type or the like, and so no value of any tensor."""
-        value = self.values.get(node)
-        parts = value if isinstance(value, tuple | list) else (value,)
-        return node in self.values and not any(isinstance(part, Tensor) for part in parts)
-
     def tensors(self, node: fx.Node) -> list[fx.Node]:
         """Return the inputs of a node whose values it may use."""
-        return [source for source in node.all_input_nodes if not self.is_plain(source)]
+        return [source for source in node.all_input_nodes if source not in self.plain]
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes that may use the values of a node."""
-        return [user for user in node.users if user.op == "output" or not self.is_plain(user)]
+        return [user for user in node.users if user not in self.plain]
 
     def share_memory(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether the tensors of two nodes are views of the same memory, or may be."""
-        if self.is_plain(a) or self.is_plain(b):
+        if {a, b} & self.plain:
             return False
         if not self.shape(a) or not self.shape(b):
             return True
@@ -257,7 +260,7 @@ class Network(Traced):
         like = next(iter(known.values()))
 
         def value(node: fx.Node) -> object:
-            if self.is_plain(node):
+            if node in self.plain:
                 return self.values[node]
             shape = self.shape(node)
             if node not in known:
@@ -268,7 +271,7 @@ class Network(Traced):
         return value
 
 
-def _layer(kind: Any, module: Any, x: Tensor) -> Tensor:
+def _layer(kind: Any, module: Any, x: Any) -> Tensor:
     """A tensor as large as what a layer of this kind makes of x, from the sizes that it states."""
     expected = getattr(module, "in_features", getattr(module, "num_features", None))
     if expected not in (None, x.shape[-1 if kind is nn.Linear else 1]):

@@ -72,6 +72,11 @@ STACK = named("stack")
 # Values are moved, joined, or surrounded by constants.
 MOVES = named("flatten Flatten view reshape getitem unsqueeze squeeze cat concat concatenate")
 MOVES |= {F.pad, nn.ConstantPad2d, PadChannels}
+# They tell a tensor's size or type, and no value of it.
+TELLING = {
+    *("size", "dim", "ndimension", "numel", "get_device", "is_floating_point"),
+    *("shape", "ndim", "dtype", "device", "is_cuda"),
+}
 
 
 def dimensions(key: object) -> int:

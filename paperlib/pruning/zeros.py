@@ -106,7 +106,7 @@ class Trail:
         sources = self.network.operands[node] or node.all_input_nodes
         found = {source: self._at[source] for source in sources if source in self._at}
         state = None
-        if found and (node.op == "output" or not self.network.is_plain(node)):
+        if found and node not in self.network.plain:
             self._check("out" not in node.kwargs, node)
             state = self._after(node, found)
             zero = state is not None and not state.spoilt and node.all_input_nodes[0] in self._at

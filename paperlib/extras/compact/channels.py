@@ -104,7 +104,7 @@ class Following:
         if node.op == "get_attr":
             owner, _, tensor = self.network.name(node).rpartition(".")
             return self._masked(owner) if tensor == BUFFER else None
-        if node.op != "output" and self.network.is_plain(node):
+        if node in self.network.plain:
             return None
         channels = self._understood(node)
         if channels is None:

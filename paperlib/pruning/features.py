@@ -73,7 +73,8 @@ class Network(Traced):
         self, model: nn.Module, image: Sequence[int]
     ) -> tuple[dict[fx.Node, Any], set[fx.Node], set[fx.Node]]:
         values: dict[fx.Node, Any] = {}
-        written, plain = set(), set()
+        written: set[fx.Node] = set()
+        plain: set[fx.Node] = set()
         for node in self.graph.nodes:
             inputs = [values[s] for s in node.all_input_nodes if isinstance(values.get(s), Tensor)]
             versions = [x._version for x in inputs]

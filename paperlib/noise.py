@@ -194,7 +194,7 @@ class FilterNoise(Pruner):
     def _tensors(self, name: str) -> dict[str, tuple[Tensor, Entries]]:
         """Return what noise may change of a layer, and where a filter's entries are in it."""
         layer = self.layers[name]
-        found = {"weight": (layer.conv.weight, Entries(layer.conv, ("weight",)))}
+        found = {"weight": (layer.conv.weight, layer.zeroed(False)[name])}
         norms = [e for e in layer.entries.values() if not isinstance(e.module, nn.Conv2d)]
         for i, entries in enumerate(norms):
             for key, of_norm in OF_NORMS.items():

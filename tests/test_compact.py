@@ -87,7 +87,7 @@ def widths(network: nn.Module) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "weights-only"])
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("fraction", [0.0, 0.6])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_outputs_as_masked(name, fraction, norm):
     network = build(name)
@@ -218,16 +218,6 @@ def test_constant_filters_are_folded_into_convolutions_without_padding_only(bias
     assert_same(network(1), small)
 
 
-def test_filters_and_weights_pruned_in_one_network():
-    network = build("conv4")
-    filters = pruned(network, 0.5)
-    weights = WeightPruner(network, ["dense", "fc"], [0.9, 0.5])
-    weights.prune(1, 1)
-    small = compact(network, filters, weights)
-    assert_same(network, small)
-    assert list(widths(small).values()) == [4, 4, 8, 8]
-
-
 # Networks of one's own
 
 
@@ -272,32 +262,6 @@ def test_plain_residual_network_with_the_same_channels_pruned_everywhere():
 
 def first_filters(conv: nn.Conv2d) -> Tensor:
     return torch.arange(conv.out_channels).float()
-
-
-class Branches(nn.Module):
-    """Channels joined, scaled by channel attention, averaged, and read by two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 4, 3)
-        self.gate = nn.Conv2d(10, 10, 1)
-        self.c = nn.Conv2d(10, 8, 3, 2, bias=False)
-        self.one, self.two = nn.Linear(8, 5), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.a(x).relu(), self.b(x).relu()], 1)
-        x = x * self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid()
-        x = 2 * F.gelu(self.c(x))[:, :, ::2, 1:]
-        x = F.pad(x, (1, 1)).mean((2, 3))
-        return self.one(x) + self.two(x)
-
-
-def test_joined_channels_attention_and_two_readers():
-    torch.manual_seed(0)
-    network = randomised(Branches())
-    small = compact(network, pruned(network, 0.5, layers=["a", "b", "c"]))
-    assert_same(network, small)
-    assert widths(small) == {"a": 3, "b": 2, "gate": 5, "c": 4}
 
 
 def sequential(*layers: nn.Module) -> nn.Module:
@@ -359,7 +323,7 @@ def test_a_mask_on_a_layer_of_torch_is_cut():
     small = compact(network, pruner)
     assert_same(network, small)
     assert widths(small) == {"0": 4, "3.a": 8, "3.b": 4, "4": 4}
-    assert small[3].relu.kept_channels is None
+    assert not hasattr(small[3].relu, "kept_channels")
     pruner = pruned(network, 0.25, target="smallest", score=first_filters, layers=["3.b"])
     assert_same(network, compact(network, pruner))
 
@@ -391,11 +355,6 @@ class Apply(nn.Module):
         return self.function(x)
 
 
-class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True))
-
-
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -405,43 +364,31 @@ class Twice(nn.Module):
         return self.conv(self.conv(x))
 
 
-class Mean(nn.Module):
-    """Holds a module whose name is that of a known method."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = nn.Softmax2d()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mean(x)
-
-
 def shared() -> nn.Module:
-    network = sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
-    network[4].weight = network[3].weight
-    return network
+    layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    layers[1].weight = layers[0].weight
+    return layers
 
 
 @pytest.mark.parametrize(
-    ("network", "named"),
+    ("layer", "named"),
     [
-        (sequential(Apply(lambda x: x.view(-1, 8 * 30 * 30))), "'view' in '3'"),
-        (sequential(Apply(lambda x: x.cumsum(1))), "'cumsum' in '3'"),
-        (sequential(Apply(lambda x: x.mean(1, keepdim=True))), "'mean' in '3'"),
-        (sequential(Mean()), r"'3.mean' \(Softmax2d\)"),
-        (sequential(Standardised(8, 4, 3)), "'conv2d' in '3'"),
-        (sequential(nn.GroupNorm(2, 8)), r"'3' \(GroupNorm\)"),
-        (sequential(nn.ConvTranspose2d(8, 8, 3)), r"'3' \(ConvTranspose2d\)"),
-        (sequential(nn.Linear(30, 8)), r"'3' \(Linear\)"),
-        (sequential(Twice()), r"'3\.conv' is used more than once"),
-        (sequential(Apply(lambda x: x if x.sum() > 0 else -x)), "torch.fx"),
-        (shared(), "'4.weight' is the same parameter as '3.weight'"),
-        (sequential(prune.identity(nn.Conv2d(8, 8, 3), "weight")), "weight or bias of '3'"),
-        (sequential(parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), "'3'"),
-        (sequential(nn.Conv2d(9, 8, 3)), r"\(2, 3, 32, 32\)"),
+        (Apply(lambda x: x.cumsum(1)), "'cumsum' in '3'"),
+        (Apply(lambda x: x.mean(1, keepdim=True)), "'mean' in '3'"),
+        (nn.GroupNorm(2, 8), r"'3' \(GroupNorm\)"),
+        (nn.ConvTranspose2d(8, 8, 3), r"'3' \(ConvTranspose2d\)"),
+        (nn.Linear(30, 8), r"'3' \(Linear\)"),
+        (Twice(), r"'3\.conv' is used more than once"),
+        (Apply(lambda x: x if x.sum() > 0 else -x), "torch.fx"),
+        (shared(), r"3\.0\.weight.*3\.1\.weight"),
+        (prune.identity(nn.Conv2d(8, 8, 3), "weight"), "'3'.* weight"),
+        (parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "'3'.* weight"),
+        (nn.Conv2d(9, 8, 3), r"\(2, 3, 32, 32\)"),
+        (nn.Sequential(Apply(lambda x: x.view(-1, 7200)), nn.Linear(7200, 2)), r"\(2, 3, 32, 32\)"),
     ],
 )
-def test_networks_that_are_not_understood(network, named):
+def test_networks_that_are_not_understood(layer, named):
+    network = sequential(layer)
     with torch.no_grad():
         for tensor in (network[0].weight, network[0].bias, network[1].weight, network[1].bias):
             tensor[:4] = 0

@@ -19,15 +19,11 @@ A network of one's own, residual or not, is pruned in the same way:
 {'0': 4, '3': 3}
 """
 
-from paperlib.pruning.layers import PrunableLayer, PruningError, prunable_layers
+from paperlib.pruning.layers import PruningError, prunable_layers
 from paperlib.pruning.pruners import FilterPruner, Pruner
 from paperlib.pruning.scores import (
-    OBSERVE_DECAY,
-    OBSERVE_EVERY,
-    SCHEDULES,
     SCORES,
     TARGETS,
-    ActivationScore,
     expected_activation,
     kept_filters,
     kept_weights,
@@ -36,14 +32,9 @@ from paperlib.pruning.scores import (
 from paperlib.pruning.weights import WeightPruner
 
 __all__ = [
-    "OBSERVE_DECAY",
-    "OBSERVE_EVERY",
-    "SCHEDULES",
     "SCORES",
     "TARGETS",
-    "ActivationScore",
     "FilterPruner",
-    "PrunableLayer",
     "Pruner",
     "PruningError",
     "WeightPruner",

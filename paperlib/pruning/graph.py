@@ -87,7 +87,6 @@ class Traced:
         graph: its operations, in the order of the forward pass.
         modules: by every name that they have.
         returns: by name of module, the node that each of its calls returns, None for no tensor.
-        shapes: nodes that tell a shape or a type, and no value of any tensor.
 
     Raises whatever the tracing raises.
     """
@@ -101,19 +100,6 @@ class Traced:
         finally:
             vars(tracer).clear()  # it is part of a cycle, and would keep the network
         self.modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
-        self.shapes: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            if self._tells_shape(node):
-                self.shapes.add(node)
-
-    def _tells_shape(self, node: fx.Node) -> bool:
-        if node.op == "call_method" and node.target in ops.SHAPE_METHODS:
-            return True
-        if node.target is getattr:
-            return node.args[1] in ops.SHAPE_ATTRIBUTES
-        inputs = node.all_input_nodes
-        arithmetic = node.op == "call_function" and node.target in ops.SHAPE_ARITHMETIC
-        return arithmetic and bool(inputs) and self.shapes.issuperset(inputs)
 
     def key(self, node: fx.Node) -> Any:
         """Return what a node does: a type of layer, a function, or the name of a method."""
@@ -131,14 +117,6 @@ class Traced:
         """Return the name of the module, parameter or method that a node calls."""
         return str(node.target)
 
-    def tensors(self, node: fx.Node) -> list[fx.Node]:
-        """Return the inputs of a node whose values it may use."""
-        return [source for source in node.all_input_nodes if source not in self.shapes]
-
-    def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that may use the values of a node."""
-        return [user for user in node.users if user not in self.shapes]
-
     def calls(self, name: str) -> list[fx.Node]:
         """Return the nodes that call one module, in order."""
         module = self.modules.get(name)
@@ -147,17 +125,6 @@ class Traced:
     def scopes(self, node: fx.Node) -> list[str]:
         """Return the names of the modules whose calls a node is part of, outermost first."""
         return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-
-    def at_zero(self, node: fx.Node) -> float | None:
-        """Return what an operation on single values makes of zeros, None where it cannot tell."""
-
-        def value(source: fx.Node) -> object:
-            return 1 if source in self.shapes else torch.zeros(1, device="cpu")
-
-        try:
-            return float(self.evaluate(node, value))
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            return None
 
     def evaluate(self, node: fx.Node, value: Callable[[fx.Node], object]) -> Any:
         """Return what a node makes of these values of its inputs, without hooks."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import is_lazy
 
 from paperlib.pruning import operations as ops
-from paperlib.pruning.graph import Traced, has_own_forward, layer_type
+from paperlib.pruning.features import Network
+from paperlib.pruning.graph import has_own_forward, layer_type
 from paperlib.pruning.masks import multiply_by_mask
 from paperlib.pruning.operations import CONVOLUTIONS, TRANSPOSED
-from paperlib.pruning.shapes import Network
-from paperlib.pruning.zeros import Entries, Mask, OnShortcut, Refused, Trail
+from paperlib.pruning.zeros import Entries, OnShortcut, Refused, Trail
 
 
 class PruningError(ValueError):
@@ -43,7 +43,7 @@ class PrunableLayer:
     norm: Any = None
     output: nn.Module | None = None
     entries: Mapping[str, Entries] = field(default_factory=dict)
-    masks: Mapping[str, Mask] = field(default_factory=dict)
+    masks: Mapping[str, Entries] = field(default_factory=dict)
     uses: int = 1
     passed_over: str | None = None
     refusal: str | None = None
@@ -64,7 +64,9 @@ class PrunableLayer:
         norm: the convolution's bias and the norms that follow are among them.
         """
         of_conv = ("weight", "bias") if norm and self.conv.bias is not None else ("weight",)
-        return {self.name: Entries(self.conv, of_conv)} | (dict(self.entries) if norm else {})
+        return {self.name: Entries(self.conv, of_conv, tuple(range(self.filters)))} | (
+            dict(self.entries) if norm else {}
+        )
 
 
 def prunable_layers(model: nn.Module, norm: bool = True) -> dict[str, PrunableLayer]:
@@ -92,10 +94,10 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
         raise PruningError(
             f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
         ) from error
-    if str(networks[0].traced.graph) == str(networks[1].traced.graph):
+    if str(networks[0].graph) == str(networks[1].graph):
         del networks[1]
     owners = parameter_owners(model)
-    names = dict.fromkeys(name for network in networks for name in _convolutions(network.traced))
+    names = dict.fromkeys(name for network in networks for name in _convolutions(network))
     return {name: _layer(networks, name, owners) for name in names}
 
 
@@ -163,7 +165,7 @@ def _address(parameter: Tensor) -> int:
     return id(parameter) if is_lazy(parameter) or parameter.is_meta else parameter.data_ptr()
 
 
-def _convolutions(traced: Traced) -> Iterator[str]:
+def _convolutions(traced: Network) -> Iterator[str]:
     """Names of the modules that convolve, in forward order; of functions, those they are in."""
     for node in traced.graph.nodes:
         scopes = traced.scopes(node)
@@ -181,7 +183,7 @@ def _convolves(module: nn.Module | None) -> bool:
 def _layer(
     networks: Sequence[Network], name: str, owners: Mapping[int, list[str]]
 ) -> PrunableLayer:
-    conv = networks[0].traced.modules.get(name)
+    conv = networks[0].modules.get(name)
     if not isinstance(conv, nn.Conv2d):
         kind = type(conv).__name__ if _convolves(conv) else "a convolution by a function"
         return PrunableLayer(name, conv, refusal=f"it is {kind}, and not an nn.Conv2d")
@@ -214,7 +216,7 @@ def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[s
         if why := why or _read_directly(networks, name):
             return f"of {name!r}, which is zero with it, {why}"
     for name in trail.passed:
-        module = networks[0].traced.modules[name]
+        module = networks[0].modules[name]
         hooks = list(module._forward_hooks.values())
         if name != trail.passed[0]:
             hooks += module._forward_pre_hooks.values()
@@ -226,7 +228,7 @@ def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[s
 def _read_directly(networks: Sequence[Network], name: str) -> str | None:
     """Say which parameter of a module is used without the module, or return None."""
     for network in networks:
-        for node in network.traced.graph.nodes:
+        for node in network.graph.nodes:
             if node.op == "get_attr" and node.target.rpartition(".")[0] == name:
                 return f"the forward pass also reads {node.target!r} by itself"
     return None

@@ -49,6 +49,16 @@ def set_mask(module: nn.Module, keep: Tensor) -> None:
         torch.compiler.reset()
 
 
+def remove_mask(module: nn.Module) -> None:
+    """Have a module multiply by no mask any more."""
+    if isinstance(module, ResidualSum):
+        module.keep = None
+        return
+    del module._buffers[BUFFER]
+    for key in [k for k, hook in module._forward_hooks.items() if hook is multiply_by_mask]:
+        del module._forward_hooks[key]
+
+
 def multiply_by_mask(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """Forward hook of a module that `set_mask` has given a buffer."""
     return (output * module.get_buffer(BUFFER)).to(output.dtype)

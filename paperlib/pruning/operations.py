@@ -41,7 +41,7 @@ MIXING = CONVOLVING | {nn.Linear, F.linear}
 # Zero stays zero, and nothing else changes but by chance or by the type of numbers.
 PASSING = named(
     "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout stochastic_depth contiguous "
-    "clone detach to float double half bfloat16 type type_as cpu cuda "
+    "clone detach to float double half bfloat16 type type_as "
     "Identity Dropout Dropout1d Dropout2d Dropout3d"
 ) | {returned}
 # Activations that keep a zero: their slopes are learnt or drawn.
@@ -65,28 +65,17 @@ SPATIAL = named(
     "UpsamplingBilinear2d LocalResponseNorm ZeroPad2d ReflectionPad2d ReplicationPad2d "
     "CircularPad2d"
 )
-TO_A_SIZE = named("adaptive_avg_pool2d adaptive_max_pool2d AdaptiveAvgPool2d AdaptiveMaxPool2d")
 # Of these, a channel also depends on others, but zero stays zero.
 ACROSS = named("local_response_norm LocalResponseNorm")
 REDUCE = named("mean sum amax")
-CAT = named("cat concat concatenate")
 STACK = named("stack")
-FLATTEN = named("flatten Flatten")
-VIEW = named("view reshape")
-INDEX = {operator.getitem}
-UNSQUEEZE, SQUEEZE = named("unsqueeze"), named("squeeze")
-PAD = {F.pad, nn.ConstantPad2d, PadChannels}
-# Values are moved, averaged over pixels, or surrounded by zeros.
-MOVES = FLATTEN | VIEW | INDEX | UNSQUEEZE | SQUEEZE | REDUCE | PAD
-WRITING = {operator.iadd, operator.isub, operator.imul}
-# The output may share its memory with the input.
-VIEWING = (PASSING | MOVES) - REDUCE - PAD - named("clone")
-# What tells a tensor's shape or type, and no value of it.
-SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "get_device", "is_floating_point"}
-SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
-SHAPE_ARITHMETIC = INDEX | {
-    *(operator.add, operator.sub, operator.mul, operator.truediv),
-    *(operator.floordiv, operator.mod, operator.neg),
+# Values are moved, joined, or surrounded by constants.
+MOVES = named("flatten Flatten view reshape getitem unsqueeze squeeze cat concat concatenate")
+MOVES |= {F.pad, nn.ConstantPad2d, PadChannels}
+# They tell a tensor's size or type, and no value of it.
+TELLING = {
+    *("size", "dim", "ndimension", "numel", "get_device", "is_floating_point"),
+    *("shape", "ndim", "dtype", "device", "is_cuda"),
 }
 
 

@@ -41,9 +41,11 @@ class Pruner:
     replayed, the caller does so, within `by_hand`.
 
     Attributes:
+        masks: by name of layer, bool, True where a filter or weight is kept.
         generator: draws what is random.
     """
 
+    masks: Mapping[str, Tensor] = {}
     generator: torch.Generator | None = None
     _hook: PassHook | None = None
 
@@ -66,10 +68,17 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that later events depend on, as named tensors."""
-        return {}
+        return {f"mask.{name}": mask for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a `state_dict`: what it says is pruned is set to zero."""
+        self.load_masks(state)
+        self.hold()
+
+    def load_masks(self, state: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`, with the weights left as they are."""
+        for name, mask in self.masks.items():
+            mask.copy_(state[f"mask.{name}"])
 
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
@@ -146,11 +155,11 @@ class FilterPruner(Pruner):
         # Parameters that have zeros: name, module, name in it, and the indices of the zeros.
         self._gone: list[tuple[str, nn.Module, str, Tensor]] = []
         # By name of the modules that mask residual sums: their masks before this pruner.
-        self._before = {
-            where: None if (there := mask_of(mask.module)) is None else there.clone()
-            for layer in self.layers.values()
-            for where, mask in layer.masks.items()
-        }
+        self._before: dict[str, Tensor] = {}
+        for layer in self.layers.values():
+            for where, mask in layer.masks.items():
+                there = mask_of(mask.module)
+                self._before[where] = torch.ones(len(mask.filters)) if there is None else there + 0
         self._masked = True
         self.activation: ActivationScore | None = None
         if score == "activation":
@@ -227,18 +236,12 @@ class FilterPruner(Pruner):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that later events depend on, as named tensors."""
-        state = {f"mask.{name}": mask for name, mask in self.masks.items()}
+        state = super().state_dict()
         return state | (self.activation.state_dict() if self.activation is not None else {})
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state_dict`: what it says is pruned is set to zero."""
-        self.load_masks(state)
-        self.hold()
 
     def load_masks(self, state: Mapping[str, Tensor]) -> None:
         """As `load_state_dict`, with the weights left as they are."""
-        for name, mask in self.masks.items():
-            mask.copy_(state[f"mask.{name}"])
+        super().load_masks(state)
         if self.activation is not None:
             self.activation.load_state_dict(state)
         self._refresh()
@@ -255,14 +258,12 @@ class FilterPruner(Pruner):
     def _mask_sums(self) -> None:
         """Bring the masks of residual sums up to date; a sum with nothing pruned gets none."""
         new: dict[str, tuple[nn.Module, Tensor]] = {}
-        for name, layer in self.layers.items():
-            for where, mask in layer.masks.items() if self.norm else ():
-                before = self._before[where]
-                before = torch.ones(mask.channels) if before is None else before
-                whole = mask.module, before.to(layer.conv.weight, copy=True)
-                _, keep = new.setdefault(where, whole)
-                for offset in mask.offsets:
-                    keep[offset : offset + layer.filters] *= self.masks[name].to(keep.device)
+        for name, layer in self.layers.items() if self.norm else ():
+            gone = (~self.masks[name]).nonzero().squeeze(1)
+            for where, mask in layer.masks.items():
+                before = self._before[where].to(layer.conv.weight, copy=True)
+                _, keep = new.setdefault(where, (mask.module, before))
+                keep[mask.of(gone).to(keep.device)] = 0
         for module, keep in new.values():
             if mask_of(module) is not None or not keep.all():
                 set_mask(module, keep)

@@ -1,6 +1,6 @@
 """The pruner of single weights (arXiv 1805.01930)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,16 +92,6 @@ class WeightPruner(Pruner):
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
         return {f"{name}.weight": ~mask for name, mask in self.masks.items()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all that later events depend on, as named tensors."""
-        return {f"mask.{name}": mask for name, mask in self.masks.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state_dict`: what it says is pruned is set to zero."""
-        for name, mask in self.masks.items():
-            mask.copy_(state[f"mask.{name}"])
-        self.hold()
 
 
 def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:

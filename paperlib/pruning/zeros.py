@@ -7,17 +7,20 @@ a shortcut fills the filter again. It fails closed: an operation that it does no
 and so is one that turns a zero into something else which the next layer reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
+from paperlib.pruning.features import Network
 from paperlib.pruning.graph import argument
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
-from paperlib.pruning.shapes import Layout, Network, norm_channels, operands, padding
+
+_FOLLOWED = ops.ELEMENTWISE | ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | ops.MOVES | ops.REDUCE
 
 
 class Refused(Exception):
@@ -33,13 +36,13 @@ class Zeros:
     """The filters of one convolution in a tensor.
 
     Attributes:
-        offsets: the channels from which on copies of the filters lie; None where not known.
+        filters: of each feature, the filter that it is of, -1 for none.
         direct: there is no activation between the convolution and this tensor.
         normed: there is a norm between them.
         spoilt: the operation that turns a zero into something else; None while zeros are zero.
     """
 
-    offsets: tuple[int, ...] | None = (0,)
+    filters: tuple[int, ...]
     direct: bool = True
     normed: bool = False
     spoilt: fx.Node | None = None
@@ -47,30 +50,22 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Entries:
-    """Parameters of a module that are zero with a convolution's filters.
+    """Entries of a module's parameters, or of its mask, that are zero with a convolution's filters.
 
-    Of filter i these are `repeat` entries from `offset + i * repeat` on, at each of the offsets.
+    Attributes:
+        module: the module.
+        parameters: their names; none for a mask.
+        filters: of each entry along the first dimension, its filter, -1 for none.
     """
 
     module: nn.Module
     parameters: tuple[str, ...]
-    offsets: tuple[int, ...] = (0,)
-    repeat: int = 1
+    filters: tuple[int, ...]
 
     def of(self, filters: Tensor) -> Tensor:
         """Return the indices of these filters' entries, for indices of filters (n,)."""
-        within = torch.arange(self.repeat, device=filters.device)
-        begins = torch.cat([filters * self.repeat + offset for offset in self.offsets])
-        return (begins[:, None] + within).flatten()
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A module whose output is masked in so many channels; the filters lie at the offsets."""
-
-    module: nn.Module
-    channels: int
-    offsets: tuple[int, ...] = (0,)
+        each = torch.tensor(self.filters, device=filters.device)
+        return torch.isin(each, filters).nonzero().squeeze(1)
 
 
 class Trail:
@@ -89,119 +84,128 @@ class Trail:
 
     def __init__(self, networks: Sequence[Network], name: str) -> None:
         self.entries: dict[str, Entries] = {}
-        self.masks: dict[str, Mask] = {}
+        self.masks: dict[str, Entries] = {}
         self.norms: set[nn.Module] = set()
         self.sums: set[nn.Module | None] = set()
         self.passed: list[str] = []
         self.uses = 0
         for network in networks:
-            self.network, self.traced = network, network.traced
-            self.calls = self.traced.calls(name)
+            self.network = network
+            self.calls = network.calls(name)
             self.uses = max(self.uses, len(self.calls))
-            self._met: dict[str, set[fx.Node]] = {}
             self._at: dict[fx.Node, Zeros] = {}
-            for node in self.traced.graph.nodes:
+            for node in network.graph.nodes:
                 state = self._follow(node)
                 if state is not None:
                     self._at[node] = state
-            self.passed += [self.traced.name(n) for n in self._at if n.op == "call_module"]
+            self.passed += [network.name(n) for n in self._at if n.op == "call_module"]
             self._check_not_shared()
 
     def _follow(self, node: fx.Node) -> Zeros | None:
         """Where the filters are in a node's output, None where its zeros are of no effect on it."""
-        found = [self._at[source] for source in node.all_input_nodes if source in self._at]
+        sources = self.network.operands[node] or node.all_input_nodes
+        found = {source: self._at[source] for source in sources if source in self._at}
         state = None
-        if found and node not in self.traced.shapes:
+        if found and node not in self.network.plain:
             self._check("out" not in node.kwargs, node)
-            state = self._rule(node)(node, found)
-            still_zero = state is not None and not state.spoilt
-            if self._writes(node) and not (still_zero and node.all_input_nodes[0] in self._at):
-                self._check_in_place(node)
+            state = self._after(node, found)
+            zero = state is not None and not state.spoilt and node.all_input_nodes[0] in self._at
+            if node in self.network.written and not zero:
+                self._check_written(node)
             if state is not None and self._is_sum(state.spoilt) and self._can_mask(node, state):
                 name = self.network.returned[node]
-                channels = self.network.layouts[node].channels or 0
-                mask = Mask(self.traced.modules[name], channels, state.offsets or ())
-                self._note(self.masks, name, mask)
+                self._note(self.masks, name, Entries(self.network.modules[name], (), state.filters))
                 state = replace(state, spoilt=None)
-        return Zeros() if node in self.calls else state
+        if node in self.calls:
+            self._check(len(self.network.shape(node)) == 4, node)
+            return Zeros(tuple(range(self.network.shape(node)[1])))
+        return state
 
-    def _rule(self, node: fx.Node) -> Callable[[fx.Node, list[Zeros]], Zeros | None]:
-        key = self.traced.key(node)
+    def _after(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> Zeros | None:
+        key = self.network.key(node)
         if self._is_sum(node):
-            return self._sum
-        for keys, rule in (
-            (ops.STACK, self._stack),
-            (ops.MULTIPLY, self._multiply),
-            (ops.ELEMENTWISE, self._single_values),
-            (ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL, self._channel_by_channel),
-            (ops.MIXING | {"output"}, self._mix),
-            (NORMS, self._norm),
-            (ops.CAT, self._cat),
-            (ops.MOVES, self._move),
-        ):
-            if key in keys:
-                return rule
+            return self._sum(node, found)
+        if key in ops.STACK:  # its sum looks at what is stacked
+            readers = self.network.readers(node)
+            self._check(len(readers) == 1 and self._is_sum(readers[0]), node)
+            return None
+        [first, *others] = found.values()
+        if key in ops.MIXING or key in NORMS:
+            source = self.network.tensors(node)[0]
+            self._check(source in found and not others, node)
+            return self._norm(node, first) if key in NORMS else self._mix(node, first)
+        if key == "output":
+            self._check_unspoilt(node, [first, *others])
+            return None
+        if key in _FOLLOWED:
+            return self._followed(node, found)
         raise Refused(
-            f"it is not known whether {self.traced.describe(node)} keeps a pruned filter zero"
+            f"it is not known whether {self.network.describe(node)} keeps a pruned filter zero"
         )
 
     # Rules: from where the filters are in a node's inputs to where they are in its output
 
-    def _multiply(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        """Zero times anything is zero; what has fewer dimensions is spread over the others'."""
-        mine = {t: self._at[t] for t in self.traced.tensors(node) if t in self._at}
-        zero = [t for t, state in mine.items() if state.spoilt is None] or list(mine)
-        first = max(zero, key=lambda t: self._layout(t, node).dims)
-        dims = self._layout(first, node).dims
-        self._check(dims == max(self._layout(t, node).dims for t in mine), node)
-        self._check(dims == 4 or self._known(node), node)
-        return replace(mine[first], direct=all(state.direct for state in found))
-
-    def _single_values(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        tensors = self.traced.tensors(node)
-        self._check(self._known(node), node)
-        direct = self.traced.key(node) in ops.ADD and all(state.direct for state in found)
-        together = self._together(tensors, direct)
-        if together is not None and self.traced.at_zero(node) == 0:
-            return together
-        # Also by a parameter, which is not zero.
-        spoilt = next((s.spoilt for s in found if s.spoilt and not self._is_sum(s.spoilt)), node)
-        return replace(found[0], direct=direct, spoilt=spoilt)
-
-    def _channel_by_channel(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        key, module = self.traced.key(node), self.traced.module(node)
-        tensor = self.traced.tensors(node)[0]
-        self._check(len(found) == 1 and tensor in self._at, node)
+    def _followed(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> Zeros:
+        """What is not known of the other inputs is nan, and so is what an operation makes of it."""
+        key, spoilt = self.network.key(node), [s.spoilt for s in found.values() if s.spoilt]
+        if key in ops.MULTIPLY:
+            if len(spoilt) < len(found):  # zero times anything is zero
+                found, spoilt = {t: s for t, s in found.items() if s.spoilt is None}, []
+        elif key in ops.ELEMENTWISE:
+            tensors = self.network.tensors(node)
+            self._check(all(t in found or t.op == "get_attr" for t in tensors), node)
         if key in ops.ACROSS:
-            self._check_unspoilt(node, found)
-        if key in ops.SPATIAL:
-            layout = self._layout(tensor, node)
-            indices = getattr(module, "return_indices", node.kwargs.get("return_indices"))
-            self._check(not layout.flat and layout.dims > 2 and not indices, node)
-        return replace(found[0], direct=found[0].direct and key not in ops.ACTIVATIONS)
+            self._check_unspoilt(node, found.values())
+        filters = self._placed(node, found)
+        linear = ops.MULTIPLY | ops.ADD
+        first = replace(
+            next(iter(found.values())),
+            filters=filters,
+            direct=all(state.direct for state in found.values())
+            and (key in linear or key not in ops.ELEMENTWISE | ops.ACTIVATIONS),
+        )
+        if key in ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | ops.REDUCE:
+            return first
+        values = {
+            source: torch.where(torch.tensor(state.filters) < 0, torch.nan, 0.0)
+            for source, state in found.items()
+        }
+        if (self.network.constants(node, values)[torch.tensor(filters) >= 0] == 0).all():
+            return replace(first, spoilt=next(iter(spoilt), None))
+        return replace(first, spoilt=next((s for s in spoilt if not self._is_sum(s)), node))
 
-    def _mix(self, node: fx.Node, found: list[Zeros]) -> Zeros | None:
-        key, module = self.traced.key(node), self.traced.module(node)
-        if key != "output":
-            tensor = self.traced.tensors(node)[0]
-            self._check(tensor in self._at and len(found) == 1, node)
-            self._check(self._layout(tensor, node).dims == ops.dimensions(key), node)
+    def _placed(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> tuple[int, ...]:
+        """The filter of each feature of a node's output, where inputs agree on it."""
+        placed = []
+        for source, state in found.items():
+            origin = self.network.origin(node, source)
+            self._check(origin is not None, node)
+            assert origin is not None
+            placed.append(torch.where(origin < 0, -1, torch.tensor(state.filters)[origin]))
+        filters = torch.stack(placed).amax(0)
+        self._check(all(((p == filters) | (p < 0)).all() for p in placed), node)
+        return tuple(filters.tolist())
+
+    def _mix(self, node: fx.Node, state: Zeros) -> Zeros | None:
+        key, module = self.network.key(node), self.network.module(node)
+        dims = ops.dimensions(key)
+        self._check(len(self.network.shape(self.network.tensors(node)[0])) == dims, node)
         if key in ops.FUNCTIONAL_CONVOLUTIONS:
             self._check(argument(node, 6, "groups", 1) == 1, node)
         if key in CONVOLUTIONS and module.groups == module.in_channels > 1:
             # Every channel for itself.
             self._check(module.out_channels == module.in_channels, node)
             if module.bias is not None:
-                self._zero(node, ("bias",), found[0])
-            return replace(found[0], direct=False)
-        self._check_unspoilt(node, found)
+                self._zero(node, ("bias",), state)
+            return replace(state, direct=False)
+        self._check_unspoilt(node, [state])
         return None
 
-    def _norm(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        norm, state = self.traced.module(node), found[0]
+    def _norm(self, node: fx.Node, state: Zeros) -> Zeros:
+        norm = self.network.module(node)
         if isinstance(norm, nn.GroupNorm):  # its statistics are of several channels
-            self._check_unspoilt(node, found)
-        if state.direct and not state.normed and self._aligned(self.traced.tensors(node)[0], state):
+            self._check_unspoilt(node, [state])
+        if state.direct and not state.normed and self._aligned(self.network.tensors(node)[0]):
             self.norms.add(norm)
         names = tuple(n for n in ("weight", "bias") if getattr(norm, n) is not None)
         if names:
@@ -209,130 +213,66 @@ class Trail:
             return replace(state, normed=True, spoilt=None)
         if isinstance(norm, nn.GroupNorm) or norm.running_mean is not None:
             raise Refused(
-                f"{self.traced.describe(node)} has no scale and shift that could be zero: give it "
+                f"{self.network.describe(node)} has no scale and shift that could be zero: give it "
                 "affine=True"
             )
         return replace(state, normed=True)
 
-    def _cat(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-        self._check(isinstance(parts, tuple | list), node)
-        dims = {self._layout(part, node).dims for part in parts if part in self._at}
-        self._check(len(dims) == 1 and isinstance(dim, int) and dim % max(dims) == 1, node)
-        before: int | None = 0
-        offsets: tuple[int, ...] | None = ()
-        for part in parts:
-            layout, state = self.network.layouts.get(part), self._at.get(part)
-            if state is not None:
-                mine = state.offsets if layout is not None and not layout.flat else None
-                if offsets is None or mine is None or before is None:
-                    offsets = None
-                else:
-                    offsets += tuple(before + offset for offset in mine)
-            channels = layout.channels if layout is not None else None
-            before = None if before is None or channels is None else before + channels
-        spoilt = next((state.spoilt for state in found if state.spoilt is not None), None)
-        return replace(found[0], offsets=offsets, spoilt=spoilt)
-
-    def _move(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        self._check(len(found) == 1 and node in self.network.layouts, node)
-        if self.traced.key(node) not in ops.PAD:
-            return found[0]
-        pads = padding(self.traced.module(node), node)
-        [front] = [*pads[2 * self.network.layouts[node].dims - 4 :], 0][:1]
-        offsets = found[0].offsets and tuple(offset + front for offset in found[0].offsets)
-        return replace(found[0], offsets=offsets)
-
-    def _stack(self, node: fx.Node, found: list[Zeros]) -> Zeros:
-        """Its sum looks at what is stacked."""
-        readers = self.traced.readers(node)
-        self._check(len(readers) == 1 and self._is_sum(readers[0]), node)
-        return replace(found[0], spoilt=node)
-
-    def _sum(self, node: fx.Node, found: list[Zeros]) -> Zeros | None:
-        terms, branch = operands(self.traced, node), self.network.branch(node)
-        together = self._together(terms, direct=False)
-        if together is not None:
-            return together
-        if branch is not None and branch in self._at:
-            state = self._at[branch]
-            if state.direct and self._aligned(branch, state):
-                module = self.traced.module(node)
+    def _sum(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> Zeros | None:
+        terms, branch = self.network.operands[node], self.network.branch(node)
+        placed = {term: self._placed(node, {term: state}) for term, state in found.items()}
+        if len(found) == len(terms) and len(set(placed.values())) == 1:
+            spoilt = next((s.spoilt for s in found.values() if s.spoilt is not None), None)
+            return Zeros(placed[terms[0]], False, found[terms[0]].normed, spoilt)
+        what = self.network.describe(node)
+        if branch in found:
+            state = found[branch]
+            if state.direct and self._aligned(branch):
+                module = self.network.module(node)
                 self.sums.add(module if isinstance(module, ResidualSum) else None)
-            return replace(state, direct=False, spoilt=state.spoilt or node)
+            return Zeros(placed[branch], False, state.normed, state.spoilt or node)
         if branch is None:
-            what = self.traced.describe(node)
             raise OnShortcut(f"none of what {what} adds is deeper than the others")
         if not self.network.behind[branch] & set(self.calls):
-            what = self.traced.describe(node)
             raise OnShortcut(f"it is on the shortcut of the residual sum {what}")
-        self._check_unspoilt(node, [self._at[term] for term in terms if term in self._at])
+        self._check_unspoilt(node, found.values())
         return None
 
     # What a rule needs and finds
 
-    def _layout(self, tensor: fx.Node, node: fx.Node) -> Layout:
-        self._check(tensor in self.network.layouts, node)
-        return self.network.layouts[tensor]
-
     def _is_sum(self, node: fx.Node | None) -> bool:
-        return node is not None and bool(operands(self.traced, node))
+        return node is not None and bool(self.network.operands[node])
 
-    def _known(self, node: fx.Node) -> bool:
-        """Whether all inputs have the filters, or are parameters."""
-        return all(t in self._at or t.op == "get_attr" for t in self.traced.tensors(node))
-
-    def _aligned(self, tensor: fx.Node, state: Zeros) -> bool:
+    def _aligned(self, tensor: fx.Node) -> bool:
         """Whether a tensor's channels are these filters, one for one, and it is not flattened."""
-        layout, filters = self.network.layouts.get(tensor), self.network.layouts[self.calls[0]]
-        aligned = layout is not None and replace(layout, pixel=False) == filters
-        return aligned and state.offsets == (0,)
-
-    def _together(self, tensors: Sequence[fx.Node], direct: bool) -> Zeros | None:
-        """The filters in what is made of tensors that all have them in the same place, or None."""
-        states = [self._at[tensor] for tensor in tensors if tensor in self._at]
-        places = {
-            (self._at[t].offsets, layout.dims, layout.flat)
-            for t in tensors
-            if t in self._at and (layout := self._layout(t, t))
-        }
-        if len(states) < len(tensors) or len(places) > 1 or states[0].offsets is None:
-            return None
-        spoilt = next((state.spoilt for state in states if state.spoilt is not None), None)
-        return replace(states[0], direct=direct, spoilt=spoilt)
+        filters = tuple(range(self.network.shape(self.calls[0])[1]))
+        return self._at[tensor].filters == filters and len(self.network.shape(tensor)) == 4
 
     def _can_mask(self, node: fx.Node, state: Zeros) -> bool:
         """Whether a module returns this node, no more often than the convolution is called.
 
         Hooks of the network itself are none of its graph, so that it cannot mask.
         """
-        layout, name = self.network.layouts[node], self.network.returned.get(node, "")
-        if not 0 < len(self.traced.returns.get(name, ())) <= len(self.calls):
+        name = self.network.returned.get(node, "")
+        if not 0 < len(self.network.returns.get(name, ())) <= len(self.calls):
             return False
-        if isinstance(self.traced.module(node), ResidualSum) and state.spoilt is not node:
+        if isinstance(self.network.module(node), ResidualSum) and state.spoilt is not node:
             return False  # it masks its own shortcut only
-        return layout.channels is not None and state.offsets is not None and layout.dims == 4
+        return len(self.network.shape(node)) == 4
 
     def _zero(self, node: fx.Node, names: tuple[str, ...], state: Zeros) -> None:
         """The filters' entries of these parameters of a module are zero with the filters."""
-        module = self.traced.module(node)
-        size = norm_channels(module) if isinstance(module, NORMS) else module.out_channels
-        layout = self._layout(self.traced.tensors(node)[0], node)
-        channels, name = layout.channels or size + 1, self.traced.name(node)
-        repeat = size // channels
-        fits = repeat * channels == size and (layout.flat or repeat == 1)
-        self._check(fits and state.offsets is not None, node)
-        offsets = tuple(offset * repeat for offset in state.offsets or ())
-        self._met.setdefault(name, set()).add(node)
-        self._note(self.entries, name, Entries(module, names, offsets, repeat))
+        module, name = self.network.module(node), self.network.name(node)
+        self._check(len(getattr(module, names[0])) == len(state.filters), node)
+        self._note(self.entries, name, Entries(module, names, state.filters))
 
-    def _note(self, where: dict, name: str, value: Entries | Mask) -> None:
+    def _note(self, where: dict, name: str, value: Entries) -> None:
         if where.setdefault(name, value) != value:
             raise Refused(f"{name!r} is used more than once, with other channels each time")
 
-    def _check_unspoilt(self, node: fx.Node, found: Sequence[Zeros]) -> None:
+    def _check_unspoilt(self, node: fx.Node, found: Any) -> None:
         for spoilt in (state.spoilt for state in found if state.spoilt is not None):
-            what = self.traced.describe(spoilt)
+            what = self.network.describe(spoilt)
             if self._is_sum(spoilt):
                 raise Refused(
                     f"no module returns the residual sum {what}: add with "
@@ -340,49 +280,34 @@ class Trail:
                 )
             raise Refused(
                 f"{what} turns its zeros into something else, which "
-                f"{self.traced.describe(node)} reads"
+                f"{self.network.describe(node)} reads"
             )
 
     def _check(self, understood: bool, node: fx.Node) -> None:
         if not understood:
             raise Refused(
-                f"it is not known how {self.traced.describe(node)} treats the channels of a pruned "
-                "filter here"
+                f"it is not known how {self.network.describe(node)} treats the channels of a "
+                "pruned filter here"
             )
 
     def _check_not_shared(self) -> None:
         """Refuse a module that must be zero for this convolution but is also used elsewhere."""
         for name in self.entries:
-            if self._met.get(name, set()) != set(self.traced.calls(name)):
+            if any(call.all_input_nodes[0] not in self._at for call in self.network.calls(name)):
                 raise Refused(f"{name!r}, which would have to be zero with it, is used elsewhere")
         for name, mask in self.masks.items():
-            nodes = self.traced.returns.get(name, ())
+            nodes = self.network.returns.get(name, ())
             states = [self._at.get(node) if node is not None else None for node in nodes]
-            if any(s is None or s.spoilt or s.offsets != mask.offsets for s in states):
+            if any(s is None or s.spoilt or s.filters != mask.filters for s in states):
                 raise Refused(
                     f"{name!r} returns its residual sum and, elsewhere, something else: add with "
                     "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
                 )
 
-    def _check_in_place(self, node: fx.Node) -> None:
+    def _check_written(self, node: fx.Node) -> None:
         """Refuse a write into a tensor that is used again afterwards."""
-        base = node
-        while base is node or self._is_view(base):
-            by, base = base, base.all_input_nodes[0]
-            others = [user for user in self.traced.readers(base) if user is not by]
-            if any(user > node or self._is_view(user) for user in others):
-                what = self.traced.describe(node)
+        for other in self.network.graph.nodes:
+            later = other < node and any(user > node for user in self.network.readers(other))
+            if later and self.network.share_memory(other, node):
+                what = self.network.describe(node)
                 raise Refused(f"{what} writes into a tensor that is used again afterwards")
-
-    def _writes(self, node: fx.Node) -> bool:
-        """Whether an operation writes into its first argument."""
-        key, module = self.traced.key(node), self.traced.module(node)
-        name = key if isinstance(key, str) else getattr(key, "__name__", "")
-        options = node.args[1:] if key in ops.ELEMENTWISE else ()
-        options = (*options, node.kwargs.get("inplace"), getattr(module, "inplace", False))
-        return name.endswith("_") or key in ops.WRITING or any(value is True for value in options)
-
-    def _is_view(self, node: fx.Node) -> bool:
-        """Whether a node's output may share its memory with its first input."""
-        viewing = self._writes(node) or self.traced.key(node) in ops.VIEWING
-        return viewing and bool(node.all_input_nodes)

@@ -1,9 +1,6 @@
 """Schedules, scores and targets of filter pruning."""
 
 import copy
-import math
-from fractions import Fraction
-from functools import cache
 
 import numpy as np
 import pytest
@@ -13,14 +10,10 @@ from pruned_networks import exactly_kept, generator, gone, images, network, smal
 from scipy import integrate, stats
 from torch import nn
 
-from paperlib import experiments
-from paperlib.config import FilterPruning
-from paperlib.models import build
 from paperlib.pruning import (
     FilterPruner,
     expected_activation,
     kept_filters,
-    prunable_layers,
     select,
 )
 
@@ -42,63 +35,6 @@ def test_kept_filters_in_exact_arithmetic(filters):
         for events in (1, 2, 7, 37, 68):
             kept = [kept_filters(filters, float(fraction), i + 1, events) for i in range(events)]
             assert kept == [exactly_kept(filters, fraction, i + 1, events) for i in range(events)]
-
-
-def count_events(filters, fractions, schedules) -> int:
-    """Epochs on which at least one filter goes."""
-    epochs = set()
-    for count, fraction, events in zip(filters, fractions, schedules, strict=True):
-        before = count
-        for i, epoch in enumerate(events):
-            kept = kept_filters(count, fraction, i + 1, len(events))
-            if kept < before:
-                epochs.add(epoch)
-            before = kept
-        assert before == math.ceil((1 - Fraction(str(fraction))) * count)
-    return len(epochs)
-
-
-VGG_EVENTS = {4: 179, 20: 38, 40: 19, 60: 14, 100: 9, 200: 5, 300: 4}
-
-
-VALID = {
-    ("figure-1", "VGG11"): {19},
-    ("figure-2", "VGG11"): {179, 19},
-    ("figure-2", "ResNet18"): {180, 20},
-    ("figure-3", "VGG11"): set(VGG_EVENTS.values()),
-    ("figure-4", "ResNet18"): {3, 2},
-    ("figure-4", "ResNet20"): {3, 2},
-    ("figure-4", "ResNet56"): {3, 2},
-    ("figure-5", "VGG11"): {19},
-    ("figure-D2", "VGG11"): {19},
-    ("figure-6", "VGG11"): {179, 19},
-    ("figure-C1", "VGG11"): set(VGG_EVENTS.values()),
-    ("figure-C2", "VGG11"): set(VGG_EVENTS.values()),
-    ("figure-B2", "VGG11"): {179, 19},
-    ("figure-B2", "ResNet18"): {184, 20},
-    ("figure-C3", "ResNet18"): {54, 34},
-    ("table-C1", "ResNet18"): {180, 20},
-    ("table-F1", "ResNet18"): {2},
-}
-
-
-@cache
-def filters_of(model: str) -> list[int]:
-    with torch.device("meta"):
-        return [layer.filters for layer in prunable_layers(build(model)).values()]
-
-
-@pytest.mark.parametrize("name", [n for n in experiments.FIGURES if n in {f for f, _ in VALID}])
-def test_events_of_each_figure(name):
-    found = {}
-    for setting in experiments.figure(name).settings:
-        pruning = setting.config.pruning
-        if not isinstance(pruning, FilterPruning) or pruning.scratch:
-            continue
-        filters = filters_of(setting.config.model)[-len(pruning.fractions) :]
-        events = count_events(filters, pruning.fractions, pruning.epochs)
-        found.setdefault((name, setting.network), set()).add(events)
-    assert found == {key: events for key, events in VALID.items() if key[0] == name}
 
 
 # Scores

@@ -163,18 +163,6 @@ def test_state_is_carried_over(event):
 # Networks
 
 
-def test_counts_of_the_paper():
-    network = models.build("conv4")
-    assert sum(p.numel() for p in network.parameters()) == 1_250_858
-    assert network.dense.weight.numel() == 1_179_648
-    pruner = WeightPruner(network, "dense", 0.9, target="largest")
-    for event in range(1, 11):
-        pruner.prune(event, 10)
-    left = sum(int(p.count_nonzero()) for p in network.parameters())
-    assert left == 189_175
-    assert round(100 * (1 - left / 1_250_858), 1) == 84.9
-
-
 def test_several_layers_each_by_its_own_fraction():
     network = models.build("conv4", width=0.25)
     pruner = WeightPruner(network, ["features.2", "dense", "fc"], [0.25, 0.9, 0.5])

@@ -8,49 +8,38 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from paperlib.extras.compact.channels import Following, Layer, foldable, takes, total
-from paperlib.models import PadChannels
+from paperlib.extras.compact.channels import Axis, Following, foldable, takes, total
 from paperlib.pruning.graph import layer_type
-from paperlib.pruning.masks import mask_name, mask_of, multiply_by_mask, set_mask
+from paperlib.pruning.masks import mask_of, remove_mask
 from paperlib.pruning.operations import NORMS
-
-TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @torch.no_grad()
 def cut(following: Following) -> None:
     """Cut a network's layers down to the channels that are noticed, in place."""
     kept = _kept(following)
-    for layer in following.layers.values():
-        reads, writes = kept[layer.reads.ids], kept[layer.writes.ids]
-        if layer.mixes:
-            _cut_mixing(layer, reads, writes)
-        elif isinstance(layer.module, PadChannels):
-            start = layer.module.padding[-2]
-            stop = start + len(reads)
-            pads = (int(writes[:start].sum()), int(writes[stop:].sum()))
-            layer.module.padding = (*layer.module.padding[:-2], *pads)
-        elif layer.masks:
-            _cut_mask(layer.module, writes)
-        else:
-            for name in TENSORS:
-                _index(layer.module, name, writes)
-        _fit(layer.module, len(writes.nonzero()))
+    for layer in following.readers:  # the constants that it reads go into its bias
+        gone, bias = ~kept[layer.reads.ids].to(following.device), layer.module.bias
+        shift = total(layer.module)[:, gone] @ layer.reads.values[gone].nan_to_num()
+        if shift[kept[layer.writes.ids]].any():
+            _set(layer.module, "bias", shift if bias is None else bias + shift)
+    for axis in following.axes:
+        _shorten(axis, kept[axis.ids])
+    for axis in following.axes:
+        _fit(axis.module)
 
 
 def _kept(following: Following) -> Tensor:
     """Return, by id of channel, whether it stays: bool (count,)."""
-    count, device = following.count, following.device
-    pairs = torch.cat([torch.zeros(2, 0), *(t.cpu() for t in following.ties)], 1).long().numpy()
+    count = following.count
+    pairs = torch.cat([torch.zeros(2, 0), *following.ties], 1).long().numpy()
     graph = coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=(count, count))
-    group = torch.from_numpy(connected_components(graph, directed=False)[1])
-    group = group.to(device, torch.long)
+    group = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
     readers = []  # which inputs each of its outputs notices, and the groups of both
-    for layer in following.layers.values():
-        if layer.mixes:
-            notices = takes(layer.module) & ~foldable(layer.module, layer.reads.values)
-            readers.append((notices, group[layer.reads.ids], group[layer.writes.ids]))
-    fixed = torch.zeros(count, dtype=torch.bool, device=device)
+    for layer in following.readers:
+        notices = takes(layer.module) & ~foldable(layer.module, layer.reads.values)
+        readers.append((notices.cpu(), group[layer.reads.ids], group[layer.writes.ids]))
+    fixed = torch.zeros(count, dtype=torch.bool)
     fixed[group[torch.cat(following.fixed)]] = True
     while True:
         kept, before = torch.ones_like(fixed), None
@@ -64,34 +53,20 @@ def _kept(following: Following) -> Tensor:
         fixed[torch.stack([writes[0] for writes in empty])] = True
 
 
-def _cut_mixing(layer: Layer, reads: Tensor, writes: Tensor) -> None:
-    """Cut a layer's inputs and outputs, and fold the constants it read into its bias."""
-    module = layer.module
-    shift = total(module)[:, ~reads] @ layer.reads.values[~reads].nan_to_num()
-    shift = shift[writes]
-    _index(module, "weight", writes)
-    _set(module, "weight", module.weight[:, reads])
-    _index(module, "bias", writes)
-    if shift.any():
-        _set(module, "bias", shift if module.bias is None else module.bias + shift)
-
-
-def _cut_mask(module: nn.Module, writes: Tensor) -> None:
-    """Cut the mask of a residual sum, and remove it where all of the channels left are kept."""
-    mask = mask_of(module)
-    if mask is None:
-        return
-    setattr(module, mask_name(module), None)
-    for key in [k for k, hook in module._forward_hooks.items() if hook is multiply_by_mask]:
-        del module._forward_hooks[key]
-    if not mask[writes].all():
-        set_mask(module, mask[writes])
-
-
-def _index(module: nn.Module, name: str, kept: Tensor) -> None:
-    tensor = getattr(module, name, None)
-    if tensor is not None:
-        _set(module, name, tensor[kept])
+def _shorten(axis: Axis, kept: Tensor) -> None:
+    """Cut a tensor along a dimension, or how many channels are added to what is there."""
+    module, name = axis.module, axis.tensor
+    tensor: Any = getattr(module, name, None)
+    if name == "padding":
+        before, after = tensor[-2:]
+        added = int(kept[:before].sum()), int(kept[len(kept) - after :].sum())
+        module.padding = (*tensor[:-2], *added)
+    elif tensor is not None:
+        indices = kept.nonzero().squeeze(1).to(tensor.device)
+        _set(module, name, tensor.index_select(axis.dim, indices))
+        mask = mask_of(module)
+        if mask is not None and mask.all():
+            remove_mask(module)
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -102,16 +77,17 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, name, tensor)
 
 
-def _fit(module: Any, channels: int) -> None:
+def _fit(module: Any) -> None:
     """Set the sizes that a layer states of itself to those of its tensors."""
     kind = layer_type(module)
     if kind is nn.Conv2d:
-        module.groups = 1 if module.groups == 1 else channels
-        module.out_channels = channels
-        module.in_channels = module.weight.shape[1] * module.groups
+        module.out_channels, inputs = module.weight.shape[:2]
+        module.groups = 1 if module.groups == 1 else module.out_channels
+        module.in_channels = inputs * module.groups
     elif kind is nn.Linear:
         module.out_features, module.in_features = module.weight.shape
     elif kind in NORMS:
-        module.num_features = channels
+        tensor = module.running_mean if module.weight is None else module.weight
+        module.num_features = module.num_features if tensor is None else len(tensor)
     elif kind is nn.PReLU:
-        module.num_parameters = channels
+        module.num_parameters = len(module.weight)

@@ -11,6 +11,7 @@ from paperlib.extras.compact.channels import CompactError, Following
 from paperlib.extras.compact.cut import cut
 from paperlib.pruning import FilterPruner, WeightPruner
 from paperlib.pruning.graph import layer_type
+from paperlib.pruning.layers import parameter_owners, weight_refusal
 from paperlib.pruning.masks import multiply_by_mask
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
 
@@ -65,17 +66,13 @@ def example_input(model: nn.Module, example: Sequence[int] | Tensor) -> Tensor:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    owners: dict[Tensor, str] = {}
+    owners = parameter_owners(model)
     for name, module in model.named_modules():
-        weighted = layer_type(module) in (*CONVOLUTIONS, *NORMS, nn.Linear)
-        if weighted and not {"weight", "bias"} <= set(module._parameters):
-            raise CompactError(
-                f"weight or bias of {name!r} is not a parameter of it: make its pruning or "
-                "parametrization permanent first (torch.nn.utils.prune.remove)"
-            )
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if owners.setdefault(parameter, name) != name:
-            raise CompactError(f"{name!r} is the same parameter as {owners[parameter]!r}")
+        kind = layer_type(module)
+        if kind in (*CONVOLUTIONS, *NORMS, nn.Linear):
+            names = [key for key in ("weight", "bias") if getattr(module, key) is not None]
+            if names and (why := weight_refusal(module, kind, owners, *names)):
+                raise CompactError(f"{name!r} cannot be cut: {why}")
 
 
 def _check_held(model: nn.Module, pruners: Sequence[FilterPruner | WeightPruner]) -> None:

@@ -4,13 +4,10 @@ Imports no torch.
 """
 
 import hashlib
-import importlib.util
-import inspect
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +18,7 @@ from typing import Any
 
 from paperlib import __version__
 from paperlib.config import Config
+from paperlib.store.code import code_checksum as code_checksum
 from paperlib.store.paths import data_folders
 
 PACKAGES = ("paperlib", "torch", "torchvision", "numpy")
@@ -118,48 +116,6 @@ def images_path(spec: str) -> Path | None:
     """Return the path of "images:PATH"; None for other data sets."""
     kind, _, path = spec.partition(":")
     return Path(path).expanduser().absolute() if kind == "images" and path else None
-
-
-def source_checksum(spec: str) -> str | None:
-    """Return the sha256 of the source file of a function named "package.module:function".
-
-    The module itself is not imported; the packages around it are. A function that was defined in a
-    notebook ("__main__:function") has no file: the checksum is that of its own source.
-
-    Args:
-        spec: The name of a score or network.
-
-    Returns:
-        64 hex digits, or None where `spec` has no ":" or there is no such source.
-    """
-    module, colon, name = spec.partition(":")
-    if not colon:
-        return None
-    try:
-        found = importlib.util.find_spec(module)
-        file = found.origin if found else None
-    except (ImportError, ValueError):  # a script or notebook, as __main__, has no spec
-        file = getattr(sys.modules.get(module), "__file__", None)
-    try:
-        if file:
-            source = Path(file).read_bytes()
-        else:
-            source = inspect.getsource(getattr(sys.modules[module], name)).encode()
-    except (OSError, KeyError, AttributeError, TypeError):  # "built-in" is no file
-        return None
-    return hashlib.sha256(source).hexdigest()
-
-
-def code_checksum(config: Config) -> str | None:
-    """Return the checksum of the network and score that a run names; None if it names none.
-
-    If it names both, it is the checksum of the two checksums.
-    """
-    specs = config.model, getattr(config.pruning, "score", "")
-    found = [checksum for checksum in map(source_checksum, specs) if checksum]
-    if len(found) < 2:
-        return found[0] if found else None
-    return hashlib.sha256("/".join(found).encode()).hexdigest()
 
 
 def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ simply exhausts them.
 import math
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -144,7 +145,8 @@ def steps(
             try:
                 record = yield from _train(*how)
             except checkpoints.UnusableCheckpoint as error:
-                checkpoint.set_aside(error)
+                warnings.warn(f"{config.title} starts afresh: {error}", stacklevel=2)
+                checkpoints.discard(store.path, config.identity)
                 record = yield from _train(*how)
         except TrainingError as error:
             store.fail(config, error)
@@ -177,6 +179,7 @@ class Run:
         self.classes, (self.channels, height, width) = len(dataset.classes), shape
         check_images(config, (self.channels, height, width), self.classes, device)
         self.model = self.new_network()
+        self.made_of = inputs.checksums(config, dataset.checksum)  # now: a file may change later
         batches = partial(
             Batches, mean=dataset.mean, std=dataset.std, device=device, layout=self.layout
         )
@@ -228,20 +231,18 @@ def _train(
         parts = run.model, run.optimizer, run.pruner
         rows: list[Row] = []
         if checkpoint is not None:
-            rows, run.arrays = checkpoint.restore(*parts) or (rows, run.arrays)
+            rows, run.arrays = checkpoint.restore(parts) or (rows, run.arrays)
         for epoch in range(len(rows), config.epochs):
             start = time.perf_counter()
             row = yield from _epoch(run, epoch, trained=sum(row["trained"] for row in rows))
-            evaluated = time.perf_counter()
             run.arrays |= _measured(run, epoch, row)
             rows.append(row | {"seconds": time.perf_counter() - start})
             if checkpoint is not None and len(rows) < config.epochs:
-                measured = time.perf_counter() - evaluated
-                checkpoint.save_when_due(*parts, rows, run.arrays, measured)
+                checkpoint.save_when_due(parts, rows, run.arrays)
         run.arrays |= histograms(config, "trained", run.model, run.pruner, run.train)
         about = inputs.described(run.device, run.model, run.pruner)
         about |= {"classes": run.classes, "channels": run.channels}
-        about |= inputs.checksums(config, dataset.checksum)
+        about |= run.made_of
         if checkpoint is not None and checkpoint.earlier:
             about["resumed"] = checkpoint.earlier
         return RunRecord(config, pd.DataFrame(rows), run.arrays, about)

@@ -3,11 +3,9 @@
 Imports no torch.
 """
 
-import io
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -18,16 +16,15 @@ from paperlib.store.records import UNREADABLE, DamagedRecord, Entry, StoreError,
 from paperlib.store.store import Store
 
 YOUNG_SECONDS = 3600.0  # a half-written file of this age may still be written
-HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")  # as `write_whole` names it
 
 
 def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
     """Return one row a run as `Store.runs`, and its title; damaged records have only `damaged`."""
     found = store.find(store.identities() if runs is None else runs)
-    whole = [entry for entry in found.values() if isinstance(entry, Entry)]
-    frame = store.runs([entry.run for entry in whole])
-    frame["title"] = [from_dict(entry.content["config"]).title for entry in whole]
     damaged = {run: str(error) for run, error in found.items() if isinstance(error, StoreError)}
+    frame = store.runs([run for run in found if run not in damaged])
+    whole = (entry for entry in found.values() if isinstance(entry, Entry))
+    frame["title"] = [from_dict(entry.content["config"]).title for entry in whole]
     broken = pd.DataFrame({"run": list(damaged), "damaged": list(damaged.values())})
     return frame if broken.empty else pd.concat([frame, broken], ignore_index=True)
 
@@ -42,39 +39,32 @@ def describe(store: Store, start: str) -> dict:
     Raises:
         StoreError: No run's identity starts so, or several do.
     """
-    known = set(store.identities()) | set(store.failures())
-    matching = sorted(run for run in known if run.startswith(start))
+    failures = store.failures()
+    matching = [r for r in {*store.identities(), *failures} if r.startswith(start)]
     if len(matching) != 1:
         raise StoreError(f"{len(matching)} runs start with {start!r} in {store.path}")
     (run,) = matching
     entry = store.find([run]).get(run)
     if not isinstance(entry, Entry):
-        return {"run": run, "failure": store.failure(run), "damaged": str(entry) if entry else None}
-    rows = json.loads(entry.epochs.to_json(orient="records", double_precision=15))
+        return {"run": run, "failure": failures.get(run), "damaged": str(entry) if entry else None}
+    rows = json.loads(pd.DataFrame(entry.columns).to_json(orient="records", double_precision=15))
     title = from_dict(entry.content["config"]).title
     return {"run": run, "title": title, **entry.content, "rows": rows}
 
 
 def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None) -> int:
-    """Write runs to one Parquet file, and read it again to check it.
+    """Write runs to one Parquet file; return their number.
 
     The file keeps only the last part of a path to images, as identities do.
 
-    Returns:
-        The number of runs.
-
     Raises:
-        KeyError, DamagedRecord, Mismatch: As `Store.read`.
+        KeyError, DamagedRecord, Mismatch: As `Store.entries`.
         StoreError: There are no runs, or the file cannot be written.
     """
     entries = [entry.portable() for entry in store.entries(runs)]
     if not entries:
         raise StoreError(f"there are no runs to export in {store.path}")
-    content = records.packed(entries, store.arrays)
-    for error in records.read_many(io.BytesIO(content)).values():
-        if isinstance(error, StoreError):
-            raise StoreError(f"cannot export: {error}")
-    write_whole(Path(file).expanduser(), content)
+    write_whole(Path(file).expanduser(), records.packed(entries))
     return len(entries)
 
 
@@ -89,66 +79,61 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
         StoreError: `source` is neither.
     """
     source = Path(source).expanduser()
-    path, results = (source, None) if source.is_dir() else (source.parent / "no runs", source)
-    other = Store(path, results or source / "no results")
-    found = other.find(other.identities())
-    if not found:
-        raise StoreError(f"{source} is no run store or file of runs, or an empty one")
-    rows = []
-    for run, entry in sorted(found.items()):
+    nothing = source / "nothing"
+    other = Store(source, nothing) if source.is_dir() else Store(nothing, source)
+    outcomes = {}
+    for run, entry in sorted(other.find(other.identities()).items()):
         try:
-            if not isinstance(entry, Entry):
-                raise entry
-            outcome = store.add(entry, other.arrays(entry))
-        except DamagedRecord as error:
-            outcome = f"damaged: {error}"
-        rows.append({"run": run, "outcome": outcome})
-    return pd.DataFrame(rows)
+            outcomes[run] = store.add(entry) if isinstance(entry, Entry) else f"damaged: {entry}"
+        except DamagedRecord as error:  # its arrays
+            outcomes[run] = f"damaged: {error}"
+    if not outcomes:
+        raise StoreError(f"{source} is no run store or file of runs, or an empty one")
+    return pd.DataFrame({"run": list(outcomes), "outcome": list(outcomes.values())})
 
 
 def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> dict[Path, str]:
     """Find the files of a store that no run can use, and say why; records before their arrays.
 
-    These are damaged records, checkpoints and notes of failures of runs that are done, checkpoints
-    that were set aside, and files left half-written YOUNG_SECONDS ago or earlier.
+    These are damaged records, checkpoints and notes of failures of runs that are done, and files
+    left half-written YOUNG_SECONDS ago or earlier.
 
     Args:
         store: The store.
         wanted: Whether a configuration is of use. Records, checkpoints and notes of others are
             leftovers, too.
     """
-    return dict(_leftovers(Store(store.path, store.path / "no results"), store, wanted))
+    own = Store(store.path, store.path / "no results")
+    found, done = own.find(own.own()), store.whole(store.identities())
+    reasons = {}
+    for path in sorted(own.path.glob("*/*"), reverse=True):
+        folder, run = path.parent.name, path.name.partition(".")[0]
+        why = None
+        if path.name.startswith(".") or (folder == "records" and run not in found):
+            old = path.stat().st_mtime < time.time() - YOUNG_SECONDS
+            why = "left half-written" if old else None
+        elif folder == "records":
+            entry = found[run]
+            if not isinstance(entry, Entry):
+                why = "a damaged record"
+            elif not _is_wanted(entry.content, wanted):
+                why = "a record of no present setting"
+        elif folder in ("failed", "checkpoints"):
+            about = checkpoints.describe(own.path, run) if folder == "checkpoints" else _note(path)
+            if run in done:
+                why = f"in {folder}, of a run that is done"
+            elif not _is_wanted(about, wanted):
+                why = f"in {folder}, of no present setting"
+        if why is not None:
+            reasons[path] = why
+    return reasons
 
 
-def _leftovers(
-    own: Store, store: Store, wanted: Callable[[Config], bool]
-) -> Iterator[tuple[Path, str]]:
-    found = own.find(own.own())
-    for run, entry in found.items():
-        why = "a record of no present setting" if isinstance(entry, Entry) else "a damaged record"
-        if not isinstance(entry, Entry) or not _is_wanted(entry.content, wanted):
-            for path in sorted((own.path / "records").glob(f"{run}.*"), reverse=True):
-                yield path, why
-    for folder, kind in (("failed", "a note of a failure"), ("checkpoints", "a checkpoint")):
-        for path in sorted((own.path / folder).glob("[!.]*")):
-            run = path.name.partition(".")[0]
-            content = checkpoints.describe(own.path, run)
-            if folder == "failed":
-                try:
-                    content = json.loads(path.read_text())
-                except UNREADABLE:
-                    content = None
-            if store.whole([run]):
-                yield path, f"{kind} of a run that is done"
-            elif folder == "checkpoints" and path != checkpoints.file(own.path, run):
-                yield path, f"{kind} that was set aside"
-            elif not _is_wanted(content, wanted):
-                yield path, f"{kind} of no present setting"
-    for path in sorted(own.path.glob("*/*")):
-        lonely = path.suffix == ".npz" and path.parent.name == "records" and path.stem not in found
-        old = path.stat().st_mtime < time.time() - YOUNG_SECONDS
-        if old and (lonely or HALF_WRITTEN.fullmatch(path.name)):
-            yield path, "left half-written"
+def _note(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except UNREADABLE:
+        return None
 
 
 def _is_wanted(content: dict | None, wanted: Callable[[Config], bool]) -> bool:

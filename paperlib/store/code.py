@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -23,17 +23,6 @@ CONSTANTS = (bool, int, float, complex, str, bytes, tuple, list, dict, set, type
 LIBRARY = ModuleType | FunctionType | BuiltinFunctionType | type  # what a cell imports
 # By module: its spec, which is another object after a reload, and the file's checksum at first.
 _seen: dict[str, tuple[object, str]] = {}
-
-
-def code_checksum(config: Config) -> str | None:
-    """Return the checksum of the network and score that a run names; None if it names none.
-
-    If it names both, it is the checksum of the two checksums. Raises ValueError as
-    `source_checksum`.
-    """
-    specs = config.model, getattr(config.pruning, "score", "")
-    found = [checksum for checksum in map(source_checksum, specs) if checksum]
-    return _sha256("/".join(found).encode()) if len(found) > 1 else (found or [None])[0]
 
 
 def source_checksum(spec: str) -> str | None:
@@ -79,6 +68,20 @@ def source_checksum(spec: str) -> str | None:
     return checksum
 
 
+def code_checksum(
+    config: Config, checksum_of: Callable[[str], str | None] = source_checksum
+) -> str | None:
+    """Return the checksum of the network and score that a run names; None if it names none.
+
+    If it names both, it is the checksum of the two checksums. Raises as `source_checksum`.
+    """
+    specs = config.model, getattr(config.pruning, "score", "")
+    found = [checksum for checksum in map(checksum_of, specs) if checksum]
+    if len(found) < 2:
+        return found[0] if found else None
+    return _sha256("/".join(found).encode())
+
+
 def _parts(module: ModuleType, name: str) -> dict[str, Any]:
     """Return what a name of a module stands for, and all other names of the module in its code."""
     parts: dict[str, Any] = {}
@@ -97,7 +100,7 @@ def _parts(module: ModuleType, name: str) -> dict[str, Any]:
 
 def _functions(value: object, module: ModuleType) -> list[FunctionType]:
     """Return the functions of a module in a function and its decorators, or in a class."""
-    values = [value]
+    values: list[Any] = [value]
     if inspect.isclass(value):
         own = [each for each in value.__mro__ if each.__module__ == module.__name__]
         values = [part for each in own for part in vars(each).values()]

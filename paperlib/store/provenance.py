@@ -9,16 +9,16 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from paperlib import __version__
 from paperlib.config import Config
-from paperlib.store.code import code_checksum as code_checksum
+from paperlib.store.code import code_checksum, source_checksum
 from paperlib.store.paths import data_folders
 
 PACKAGES = ("paperlib", "torch", "torchvision", "numpy")
@@ -118,24 +118,37 @@ def images_path(spec: str) -> Path | None:
     return Path(path).expanduser().absolute() if kind == "images" and path else None
 
 
-def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Say which of a run's inputs differ from those that a record was made with, or return None.
+def comparison(
+    root: str | os.PathLike,
+) -> Callable[[Config, Mapping[str, Any]], str | None]:
+    """Return a function that says how a run's data and code differ from those of its record.
 
-    Only checksums that both sides know are compared.
+    It takes the run's configuration and the record's provenance, and returns None where nothing
+    differs. Only checksums that both sides know are compared; each is computed once.
 
     Args:
-        config: The run.
-        then: The record's checksums, `data` and `source`.
-        now: Those of the present data and code: `known_checksum` and `code_checksum`.
+        root: The data folder, as `data.load` takes it.
     """
-    path = images_path(config.data)
-    if path is not None and not path.exists():
-        return (
-            f"there are no images at {path}; records of another {path.name!r} are used only if "
-            "the path exists and holds the same images"
-        )
-    names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
-    for key, name in names.items():
-        if then.get(key) and now.get(key) and then[key] != now[key]:
-            return f"it was made with other {name}: checksum {then[key]}, now {now[key]}"
-    return None
+    data_of, code_of = cache(partial(known_checksum, root=root)), cache(source_checksum)
+
+    def difference(config: Config, then: Mapping[str, Any]) -> str | None:
+        path = images_path(config.data)
+        if path is not None and not path.exists():
+            return (
+                f"there are no images at {path}; records of another {path.name!r} are used only if "
+                "the path exists and holds the same images"
+            )
+        try:
+            now = {"data": data_of(config.data), "source": code_checksum(config, code_of)}
+        except ValueError as error:
+            return str(error)
+        names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
+        for key, name in names.items():
+            if then.get(key) and now[key] and then[key] != now[key]:
+                return (
+                    f"it was made with other {name}: checksum {then[key]}, now {now[key]}. Choose "
+                    "another run folder with --runs, or remove the record"
+                )
+        return None
+
+    return difference

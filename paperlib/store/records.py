@@ -15,8 +15,8 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,31 +65,23 @@ class RunRecord:
         """The run's identity."""
         return self.config.identity
 
-    @property
-    def parameters(self) -> float:
-        """The parameters left at the end: all less those held at zero; NaN if unknown."""
-        return parameters_left(self.provenance)
-
-
-def parameters_left(provenance: Mapping[str, Any]) -> float:
-    """Count the parameters left at the end: all less those held at zero; NaN if unknown."""
-    return provenance.get("parameters", np.nan) - provenance.get("held", 0)
-
 
 @dataclass(frozen=True)
 class Entry:
-    """One record without its arrays, as its file holds it.
+    """One record as its file holds it; its arrays are read when they are asked for.
 
     Attributes:
         run: The run's identity.
         about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
             provenance, and `arrays` of the npz file, if there is one.
         columns: One number an epoch, by name.
+        read_npz: Reads that npz file.
     """
 
     run: str
     about: str
     columns: dict[str, np.ndarray]
+    read_npz: Callable[[], bytes]
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -97,19 +89,9 @@ class Entry:
         return json.loads(self.about)
 
     @property
-    def epochs(self) -> pd.DataFrame:
-        """One row an epoch."""
-        return pd.DataFrame(self.columns)
-
-    @property
     def count(self) -> int:
         """The number of epochs."""
         return len(next(iter(self.columns.values()), ()))
-
-    @property
-    def has_arrays(self) -> bool:
-        """Whether arrays belong to it."""
-        return self.content.get("arrays") is not None
 
     def check(self) -> None:
         """Raise ValueError if numbers, provenance or configuration are not the original ones."""
@@ -121,16 +103,35 @@ class Entry:
         if self.content.get("about", provenance) != provenance:  # older records have none
             raise ValueError("its provenance does not match its checksum")
 
-    def check_arrays(self, content: bytes) -> bytes:
-        """Return its npz file's content. Raise ValueError if that is of another record."""
+    def npz(self) -> bytes | None:
+        """Return its npz file's content; None where it has none.
+
+        Raises:
+            DamagedRecord: The file is damaged, missing, or of another record.
+        """
+        if self.content.get("arrays") is None:
+            return None
+        try:
+            content = self.read_npz()
+        except UNREADABLE as error:
+            raise DamagedRecord(f"the arrays of run {self.run} cannot be read: {error}") from error
         if hashlib.sha256(content).hexdigest() != self.content["arrays"]:
-            raise ValueError(f"the arrays of run {self.run} do not match their checksum")
+            raise DamagedRecord(f"the arrays of run {self.run} do not match their checksum")
         return content
+
+    def record(self) -> RunRecord:
+        """Return it for people. Raises DamagedRecord."""
+        content, arrays = self.npz(), dict[str, np.ndarray]()
+        if content is not None:
+            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+                arrays = dict(stored)
+        config, about = from_dict(self.content["config"]), self.content["provenance"]
+        return RunRecord(config, pd.DataFrame(self.columns), arrays, about)
 
     def portable(self) -> "Entry":
         """Return the same record with only the last part of a path to images."""
         config = to_dict(from_dict(self.content["config"]).portable)
-        return Entry(self.run, json.dumps(self.content | {"config": config}), self.columns)
+        return replace(self, about=json.dumps(self.content | {"config": config}))
 
     def same_numbers(self, other: "Entry") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
@@ -155,8 +156,8 @@ def _text_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def serialized(record: RunRecord) -> tuple[Entry, bytes | None]:
-    """Return a record's entry, and its npz file's content, or None where it has no arrays."""
+def serialized(record: RunRecord) -> Entry:
+    """Return a record as a file will hold it."""
     columns = {name: record.epochs[name].to_numpy() for name in record.epochs}
     content = {
         "config": to_dict(record.config),
@@ -164,22 +165,20 @@ def serialized(record: RunRecord) -> tuple[Entry, bytes | None]:
         "epochs": digest(columns),
         "about": _text_digest(record.provenance),
     }
-    arrays = None
+    npz = io.BytesIO()
     if record.arrays:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **record.arrays)  # type: ignore[arg-type]
-        arrays = buffer.getvalue()
-        content["arrays"] = hashlib.sha256(arrays).hexdigest()
-    return Entry(record.run, json.dumps(content), columns), arrays
+        np.savez_compressed(npz, **record.arrays)  # type: ignore[arg-type]
+        content["arrays"] = hashlib.sha256(npz.getvalue()).hexdigest()
+    return Entry(record.run, json.dumps(content), columns, npz.getvalue)
 
 
 # One run
 
 
-def write(path: Path, entry: Entry, arrays: bytes | None) -> None:
+def write(path: Path, entry: Entry) -> None:
     """Write a record at `path`, and before it the npz file beside it. Raises StoreError."""
-    if arrays is not None:
-        write_whole(path.with_suffix(".npz"), arrays)
+    if (npz := entry.npz()) is not None:
+        write_whole(path.with_suffix(".npz"), npz)
     table = pa.table(entry.columns).replace_schema_metadata({"paperlib": entry.about})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
@@ -193,17 +192,15 @@ def read(path: Path) -> Entry | None:
         DamagedRecord: The record or its npz file is damaged, missing in part, or of another run.
     """
     try:
-        content = path.read_bytes()
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
         about = file.schema_arrow.metadata[b"paperlib"].decode()
         table = file.read(use_threads=False)  # twice as quick as with threads
         columns = {name: table[name].to_numpy() for name in table.column_names}
-        entry = Entry(path.stem, about, columns)
+        entry = Entry(path.stem, about, columns, path.with_suffix(".npz").read_bytes)
         entry.check()
-        if entry.has_arrays:
-            entry.check_arrays(path.with_suffix(".npz").read_bytes())
-    except UNREADABLE as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError) and not path.exists():
+        entry.npz()
+    except (*UNREADABLE, DamagedRecord) as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
             return None
         raise DamagedRecord(f"{path} is not a whole record: {error}") from error
     return entry
@@ -230,12 +227,10 @@ def write_whole(path: Path, content: bytes) -> None:
 # Many runs
 
 
-def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None]) -> bytes:
+def packed(entries: Iterable[Entry]) -> bytes:
     """Return the content of one file of many runs.
 
-    Args:
-        entries: The runs. A column whose type differs between runs gets one that holds both.
-        arrays: Gives a run's npz file.
+    A column whose type differs between runs gets one that holds both.
     """
     tables = []
     for entry in sorted(entries, key=lambda entry: entry.run):
@@ -244,7 +239,7 @@ def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None]) ->
         heads = {
             "about": pa.array([entry.about, *rest], pa.string()),
             "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
-            "arrays": pa.array([arrays(entry), *rest], pa.binary()),
+            "arrays": pa.array([entry.npz(), *rest], pa.binary()),
         }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
     table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
@@ -252,36 +247,28 @@ def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None]) ->
     return sink.getvalue()
 
 
-def read_many(file: Any) -> dict[str, Entry | StoreError]:
+def read_many(path: Path) -> dict[str, Entry | StoreError]:
     """Read all of a file's runs: each record, checked, or the DamagedRecord it is refused for.
 
     Raises:
         ValueError, or another of UNREADABLE: The file is damaged as a whole, or of another kind.
     """
-    parquet = pq.ParquetFile(file)
-    names = [name for name in parquet.schema_arrow.names if name != "arrays"]
+    names = [name for name in pq.read_schema(path).names if name != "arrays"]
     if not {"run", "about", "columns"} <= set(names):
         raise ValueError("it has no columns run, about and columns: not a file of runs")
     found: dict[str, Entry | StoreError] = {}
-    for run, rows in parquet.read(columns=names).to_pandas().groupby("run"):
+    for run, rows in pq.read_table(path, columns=names).to_pandas().groupby("run"):
         try:
             kinds = json.loads(rows["columns"].iloc[0])
             columns = {name: rows[name].to_numpy().astype(kind) for name, kind in kinds.items()}
-            entry = Entry(str(run), rows["about"].iloc[0], columns)
+            entry = Entry(str(run), rows["about"].iloc[0], columns, partial(_npz_of, path, run))
             entry.check()
             found[entry.run] = entry
         except UNREADABLE as error:
-            found[str(run)] = DamagedRecord(f"run {run} is damaged: {error}")
+            found[str(run)] = DamagedRecord(f"run {run} in {path} is damaged: {error}")
     return found
 
 
-def read_arrays(file: Any, entry: Entry) -> bytes | None:
-    """Read a run's npz file from a file of many runs; None where it has none.
-
-    Raises:
-        ValueError, or another of UNREADABLE: It cannot be read, or is of another record.
-    """
-    if not entry.has_arrays:
-        return None
-    values = pq.read_table(file, columns=["arrays"], filters=[("run", "==", entry.run)])["arrays"]
-    return entry.check_arrays(b"".join(values.drop_null().to_pylist()))
+def _npz_of(path: Path, run: str) -> bytes:
+    values = pq.read_table(path, columns=["arrays"], filters=[("run", "==", run)])["arrays"]
+    return b"".join(values.drop_null().to_pylist())

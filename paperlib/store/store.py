@@ -11,22 +11,20 @@ records/, or a damaged one, is looked up there.
 Imports no torch.
 """
 
-import io
 import json
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from paperlib import measures
-from paperlib.config import Config, from_dict, to_dict
+from paperlib.config import Config, to_dict
 from paperlib.store import provenance, records
 from paperlib.store.paths import default_path, results_path
 from paperlib.store.records import (
@@ -35,7 +33,6 @@ from paperlib.store.records import (
     Entry,
     RunRecord,
     StoreError,
-    parameters_left,
     write_whole,
 )
 
@@ -79,11 +76,11 @@ class Store:
     def find(self, runs: Iterable[str | Config]) -> dict[str, Entry | StoreError]:
         """Return the record of each run, or the DamagedRecord or Mismatch it is refused for.
 
-        Every record is checked, its arrays too. Runs without a record are left out. If two
-        configurations have one identity, as of two folders of one name, both are compared.
+        Every record is checked. Runs without a record are left out. If two configurations have one
+        identity, as of two folders of one name, both are compared.
         """
-        checksum = cache(lambda spec: provenance.known_checksum(spec, self.path / "data"))
         layer, found = self._layer(), dict[str, Entry | StoreError]()
+        differs = provenance.comparison(self.path / "data")
         for item in runs:
             run = _identity(item)
             entry = found.get(run)
@@ -92,16 +89,10 @@ class Store:
             except DamagedRecord as error:
                 entry = layer.get(run, error)
             if isinstance(item, Config) and isinstance(entry, Entry):
-                try:
-                    now = {"data": checksum(item.data), "source": provenance.code_checksum(item)}
-                    problem = provenance.difference(item, entry.content["provenance"], now)
-                except ValueError as error:
-                    problem = str(error)
-                if problem:
-                    entry = Mismatch(
-                        f"the record of {item.title} in {self.path} is refused: {problem}. Choose "
-                        "another run folder with --runs, or remove the record"
-                    )
+                problem = differs(item, entry.content["provenance"])
+                if problem is not None:
+                    refused = f"the record of {item.title} in {self.path} is refused: {problem}"
+                    entry = Mismatch(refused)
             if entry is not None:
                 found[run] = entry
         return found
@@ -115,7 +106,7 @@ class Store:
         return {run for run, entry in found.items() if isinstance(entry, Entry)}
 
     def entries(self, runs: Iterable[str | Config] | None = None) -> list[Entry]:
-        """Return the records of `runs`, or all there are, without their arrays.
+        """Return the records of `runs`, or all there are, in the form of their files.
 
         Raises:
             KeyError: A run has no record.
@@ -123,41 +114,22 @@ class Store:
         """
         runs = self.identities() if runs is None else list(runs)
         found, entries = self.find(runs), []
-        for item in runs:
-            entry = found.get(_identity(item))
+        for run in map(_identity, runs):
+            entry = found.get(run)
             if entry is None:
-                raise KeyError(f"no run {_identity(item)} in {self.path}")
+                raise KeyError(f"no run {run} in {self.path}")
             if not isinstance(entry, Entry):
                 raise entry
             entries.append(entry)
         return entries
 
+    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
+        """Return the records of `runs`, or all there are. Raises as `entries`."""
+        return [entry.record() for entry in self.entries(runs)]
+
     def read(self, run: str | Config) -> RunRecord:
         """Return one record. Raises as `entries`."""
-        (entry,) = self.entries([run])
-        arrays: dict[str, np.ndarray] = {}
-        content = self.arrays(entry)
-        if content is not None:
-            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-                arrays = dict(stored)
-        config = from_dict(entry.content["config"])
-        return RunRecord(config, entry.epochs, arrays, entry.content["provenance"])
-
-    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
-        """Return the records of `runs`, or all there are."""
-        return [self.read(run) for run in (self.identities() if runs is None else runs)]
-
-    def arrays(self, entry: Entry) -> bytes | None:
-        """Return a run's npz file, checked; None where it has none. Raises DamagedRecord."""
-        if not entry.has_arrays:
-            return None
-        path = self._file(entry.run).with_suffix(".npz")
-        with suppress(OSError, ValueError):
-            return entry.check_arrays(path.read_bytes())
-        for file in self._results():
-            with suppress(*UNREADABLE):
-                return records.read_arrays(file, entry)
-        raise DamagedRecord(f"{path} is damaged or missing, and {self.results} has no other")
+        return self.records([run])[0]
 
     def own(self) -> list[str]:
         """Return the runs with a record in the store itself, damaged ones too."""
@@ -169,7 +141,7 @@ class Store:
 
     def epochs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
         """Return one row an epoch of each run, keyed by `run`."""
-        return epochs_frame(self.entries(runs))
+        return self.frames(runs)[0]
 
     def runs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
         """Return one row a run: its summary and its configuration, keyed by `run`."""
@@ -178,10 +150,16 @@ class Store:
     def frames(
         self, runs: Iterable[str | Config] | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return `epochs` and `runs`."""
+        """Return `epochs` and `runs`. Raises as `entries`."""
         entries = self.entries(runs)
-        epochs = epochs_frame(entries)
-        return epochs, runs_frame(entries, epochs)
+        if not entries:
+            return pd.DataFrame({"run": []}), pd.DataFrame({"run": []})
+        tables = [pa.table(entry.columns) for entry in entries]
+        epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        names = pd.Series([entry.run for entry in entries])
+        epochs["run"] = names.repeat([entry.count for entry in entries]).array
+        about = pd.DataFrame(map(_summary, entries))
+        return epochs, about[["run"]].merge(measures.summarize(epochs)).merge(about)
 
     # Writing
 
@@ -193,20 +171,17 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot write to the run store {self.path}: {error}") from error
 
-    def write(self, record: RunRecord) -> None:
+    def write(self, record: RunRecord | Entry) -> None:
         """Write a record, whole or not at all. A note of the run's earlier failure is removed.
 
         Raises:
             StoreError: It cannot be written.
         """
-        self.put(*records.serialized(record))
-
-    def put(self, entry: Entry, arrays: bytes | None) -> None:
-        """Write a record's files in place of those that are there. Raises StoreError."""
-        records.write(self._file(entry.run), entry, arrays)
+        entry = record if isinstance(record, Entry) else records.serialized(record)
+        records.write(self._file(entry.run), entry)
         self._failed_file(entry.run).unlink(missing_ok=True)
 
-    def add(self, entry: Entry, arrays: bytes | None) -> str:
+    def add(self, entry: Entry) -> str:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
@@ -216,7 +191,7 @@ class Store:
         ours = self.find([entry.run]).get(entry.run)
         if isinstance(ours, Entry):
             return "same" if entry.same_numbers(ours) else "different"
-        self.put(entry, arrays)
+        self.write(entry)
         return "mended" if ours else "new"
 
     # Failures
@@ -248,17 +223,14 @@ class Store:
     def _failed_file(self, run: str) -> Path:
         return self.path / "failed" / f"{run}.json"
 
-    def _results(self) -> list[Path]:
-        if self.results is None or self.results.is_file():
-            return [self.results] if self.results else []
-        return sorted(self.results.glob("*.parquet"))
-
     def _layer(self) -> dict[str, Entry | StoreError]:
         """Return the records of the layer below, as `find`; of two of one run the last file's."""
         layer: dict[str, Entry | StoreError] = {}
-        for path in self._results():
-            state = path.stat()
-            layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        if self.results is not None:
+            files = sorted(self.results.glob("*.parquet"))
+            for path in [self.results] if self.results.is_file() else files:
+                state = path.stat()
+                layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return layer
 
 
@@ -293,29 +265,11 @@ def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
     return known
 
 
-def epochs_frame(entries: Iterable[Entry]) -> pd.DataFrame:
-    """Return the epochs of all runs in one frame, keyed by `run`."""
-    entries = list(entries)
-    if not entries:
-        return pd.DataFrame({"run": []})
-    tables = [pa.table(entry.columns) for entry in entries]
-    epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-    runs = pd.Series([entry.run for entry in entries])
-    return epochs.assign(run=runs.repeat([entry.count for entry in entries]).array)
-
-
-def runs_frame(entries: Iterable[Entry], epochs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run: its summary, from `epochs_frame`, its configuration and device."""
-    entries = list(entries)
-    if not entries:
-        return pd.DataFrame({"run": []})
-    rows = []
-    for entry in entries:
-        config, about = entry.content["config"], entry.content["provenance"]
-        rows.append(
-            {"run": entry.run}
-            | {name: config.get(name, getattr(Config, name)) for name in PLAIN}
-            | {"device": about.get("device"), "parameters": parameters_left(about)}
-        )
-    about = pd.DataFrame(rows)
-    return about[["run"]].merge(measures.summarize(epochs)).merge(about)
+def _summary(entry: Entry) -> dict[str, object]:
+    config, about = entry.content["config"], entry.content["provenance"]
+    return {
+        "run": entry.run,
+        **{name: config.get(name, getattr(Config, name)) for name in PLAIN},
+        "device": about.get("device"),
+        "parameters": about.get("parameters", math.nan) - about.get("held", 0),
+    }

@@ -162,7 +162,7 @@ def test_every_tensor_is_restored(store, always):
     checkpoint = Checkpoint(store.path, config, None)
     model = training.build(config).to(memory_format=torch.channels_last)
     optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
-    rows, _ = checkpoint.restore(model, optimizer, pruner)
+    rows, _ = checkpoint.restore((model, optimizer, pruner))
     assert [row["epoch"] for row in rows] == [0, 1]
     assert pruner.activation.passes == 2 * 4
     for parameter in model.parameters():
@@ -258,7 +258,7 @@ def test_killed_between_record_and_removal(store, always, monkeypatch):
 def restored(config: Config, store: Store, **checksums: str):
     model = training.build(config)
     optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
-    return Checkpoint(store.path, config, None, **checksums).restore(model, optimizer, pruner)
+    return Checkpoint(store.path, config, None, **checksums).restore((model, optimizer, pruner))
 
 
 def afresh(config: Config, store: Store, reason: str) -> None:
@@ -311,11 +311,11 @@ def test_other_data_or_source(field, store):
     claim = SimpleNamespace(check=lambda: None)
     made = {"data": "a" * 32, "source": "b" * 64}
     rows = [{"epoch": 0, "seconds": 1.0}]
-    Checkpoint(store.path, VGG, claim, **made).save(model, optimizer, pruner, rows, {})
+    Checkpoint(store.path, VGG, claim, **made).save((model, optimizer, pruner), rows, {})
     assert restored(VGG, store, **made)[0] == restored(VGG, store)[0] == rows
     with pytest.raises(UnusableCheckpoint, match=f"{field}.*{made[field]}.*ccc"):
         restored(VGG, store, **made | {field: "ccc"})
-    Checkpoint(store.path, VGG, claim).save(model, optimizer, pruner, rows, {})
+    Checkpoint(store.path, VGG, claim).save((model, optimizer, pruner), rows, {})
     with pytest.raises(UnusableCheckpoint, match=f"{field}.* None"):
         restored(VGG, store, **{field: made[field]})
 

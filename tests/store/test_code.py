@@ -138,7 +138,10 @@ for cell in {cells!r}:
         ["def f(c):\n    return 1\n", "def f(c):\n    return 2\n", "def f(c):\n    return 1\n"],
         ["def g(c):\n    return 1\ndef f(c):\n    return g(c)\n", "def g(c):\n    return 2\n"],
         ["K = 1\ndef f(c):\n    return [c.K + K for _ in c]\n", "K = 2\n", "K = 1\n"],
-        ["class f:\n    def g(s):\n        return 1\n", "class f:\n    def g(s):\n        return 2\n"],
+        [
+            "class f:\n    def g(s):\n        return 1\n",
+            "class f:\n    def g(s):\n        return 2\n",
+        ],
         ["g = lambda c: 1\ndef f(c):\n    return g(c)\n", "g = lambda c: 2\n"],
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any
 from paperlib.extras.fast import WORKER_ENVIRONMENT
 from paperlib.store.checkpoints import Stopped
 
-PAUSES_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0)  # before a device that is busy is tried again
+PAUSES_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 0.0)  # before a busy device is tried again
 GUARD = (
     "the worker processes ended as they started. A script that starts runs has to be a file, and "
     'to do so below `if __name__ == "__main__":`, since each worker imports the script'
@@ -41,7 +41,8 @@ class Processes(Executor):
 
     Each is a process pool of the standard library with one worker, so that a death fails only the
     work that this process had; it is then replaced. `assigned_device` gives a worker its device.
-    Workers end with this process, even if it is killed. They leave Ctrl-C to it.
+    Workers end with this process, even if it is killed. They leave Ctrl-C to it. An error in a
+    `with` block ends them at once.
 
     Args:
         devices: of the processes.
@@ -54,7 +55,7 @@ class Processes(Executor):
             raise SystemExit(1)  # a worker that imports a script without a main guard
         set_environment()
         self._context = get_context("spawn")
-        # Workers end when this end of the pipe is closed: by `kill`, or by this process's death.
+        # Workers end when this end of the pipe is closed: by an error, or by this process's death.
         self._theirs, self._lifeline = self._context.Pipe(duplex=False)
         self._until, self._begun, self._stopped = until, False, threading.Event()
         self._free: queue.SimpleQueue[tuple[str, ProcessPoolExecutor | None]] = queue.SimpleQueue()
@@ -83,7 +84,7 @@ class Processes(Executor):
 
     def _start(self, device: str) -> ProcessPoolExecutor:
         """Start a process, its device initialised; wait where other processes are at it."""
-        for pause in (*PAUSES_SECONDS, 0.0):
+        for pause in PAUSES_SECONDS:
             pool = ProcessPoolExecutor(1, self._context, _begin, (self._theirs, device))
             try:
                 problem = pool.submit(_device_problem, device).result()
@@ -111,11 +112,11 @@ class Processes(Executor):
             if pool is not None:
                 pool.shutdown()
 
-    def kill(self) -> None:
-        """End all processes now; work not done is cancelled or fails with WorkerDied."""
-        self._stopped.set()
-        self._lifeline.close()
-        self.shutdown(cancel_futures=True)
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._stopped.set()
+            self._lifeline.close()
+        self.shutdown(cancel_futures=error[0] is not None)
 
 
 def set_environment() -> None:
@@ -165,11 +166,6 @@ def is_death(error: BaseException) -> bool:
     return killed or isinstance(error, WorkerDied | BrokenExecutor)
 
 
-def default_jobs() -> int:
-    """Return one process a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def may_have_gpu() -> bool:
     """Return whether there may be a CUDA device, as far as that can be seen without torch."""
     dev = Path("/dev")  # dxg: what Windows lends to WSL
@@ -185,8 +181,13 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def devices(
-    asked: str, jobs: int | None, per_device: int | None, cores: int, runs: int
+    asked: str, jobs: int | None, per_device: int | None, runs: int
 ) -> tuple[list[str], int]:
     """Return the device of each process, and how many runs a process has in parallel.
 
@@ -197,15 +198,13 @@ def devices(
         asked: the device, as for `training.choose_device`.
         jobs: how many processes, whatever there is.
         per_device: runs in parallel on a GPU.
-        cores: of the CPU.
         runs: how many there are; there are no more processes, nor runs in parallel, than that.
     """
-    count = gpus() if asked in ("auto", "cuda") else 0
-    if count:
-        found, together = [f"cuda:{i % count}" for i in range(jobs or count)], per_device or 1
-    elif asked.startswith("cuda"):
-        found, together = [asked] * (jobs or 1), per_device or 1
-    else:
-        found, together = [asked] * (jobs or per_device or cores), 1
-    found = found[:runs]
-    return found, min(together, math.ceil(runs / len(found)))
+    found, together = [asked], per_device or 1
+    if count := gpus() if asked in ("auto", "cuda") else 0:
+        found = [f"cuda:{i}" for i in range(count)]
+    elif not asked.startswith("cuda"):
+        jobs, together = jobs or per_device or cores(), 1
+    jobs = min(jobs or len(found), runs)
+    found = [found[i % len(found)] for i in range(jobs)]
+    return found, min(together, math.ceil(runs / jobs))

@@ -310,8 +310,8 @@ def import_command(sources: tuple[str, ...], store: runs.Store) -> None:
 def clean_command(yes: bool, store: runs.Store) -> None:
     """Remove records of no present setting, and what unfinished or failed runs left."""
     unused = archive.leftovers(store, plans.is_setting)
-    for path, why in unused.items():
-        click.echo(f"{path.relative_to(store.path)}: {why}")
+    for path in unused:
+        click.echo(path.relative_to(store.path))
     told = f"{len(unused)} files, {_megabytes(unused)}, in {store.path}"
     if unused and not yes:
         click.confirm(f"remove {told}?", abort=True)

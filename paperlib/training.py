@@ -139,7 +139,7 @@ def steps(
             return store.read(config)
         dataset = inputs.images_of(config, store.path / "data")
         made_of = inputs.checksums(config, dataset.checksum)
-        checkpoint = Checkpoint(store.path, config, claim, **made_of, until=until)
+        checkpoint = Checkpoint(store.path, config, claim, made_of, until)
         how = config, dataset, device, callback, checkpoint, captured
         try:
             try:

@@ -6,6 +6,7 @@ Imports no torch.
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -92,8 +93,8 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
     return pd.DataFrame({"run": list(outcomes), "outcome": list(outcomes.values())})
 
 
-def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> dict[Path, str]:
-    """Find the files of a store that no run can use, and say why; records before their arrays.
+def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Path]:
+    """Find the files of a store that no run can use; records before their arrays.
 
     These are damaged records, checkpoints and notes of failures of runs that are done, and files
     left half-written YOUNG_SECONDS ago or earlier.
@@ -105,39 +106,26 @@ def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -
     """
     own = Store(store.path, store.path / "no results")
     found, done = own.find(own.own()), store.whole(store.identities())
-    reasons = {}
+    young, unused = time.time() - YOUNG_SECONDS, []
     for path in sorted(own.path.glob("*/*"), reverse=True):
         folder, run = path.parent.name, path.name.partition(".")[0]
-        why = None
-        if path.name.startswith(".") or (folder == "records" and run not in found):
-            old = path.stat().st_mtime < time.time() - YOUNG_SECONDS
-            why = "left half-written" if old else None
-        elif folder == "records":
-            entry = found[run]
-            if not isinstance(entry, Entry):
-                why = "a damaged record"
-            elif not _is_wanted(entry.content, wanted):
-                why = "a record of no present setting"
-        elif folder in ("failed", "checkpoints"):
-            about = checkpoints.describe(own.path, run) if folder == "checkpoints" else _note(path)
-            if run in done:
-                why = f"in {folder}, of a run that is done"
-            elif not _is_wanted(about, wanted):
-                why = f"in {folder}, of no present setting"
-        if why is not None:
-            reasons[path] = why
-    return reasons
-
-
-def _note(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except UNREADABLE:
-        return None
-
-
-def _is_wanted(content: dict | None, wanted: Callable[[Config], bool]) -> bool:
-    try:
-        return wanted(from_dict((content or {})["config"]))
-    except (KeyError, ValueError):  # unreadable, or of a configuration of another version
-        return False
+        content: dict | None = None
+        if not run or (folder == "records" and run not in found):
+            if path.stat().st_mtime < young:
+                unused.append(path)
+            continue
+        if folder == "records":
+            content = getattr(found[run], "content", None)
+        elif folder == "checkpoints" and run not in done:
+            content = checkpoints.describe(own.path, run)
+        elif folder == "failed" and run not in done:
+            with suppress(*UNREADABLE):
+                content = json.loads(path.read_text())
+        elif folder not in ("checkpoints", "failed"):
+            continue
+        try:
+            if not wanted(from_dict((content or {})["config"])):
+                unused.append(path)
+        except (KeyError, ValueError):  # done or damaged, or the configuration of another version
+            unused.append(path)
+    return unused

@@ -20,6 +20,7 @@ import os
 import time
 from collections import defaultdict
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,33 +88,33 @@ def discard(store: str | os.PathLike, run: str) -> None:
             left.unlink(missing_ok=True)
 
 
+@dataclass
 class Checkpoint:
     """The checkpoint of one run: restored at its start, written when that is worth its time.
 
-    Args:
+    Attributes:
         store: The store's path.
         config: The run's configuration.
         claim: Its `check` is called before anything is written.
-        data: The checksum of the run's images.
-        source: The checksum of the code of a score or network that the configuration names. A
-            checkpoint of another data or source is not restored. None is not compared.
+        made_of: The checksums of the run's images and of code that it names, `data` and `source`.
+            A checkpoint of others is not restored. None is not compared.
         until: When the run has to stop, by `time.time`.
+        earlier: The processes that the run was resumed from: epochs, device and threads.
     """
 
-    def __init__(
-        self,
-        store: str | os.PathLike,
-        config: Config,
-        claim: Claim,
-        *,
-        data: str | None = None,
-        source: str | None = None,
-        until: float = math.inf,
-    ) -> None:
-        self.path, self.config, self.claim = file(store, config.identity), config, claim
-        self.until, self.checksums = until, {"data": data, "source": source}
-        self.earlier: list[dict] = []
-        self._cost, self._since = 0.0, time.monotonic()
+    store: str | os.PathLike
+    config: Config
+    claim: Claim
+    made_of: dict[str, str | None]
+    until: float = math.inf
+    earlier: list[dict] = field(default_factory=list)
+    _cost: float = 0.0
+    _since: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def _inputs(self) -> dict[str, object]:
+        """What a checkpoint has to agree with to be of this run."""
+        return _versions() | {"run": self.config.identity} | self.made_of
 
     def restore(self, parts: Parts) -> tuple[Rows, Arrays] | None:
         """Bring a run's parts, all made anew, to the checkpoint's state.
@@ -125,11 +126,12 @@ class Checkpoint:
             UnusableCheckpoint: The file is damaged, or of another configuration, version, data or
                 source. The parts are then of no use.
         """
-        if not self.path.exists():
+        path = file(self.store, self.config.identity)
+        if not path.exists():
             return None
         model, optimizer, pruner = parts
         try:
-            about, stored = self._read()
+            about, stored = self._read(path)
             if pruner is not None:
                 # First: holding pruned filters may add buffers to the model.
                 pruner.load_state_dict(stored["pruner"])
@@ -141,7 +143,7 @@ class Checkpoint:
             part = {name: about[name] for name in ("epochs", "device", "threads")}
             self.earlier = [*about["earlier"], part]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UnusableCheckpoint(f"{self.path} cannot be used: {error}") from error
+            raise UnusableCheckpoint(f"{path} cannot be used: {error}") from error
         return rows.to_dict("records"), arrays
 
     def save_when_due(self, parts: Parts, rows: Rows, arrays: Arrays) -> None:
@@ -157,20 +159,17 @@ class Checkpoint:
         """
         start, stops = time.monotonic(), time.time() >= self.until
         if stops or start - self._since >= max(SECONDS, self._cost / SHARE):
-            self.save(parts, rows, arrays)
+            self._save(parts, rows, arrays)
             self._since = time.monotonic()
             self._cost = self._since - start
         if stops:
             raise Stopped(f"the time of {self.config.title} was up after {len(rows)} epochs")
 
-    def save(self, parts: Parts, rows: Rows, arrays: Arrays) -> None:
-        """Write the run's state after `len(rows)` epochs. Raises as `save_when_due`."""
+    def _save(self, parts: Parts, rows: Rows, arrays: Arrays) -> None:
         import torch
         from safetensors.torch import save
 
-        about = {
-            **_versions(),
-            "run": self.config.identity,
+        about = self._inputs | {
             "config": to_dict(self.config),
             "epochs": len(rows),
             "seconds": sum(row["seconds"] for row in rows),
@@ -178,23 +177,22 @@ class Checkpoint:
             "device": next(parts[0].parameters()).device.type,
             "threads": torch.get_num_threads(),
             "earlier": self.earlier,
-            **self.checksums,
         }
         description, tensors = json.dumps(about), _tensors(parts, rows, arrays)
         metadata = {"paperlib": description, "checksum": _checksum(description, tensors)}
         content = save(tensors, metadata)
         self.claim.check()
-        write_whole(self.path, content)
+        write_whole(file(self.store, self.config.identity), content)
 
-    def _read(self) -> tuple[dict, "dict[str, dict[str, Tensor]]"]:
+    def _read(self, path: Path) -> tuple[dict, "dict[str, dict[str, Tensor]]"]:
         """Return the file's description and its tensors by part, compared with the run's own."""
-        with safe_open(self.path, "pt") as content:
+        with safe_open(path, "pt") as content:
             metadata = content.metadata()
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         if _checksum(metadata["paperlib"], tensors) != metadata["checksum"]:
             raise ValueError("it is damaged: its content does not match its checksum")
         about = json.loads(metadata["paperlib"])
-        for name, ours in (_versions() | {"run": self.config.identity} | self.checksums).items():
+        for name, ours in self._inputs.items():
             if ours is not None and about[name] != ours:
                 raise ValueError(f"it is of another {name}: {about[name]}, not {ours}")
         stored: dict[str, dict[str, Tensor]] = defaultdict(dict)

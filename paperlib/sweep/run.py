@@ -113,7 +113,7 @@ def execute(
         path = None if send_back else store.path.absolute()
         task = partial(train, path, store.results, device, together, fast, until)
         work = _Sweep(todo, store, task, together, measured)
-        with nullcontext(executor) if executor else workers.Processes(devices, until) as used:
+        with nullcontext(executor) if executor else workers.Processes(devices) as used:
             work.run(used, len(devices))
         done, failed = len(todo) - len(work.left), [*work.failed, *failed]
     if failed:
@@ -165,27 +165,19 @@ class _Sweep:
             with tqdm(total=sum(s.left for s in self.todo), unit=" epochs") as self.bar:
                 for i in range(count):
                     self._submit(self.todo[i::count])
-                self._wait()
-                self._look()
+                while self.tasks or self.claimed:
+                    if not self.tasks:
+                        time.sleep(ASK_SECONDS)
+                        again, self.claimed = self.claimed, []
+                        for state in again:
+                            self._submit([state])
+                    ended, _ = wait(self.tasks, POLL_SECONDS, FIRST_COMPLETED)
+                    for future in ended:
+                        self._take(self.tasks.pop(future), future)
+                    self._look()
         finally:
             for future in self.tasks:
                 future.cancel()
-
-    def _wait(self) -> None:
-        looked = asked = time.monotonic()
-        while self.tasks or self.claimed:
-            ended, _ = wait(self.tasks, POLL_SECONDS, FIRST_COMPLETED)
-            for future in ended:
-                self._take(self.tasks.pop(future), future)
-            if not self.tasks:
-                time.sleep(POLL_SECONDS if self.claimed else 0.0)
-            if time.monotonic() - looked >= POLL_SECONDS:
-                looked = time.monotonic()
-                self._look()
-            if time.monotonic() - asked >= ASK_SECONDS:
-                asked, again, self.claimed = time.monotonic(), self.claimed, []
-                for state in again:
-                    self._submit([state])
 
     def _look(self) -> None:
         """Show how far the runs are, here and in other processes that share the store."""

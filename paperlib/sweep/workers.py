@@ -3,10 +3,8 @@
 import math
 import os
 import queue
-import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from concurrent.futures import ThreadPoolExecutor as Threads
@@ -15,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paperlib.extras.fast import WORKER_ENVIRONMENT
-from paperlib.store.checkpoints import Stopped
 
-PAUSES_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 0.0)  # before a busy device is tried again
 GUARD = (
     "the worker processes ended as they started. A script that starts runs has to be a file, and "
     'to do so below `if __name__ == "__main__":`, since each worker imports the script'
@@ -46,18 +42,16 @@ class Processes(Executor):
 
     Args:
         devices: of the processes.
-        until: when processes stop waiting for a device that is busy, by `time.time`. Their work
-            then fails with `Stopped`.
     """
 
-    def __init__(self, devices: Sequence[str], until: float = math.inf) -> None:
+    def __init__(self, devices: Sequence[str]) -> None:
         if getattr(current_process(), "_inheriting", False):
             raise SystemExit(1)  # a worker that imports a script without a main guard
         set_environment()
         self._context = get_context("spawn")
         # Workers end when this end of the pipe is closed: by an error, or by this process's death.
         self._theirs, self._lifeline = self._context.Pipe(duplex=False)
-        self._until, self._begun, self._stopped = until, False, threading.Event()
+        self._begun = self._stopped = False
         self._free: queue.SimpleQueue[tuple[str, ProcessPoolExecutor | None]] = queue.SimpleQueue()
         for device in devices:
             self._free.put((device, None))
@@ -83,26 +77,16 @@ class Processes(Executor):
             self._free.put((device, pool))
 
     def _start(self, device: str) -> ProcessPoolExecutor:
-        """Start a process, its device initialised; wait where other processes are at it."""
-        for pause in PAUSES_SECONDS:
-            pool = ProcessPoolExecutor(1, self._context, _begin, (self._theirs, device))
-            try:
-                problem = pool.submit(_device_problem, device).result()
-            except BrokenExecutor as error:
-                pool.shutdown()
-                if self._begun or self._stopped.is_set():
-                    raise
-                raise WorkersError(GUARD) from error
-            self._begun = True
-            if problem is None:
-                return pool
+        pool = ProcessPoolExecutor(1, self._context, _begin, (self._theirs, device))
+        try:
+            pool.submit(int).result()
+        except BrokenExecutor as error:
             pool.shutdown()
-            left = max(0.0, self._until - time.time())
-            if self._stopped.wait(min(pause * random.uniform(0.7, 1.3), left)):
-                break
-            if time.time() >= self._until:
-                raise Stopped(f"{device} was busy until the time was up")
-        raise WorkerDied(f"its process cannot use {device}: {problem}")
+            if self._begun or self._stopped:
+                raise
+            raise WorkersError(GUARD) from error
+        self._begun = True
+        return pool
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work, and end the processes when all work is done."""
@@ -114,7 +98,7 @@ class Processes(Executor):
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is not None:
-            self._stopped.set()
+            self._stopped = True
             self._lifeline.close()
         self.shutdown(cancel_futures=error[0] is not None)
 
@@ -141,18 +125,6 @@ def _end_with_parent(lifeline: connection.Connection) -> None:
     parent = parent_process()
     connection.wait([lifeline] if parent is None else [lifeline, parent.sentinel])
     os._exit(1)
-
-
-def _device_problem(device: str) -> str | None:
-    """Initialise a GPU; return why that is not possible. Under MPS it may be so for a while."""
-    if device.startswith("cuda"):
-        import torch
-
-        try:
-            torch.zeros(1, device=device)
-        except RuntimeError as error:
-            return str(error).partition("\n")[0]
-    return None
 
 
 def assigned_device(asked: str) -> str:

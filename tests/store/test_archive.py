@@ -217,7 +217,6 @@ def test_leftovers(tmp_path):
         folder / "failed" / f"{done.identity}.json",
         folder / "failed" / f"{unwanted.with_(epochs=30).identity}.json",
         write(checkpoints.file(folder, done.identity)),
-        write(folder / "checkpoints" / f"{open_.identity}.damaged"),
         write(folder / "records" / f".{RUN}.parquet.{'0' * 32}", age=old),
         write(folder / "records" / f"{'1' * 16}.npz", age=old),
     }
@@ -225,7 +224,7 @@ def test_leftovers(tmp_path):
     write(folder / "records" / f"{'2' * 16}.npz")
     write(folder / "data" / "digits.safetensors", age=old)
     write(folder / "claims" / f"{open_.identity}.lease", age=old)
-    found = list(archive.leftovers(store, lambda config: config.seed != unwanted.seed))
+    found = archive.leftovers(store, lambda config: config.seed != unwanted.seed)
     assert set(found) == useless
     order = [path.name for path in found]
     for run in (damaged.identity, unwanted.identity):  # a record goes before its arrays

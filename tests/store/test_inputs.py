@@ -1,8 +1,5 @@
 """A record is of its data and its code: another's is never given in silence."""
 
-import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,18 +138,3 @@ def test_records_that_were_imported(store, tmp_path):
     mine = Store(tmp_path / "mine")
     archive.merge(mine, tmp_path / "results" / "all.parquet")
     assert mine.read(config).config == config.portable
-
-
-def test_a_function_of_a_notebook():
-    code = """
-from IPython.core.interactiveshell import InteractiveShell
-from paperlib.store.provenance import source_checksum
-shell = InteractiveShell.instance()
-for value in (1, 2, 1):
-    shell.run_cell(f"def f(conv):\\n    return {value}\\n")
-    print(source_checksum("__main__:f"))
-"""
-    run = [sys.executable, "-c", code]
-    first, second, again = subprocess.run(run, capture_output=True, text=True).stdout.split()
-    assert first == again == hashlib.sha256(b"def f(conv):\n    return 1\n").hexdigest()
-    assert second == hashlib.sha256(b"def f(conv):\n    return 2\n").hexdigest()

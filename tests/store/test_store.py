@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 from paperlib import measures, runs
 from paperlib.config import Config, Flatness, Noise
 from paperlib.runs import DamagedRecord, Store, StoreError
-from paperlib.store import records
 from tests.store.helpers import PRUNED, record, same
 
 RUN = PRUNED.identity
@@ -139,13 +139,13 @@ def test_files_of_two_runs_mixed_up(written, kinds):
 def test_foreign_files_and_another_provenance(written):
     path = written.path / "records" / f"{RUN}.parquet"
     (entry,) = written.entries([RUN])
-    arrays = written.arrays(entry)
+    npz = entry.npz()
     pd.DataFrame({"epoch": [0], "post": [50.0]}).to_parquet(path)
     assert refused(written)
     path.write_text("post\n50\n")
     assert refused(written)
     about = json.dumps(entry.content | {"provenance": {"parameters": 7}})
-    written.put(records.Entry(entry.run, about, entry.columns), arrays)
+    written.write(replace(entry, about=about, read_npz=lambda: npz))
     assert refused(written)
 
 

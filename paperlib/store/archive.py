@@ -13,7 +13,7 @@ import pandas as pd
 
 from paperlib.config import Config, from_dict
 from paperlib.store import checkpoints, records
-from paperlib.store.records import UNREADABLE, DamagedRecord, Entry, StoreError, write_whole
+from paperlib.store.records import UNREADABLE, Entry, StoreError, write_whole
 from paperlib.store.store import Store
 
 YOUNG_SECONDS = 3600.0  # a half-written file of this age may still be written
@@ -82,15 +82,16 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
     source = Path(source).expanduser()
     nothing = source / "nothing"
     other = Store(source, nothing) if source.is_dir() else Store(nothing, source)
-    outcomes = {}
-    for run, entry in sorted(other.find(other.identities()).items()):
-        try:
-            outcomes[run] = store.add(entry) if isinstance(entry, Entry) else f"damaged: {entry}"
-        except DamagedRecord as error:  # its arrays
-            outcomes[run] = f"damaged: {error}"
-    if not outcomes:
+    rows = [
+        {
+            "run": run,
+            "outcome": store.add(entry) if isinstance(entry, Entry) else f"damaged: {entry}",
+        }
+        for run, entry in sorted(other.find(other.identities()).items())
+    ]
+    if not rows:
         raise StoreError(f"{source} is no run store or file of runs, or an empty one")
-    return pd.DataFrame({"run": list(outcomes), "outcome": list(outcomes.values())})
+    return pd.DataFrame(rows)
 
 
 def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Path]:

@@ -14,9 +14,9 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError),
     pa.ArrowException,
 )
-ROW_GROUP = 512  # rows; the arrays of one run are found without reading those of all
 
 
 class StoreError(RuntimeError):
@@ -68,20 +67,20 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Entry:
-    """One record as its file holds it; its arrays are read when they are asked for.
+    """One record as its files hold it.
 
     Attributes:
         run: The run's identity.
         about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
             provenance, and `arrays` of the npz file, if there is one.
         columns: One number an epoch, by name.
-        read_npz: Reads that npz file.
+        npz: The content of that npz file.
     """
 
     run: str
     about: str
     columns: dict[str, np.ndarray]
-    read_npz: Callable[[], bytes]
+    npz: bytes | None
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -93,37 +92,26 @@ class Entry:
         """The number of epochs."""
         return len(next(iter(self.columns.values()), ()))
 
-    def check(self) -> None:
-        """Raise ValueError if numbers, provenance or configuration are not the original ones."""
+    def check(self) -> "Entry":
+        """Return itself. Raise ValueError if anything in it is not the original."""
         if (held := from_dict(self.content["config"]).identity) != self.run:
             raise ValueError(f"it holds run {held}, not {self.run}")
-        if digest(self.columns) != self.content["epochs"]:
-            raise ValueError("its numbers do not match their checksum")
         provenance = _text_digest(self.content["provenance"])
-        if self.content.get("about", provenance) != provenance:  # older records have none
-            raise ValueError("its provenance does not match its checksum")
-
-    def npz(self) -> bytes | None:
-        """Return its npz file's content; None where it has none.
-
-        Raises:
-            DamagedRecord: The file is damaged, missing, or of another record.
-        """
-        if self.content.get("arrays") is None:
-            return None
-        try:
-            content = self.read_npz()
-        except UNREADABLE as error:
-            raise DamagedRecord(f"the arrays of run {self.run} cannot be read: {error}") from error
-        if hashlib.sha256(content).hexdigest() != self.content["arrays"]:
-            raise DamagedRecord(f"the arrays of run {self.run} do not match their checksum")
-        return content
+        now = {"numbers": digest(self.columns), "provenance": provenance, "arrays": None}
+        if self.npz is not None:
+            now["arrays"] = hashlib.sha256(self.npz).hexdigest()
+        then = {"numbers": self.content["epochs"], "arrays": self.content.get("arrays")}
+        then["provenance"] = self.content.get("about", provenance)  # older records have none
+        for name, checksum in then.items():
+            if now[name] != checksum:
+                raise ValueError(f"its {name} do not match their checksum")
+        return self
 
     def record(self) -> RunRecord:
-        """Return it for people. Raises DamagedRecord."""
-        content, arrays = self.npz(), dict[str, np.ndarray]()
-        if content is not None:
-            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        """Return it for people."""
+        arrays: dict[str, np.ndarray] = {}
+        if self.npz is not None:
+            with np.load(io.BytesIO(self.npz), allow_pickle=False) as stored:
                 arrays = dict(stored)
         config, about = from_dict(self.content["config"]), self.content["provenance"]
         return RunRecord(config, pd.DataFrame(self.columns), arrays, about)
@@ -165,11 +153,13 @@ def serialized(record: RunRecord) -> Entry:
         "epochs": digest(columns),
         "about": _text_digest(record.provenance),
     }
-    npz = io.BytesIO()
+    npz = None
     if record.arrays:
-        np.savez_compressed(npz, **record.arrays)  # type: ignore[arg-type]
-        content["arrays"] = hashlib.sha256(npz.getvalue()).hexdigest()
-    return Entry(record.run, json.dumps(content), columns, npz.getvalue)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **record.arrays)  # type: ignore[arg-type]
+        npz = buffer.getvalue()
+        content["arrays"] = hashlib.sha256(npz).hexdigest()
+    return Entry(record.run, json.dumps(content), columns, npz)
 
 
 # One run
@@ -177,8 +167,8 @@ def serialized(record: RunRecord) -> Entry:
 
 def write(path: Path, entry: Entry) -> None:
     """Write a record at `path`, and before it the npz file beside it. Raises StoreError."""
-    if (npz := entry.npz()) is not None:
-        write_whole(path.with_suffix(".npz"), npz)
+    if entry.npz is not None:
+        write_whole(path.with_suffix(".npz"), entry.npz)
     table = pa.table(entry.columns).replace_schema_metadata({"paperlib": entry.about})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
@@ -186,24 +176,23 @@ def write(path: Path, entry: Entry) -> None:
 
 
 def read(path: Path) -> Entry | None:
-    """Read the record at `path` and check it, arrays too; None where there is none.
+    """Read the record at `path` and check it; None where there is none.
 
     Raises:
         DamagedRecord: The record or its npz file is damaged, missing in part, or of another run.
     """
+    if not path.exists():
+        return None
     try:
         file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
         about = file.schema_arrow.metadata[b"paperlib"].decode()
         table = file.read(use_threads=False)  # twice as quick as with threads
         columns = {name: table[name].to_numpy() for name in table.column_names}
-        entry = Entry(path.stem, about, columns, path.with_suffix(".npz").read_bytes)
-        entry.check()
-        entry.npz()
-    except (*UNREADABLE, DamagedRecord) as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return None
+        has_arrays = json.loads(about).get("arrays") is not None
+        npz = path.with_suffix(".npz").read_bytes() if has_arrays else None
+        return Entry(path.stem, about, columns, npz).check()
+    except UNREADABLE as error:
         raise DamagedRecord(f"{path} is not a whole record: {error}") from error
-    return entry
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -239,11 +228,11 @@ def packed(entries: Iterable[Entry]) -> bytes:
         heads = {
             "about": pa.array([entry.about, *rest], pa.string()),
             "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
-            "arrays": pa.array([entry.npz(), *rest], pa.binary()),
+            "arrays": pa.array([entry.npz, *rest], pa.binary()),
         }
         tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
     table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
@@ -253,22 +242,16 @@ def read_many(path: Path) -> dict[str, Entry | StoreError]:
     Raises:
         ValueError, or another of UNREADABLE: The file is damaged as a whole, or of another kind.
     """
-    names = [name for name in pq.read_schema(path).names if name != "arrays"]
-    if not {"run", "about", "columns"} <= set(names):
-        raise ValueError("it has no columns run, about and columns: not a file of runs")
+    table = pq.read_table(path).to_pandas()
+    if not {"run", "about", "columns", "arrays"} <= set(table):
+        raise ValueError("it has no columns run, about, columns and arrays: not a file of runs")
     found: dict[str, Entry | StoreError] = {}
-    for run, rows in pq.read_table(path, columns=names).to_pandas().groupby("run"):
+    for run, rows in table.groupby("run"):
         try:
             kinds = json.loads(rows["columns"].iloc[0])
             columns = {name: rows[name].to_numpy().astype(kind) for name, kind in kinds.items()}
-            entry = Entry(str(run), rows["about"].iloc[0], columns, partial(_npz_of, path, run))
-            entry.check()
-            found[entry.run] = entry
+            npz = b"".join(rows["arrays"].dropna()) or None
+            found[str(run)] = Entry(str(run), rows["about"].iloc[0], columns, npz).check()
         except UNREADABLE as error:
             found[str(run)] = DamagedRecord(f"run {run} in {path} is damaged: {error}")
     return found
-
-
-def _npz_of(path: Path, run: str) -> bytes:
-    values = pq.read_table(path, columns=["arrays"], filters=[("run", "==", run)])["arrays"]
-    return b"".join(values.drop_null().to_pylist())

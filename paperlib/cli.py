@@ -28,53 +28,52 @@ STORE = click.option(
     help="the run store  [default: runs]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="as JSON")
-SCALE = (
-    click.option("--data", help="a data set in place of the profile's, as for `paperlib data`"),
-    click.option("--seeds", type=int, help="how many, in place of the profile's"),
-    click.option("--precision", help="float32 or bfloat16, in place of the profile's"),
-    STORE,
-)
-EXECUTION = (
-    click.option("--jobs", type=click.IntRange(1), help="processes  [one a core, or one a GPU]"),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps"),
-    click.option("--per-device", type=click.IntRange(1), help="runs in a GPU's process  [1]"),
-    click.option("--fast", is_flag=True, help="on a GPU, train by CUDA graphs"),
-    click.option(
-        "--minutes",
-        type=click.FloatRange(0, min_open=True),
-        help="stop after so long; the next call resumes",
-    ),
-    click.option("--cluster", metavar="ADDRESS", help="Dask: tcp://HOST:PORT or local:N"),
-    click.option("--send-back", is_flag=True, help="a cluster's workers do not share this store"),
-    click.option("--retry-failed", is_flag=True, help="runs that failed before, too"),
-)
+COUNT, MINUTES = click.IntRange(1), click.FloatRange(0, min_open=True)
+SCALE = {  # by option, its type and what it is
+    "data": (str, "a data set in place of the profile's, as for `paperlib data`"),
+    "seeds": (int, "how many, in place of the profile's"),
+    "precision": (str, "float32 or bfloat16, in place of the profile's"),
+}
+EXECUTION = {
+    "jobs": (COUNT, "processes  [default: one a core, or one a GPU]"),
+    "device": (str, "auto, cpu, cuda, mps  [default: auto]"),
+    "per-device": (COUNT, "runs in parallel in a GPU's process  [default: 1]"),
+    "fast": (bool, "on a GPU, train by CUDA graphs"),
+    "minutes": (MINUTES, "stop after so long; the next call resumes"),
+    "cluster": (str, "Dask: tcp://HOST:PORT or local:N"),
+    "send-back": (bool, "a cluster's workers do not share this store"),
+    "retry-failed": (bool, "runs that failed before, too"),
+}
 
 
-def given(*options: Callable) -> Callable:
-    """Decorate a command with options, in this order."""
-    return lambda command: functools.reduce(lambda c, option: option(c), options[::-1], command)
+def options(table: dict[str, tuple[Any, str]]) -> Callable:
+    """Decorate a command with the options of a table."""
+
+    def decorate(command: Callable) -> Callable:
+        for name, (kind, text) in reversed(table.items()):
+            option = click.option(f"--{name}", type=kind, is_flag=kind is bool, help=text)
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def of_figures(profile: str | None, shown: bool | str = True) -> Callable:
+def of_figures(profile: str | None) -> Callable:
     """Decorate a command that is about runs of figures.
 
     It is given names (of figures), asked (what `Scale` takes; the profile may be None) and store.
-
-    Args:
-        profile: the default.
-        shown: whether help shows it, or what it shows instead.
     """
-    text = "smoke, demo, small, paper"
+    text = "smoke, demo, small, paper" + (f"  [default: {profile}]" if profile else "")
     names = click.argument("names", nargs=-1, metavar="[NAME]...")
-    option = click.option("--profile", default=profile, show_default=shown, help=text)
+    option = click.option("--profile", default=profile, help=text)
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
-        def wrapped(**options: Any) -> None:
-            asked = {name: options.pop(name) for name in Scale.__dataclass_fields__}
-            command(asked=asked, **options)
+        def wrapped(**given: Any) -> None:
+            asked = {name: given.pop(name) for name in Scale.__dataclass_fields__}
+            command(asked=asked, **given)
 
-        return given(names, option, *SCALE)(wrapped)
+        return names(option(options(SCALE)(STORE(wrapped))))
 
     return decorate
 
@@ -86,8 +85,8 @@ def cli() -> None:
 
 
 @cli.command("figures")
-@of_figures(None, "small where all runs are there, else demo")
-@given(*EXECUTION)
+@of_figures(None)
+@options(EXECUTION)
 @click.option("--fresh", is_flag=True, help="train all runs, without looking into results/")
 def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, **how: Any) -> None:
     """Draw figures (all, or NAME ...) into figures/PROFILE: missing runs, then notebooks.
@@ -143,6 +142,7 @@ def _execute(
         raise click.UsageError("--send-back is for a --cluster")
     if cluster and (how["jobs"] or how["per_device"]):
         raise click.UsageError("a --cluster has as many runs in parallel as its workers' threads")
+    how["device"] = how["device"] or "auto"
     where: Any = nullcontext()
     if cluster:
         from paperlib.sweep.cluster import connected
@@ -159,7 +159,7 @@ def _execute(
 
 @cli.command("sweep")
 @of_figures("small")
-@given(*EXECUTION)
+@options(EXECUTION)
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
     """Do the runs of figures (NAME ... in that order, or all by worth), without the notebooks."""
     configs = experiments.queue(Scale(**asked), names)

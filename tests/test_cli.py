@@ -39,8 +39,7 @@ def paperlib(monkeypatch, capsys, tmp_path):
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 # A command, and what its one line of error must name.
 WRONG = [
-    *((f"{name} figure-9", "'figure-9' figure-2 table-F1") for name in ("status", "sweep")),
-    ("figures figure-9", "'figure-9' figure-2 table-F1"),
+    *((f"{n} figure-9", "'figure-9' figure-2 table-F1") for n in ("status", "sweep", "figures")),
     ("claims R9", "'R9' T1 R4"),
     ("status --profile huge", "'huge' smoke demo small paper"),
     ("figures figure-1 --profile huge", "'huge' smoke demo small paper"),
@@ -150,7 +149,7 @@ def test_status_claims_and_runs_import_no_torch(half_done):
     for line in ("status figure-1 --profile smoke", "runs list", "claims R1 T1"):
         code = f"""
 import sys
-from paperlib import cli, experiments
+from paperlib import cli, experiments, instability, plots
 from paperlib.runs import Store
 sys.argv = {["paperlib", *line.split(), "--runs", str(half_done.path)]}
 experiments.load("figure-1", "smoke", store=Store({str(half_done.path)!r})).runs

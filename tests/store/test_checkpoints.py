@@ -141,35 +141,28 @@ def test_stopped_in_every_epoch(name, store, always):
     assert not list((store.path / "checkpoints").iterdir())
 
 
-def test_every_tensor_is_restored(store, always):
-    """Memory formats too: fused optimizers go through tensors in order of memory."""
+def test_tensors_keep_their_memory_format(store, always):
+    """Fused optimizers go through weights and averages in order of memory."""
     config, seen = pruned("activation"), []
 
     def look(moment):
-        seen.append((moment.model, moment.pruner))
+        seen.append(moment.model)
         if moment.epoch == 2:
             raise Stop
 
-    def state(of):
-        model, pruner = of
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        return tensors | {f"pruner {name}": t for name, t in pruner.state_dict().items()}
-
     with pytest.raises(Stop):
         run(config, store, "cpu", look)
-    checkpoint = Checkpoint(store.path, config, None, {})
     model = training.build(config).to(memory_format=torch.channels_last)
     optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
-    rows, _ = checkpoint.restore((model, optimizer, pruner))
+    parts = model, optimizer, pruner
+    rows, _ = Checkpoint(store.path, config, None, {}).restore(parts)
     assert [row["epoch"] for row in rows] == [0, 1]
     assert pruner.activation.passes == 2 * 4
-    for parameter in model.parameters():
+    for parameter, before in zip(model.parameters(), seen[0].parameters(), strict=True):
         step, *averages = (optimizer.state[parameter][k] for k in ("step", "exp_avg", "exp_avg_sq"))
         assert step == 2 * 4
-        assert all(average.stride() == parameter.stride() for average in averages)
-        assert all(average.any() for average in averages)
-    strides = {name: t.stride() for name, t in state((model, pruner)).items()}
-    assert strides == {name: t.stride() for name, t in state(seen[0]).items()}
+        assert parameter.stride() == before.stride()
+        assert all(average.stride() == parameter.stride() and average.any() for average in averages)
 
 
 def test_not_due_yet(store, monkeypatch):
@@ -361,8 +354,7 @@ def test_what_a_failed_run_leaves(error, left, store, always):
 
 
 def test_a_description_needs_no_torch_and_no_pickle(store, always):
-    content = stop(CONFIGS["activation"], store, 3).read_bytes()
-    run_ = CONFIGS["activation"].identity
+    content, run_ = stop(VGG, store, 3).read_bytes(), VGG.identity
     code = f"""
 import sys
 from paperlib.store import checkpoints
@@ -374,9 +366,7 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
     about = checkpoints.describe(store.path, run_)
     assert (about["run"], about["epochs"], about["device"]) == (run_, 3, "cpu")
-    assert about["seconds"] > 0
     assert torch.__version__.startswith(about["torch"])
     tensors = safetensors.numpy.load(content)
     assert tensors["row.train_loss"].dtype == np.float64
     assert tensors["row.epoch"].tolist() == [0, 1, 2]
-    assert tensors["pruner.passes"] == 3 * 4  # of training, none for the histograms before it

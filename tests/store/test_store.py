@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -234,20 +233,3 @@ def test_where_folders_are(tmp_path, monkeypatch):
     assert Store().results == runs.results_path() == tmp_path / "home" / "RESULTS"
     assert runs.figures_path() == tmp_path / "home" / "FIGURES"
     assert Store("~/mine", "~/below").results == tmp_path / "home" / "below"
-
-
-def test_reading_imports_no_torch(written):
-    names = ("runs", "experiments", "instability", "config", "stats", "claims", "plots", "sweep")
-    names += ("cli", "store.archive", "store.checkpoints", "store.lease", "store.records")
-    modules = [f"paperlib.{name}" for name in names if find_spec(f"paperlib.{name}")]
-    code = f"""
-import sys
-import {", ".join(modules)}
-store = paperlib.runs.Store({str(written.path)!r})
-assert len(store.runs()) == 1 and len(store.epochs()) == 20
-assert len(store.find([store.read(run).config for run in store.identities()])) == 1
-loaded = {{"torch", "torchvision"}} & set(sys.modules)
-assert not loaded, loaded
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

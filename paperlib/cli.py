@@ -152,9 +152,8 @@ def _execute(
         from paperlib.devices import choose_device
 
         choose_device(how["device"])
-    tell = functools.partial(click.echo, err=True)
     with where as executor:
-        return sweep.execute(configs, store, executor, send_back=send_back, tell=tell, **how)
+        return sweep.execute(configs, store, executor, send_back=send_back, **how)
 
 
 @cli.command("sweep")

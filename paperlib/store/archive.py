@@ -6,14 +6,14 @@ Imports no torch.
 import json
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from paperlib.config import Config, from_dict
+from paperlib.config import Config, from_dict, to_dict
 from paperlib.store import checkpoints, records
-from paperlib.store.records import UNREADABLE, Entry, StoreError, write_whole
+from paperlib.store.records import UNREADABLE, RunRecord, StoreError, write_whole
 from paperlib.store.store import Store
 
 YOUNG_SECONDS = 3600.0  # a half-written file of this age may still be written
@@ -24,8 +24,7 @@ def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFr
     found = store.find(store.identities() if runs is None else runs)
     damaged = {run: str(error) for run, error in found.items() if isinstance(error, StoreError)}
     frame = store.runs([run for run in found if run not in damaged])
-    whole = (entry for entry in found.values() if isinstance(entry, Entry))
-    frame["title"] = [from_dict(entry.content["config"]).title for entry in whole]
+    frame["title"] = [r.config.title for r in found.values() if isinstance(r, RunRecord)]
     broken = pd.DataFrame({"run": list(damaged), "damaged": list(damaged.values())})
     return frame if broken.empty else pd.concat([frame, broken], ignore_index=True)
 
@@ -45,12 +44,13 @@ def describe(store: Store, start: str) -> dict:
     if len(matching) != 1:
         raise StoreError(f"{len(matching)} runs start with {start!r} in {store.path}")
     (run,) = matching
-    entry = store.find([run]).get(run)
-    if not isinstance(entry, Entry):
-        return {"run": run, "failure": failures.get(run), "damaged": str(entry) if entry else None}
-    rows = json.loads(pd.DataFrame(entry.columns).to_json(orient="records", double_precision=15))
-    title = from_dict(entry.content["config"]).title
-    return {"run": run, "title": title, **entry.content, "rows": rows}
+    record = store.find([run]).get(run)
+    if not isinstance(record, RunRecord):
+        why = str(record) if record else None
+        return {"run": run, "failure": failures.get(run), "damaged": why}
+    about = {"config": to_dict(record.config), "provenance": record.provenance}
+    rows = json.loads(record.epochs.to_json(orient="records", double_precision=15))
+    return {"run": run, "title": record.config.title, **about, "rows": rows}
 
 
 def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None) -> int:
@@ -59,14 +59,14 @@ def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None)
     The file keeps only the last part of a path to images, as identities do.
 
     Raises:
-        KeyError, DamagedRecord, Mismatch: As `Store.entries`.
+        KeyError, DamagedRecord, Mismatch: As `Store.records`.
         StoreError: There are no runs, or the file cannot be written.
     """
-    entries = [entry.portable() for entry in store.entries(runs)]
-    if not entries:
+    found = [replace(record, config=record.config.portable) for record in store.records(runs)]
+    if not found:
         raise StoreError(f"there are no runs to export in {store.path}")
-    write_whole(Path(file).expanduser(), records.packed(entries))
-    return len(entries)
+    write_whole(Path(file).expanduser(), records.packed(found))
+    return len(found)
 
 
 def merge(store: Store, source: Path) -> pd.DataFrame:
@@ -83,15 +83,12 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
     nothing = source / "nothing"
     other = Store(source, nothing) if source.is_dir() else Store(nothing, source)
     rows = [
-        {
-            "run": run,
-            "outcome": store.add(entry) if isinstance(entry, Entry) else f"damaged: {entry}",
-        }
-        for run, entry in sorted(other.find(other.identities()).items())
+        (run, store.add(found) if isinstance(found, RunRecord) else f"damaged: {found}")
+        for run, found in sorted(other.find(other.identities()).items())
     ]
     if not rows:
         raise StoreError(f"{source} is no run store or file of runs, or an empty one")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["run", "outcome"])
 
 
 def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Path]:
@@ -110,23 +107,27 @@ def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -
     young, unused = time.time() - YOUNG_SECONDS, []
     for path in sorted(own.path.glob("*/*"), reverse=True):
         folder, run = path.parent.name, path.name.partition(".")[0]
-        content: dict | None = None
         if not run or (folder == "records" and run not in found):
-            if path.stat().st_mtime < young:
-                unused.append(path)
+            useless = path.stat().st_mtime < young
+        elif folder == "records":
+            record = found[run]
+            useless = not isinstance(record, RunRecord) or not wanted(record.config)
+        elif folder in ("checkpoints", "failed"):
+            useless = run in done or not _is_wanted(path, wanted)
+        else:
             continue
-        if folder == "records":
-            content = getattr(found[run], "content", None)
-        elif folder == "checkpoints" and run not in done:
-            content = checkpoints.describe(own.path, run)
-        elif folder == "failed" and run not in done:
-            with suppress(*UNREADABLE):
-                content = json.loads(path.read_text())
-        elif folder not in ("checkpoints", "failed"):
-            continue
-        try:
-            if not wanted(from_dict((content or {})["config"])):
-                unused.append(path)
-        except (KeyError, ValueError):  # done or damaged, or the configuration of another version
+        if useless:
             unused.append(path)
     return unused
+
+
+def _is_wanted(path: Path, wanted: Callable[[Config], bool]) -> bool:
+    """Whether a checkpoint or a note of a failure is of a configuration of use."""
+    try:
+        if path.parent.name == "failed":
+            content = json.loads(path.read_text())
+        else:
+            content = checkpoints.describe(path.parents[1], path.stem)
+        return wanted(from_dict(content["config"]))
+    except UNREADABLE:  # or of a configuration of another version
+        return False

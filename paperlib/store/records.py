@@ -15,8 +15,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,70 +63,13 @@ class RunRecord:
         """The run's identity."""
         return self.config.identity
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One record as its files hold it.
-
-    Attributes:
-        run: The run's identity.
-        about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
-            provenance, and `arrays` of the npz file, if there is one.
-        columns: One number an epoch, by name.
-        npz: The content of that npz file.
-    """
-
-    run: str
-    about: str
-    columns: dict[str, np.ndarray]
-    npz: bytes | None
-
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        """The JSON of `about`, parsed."""
-        return json.loads(self.about)
-
-    @property
-    def count(self) -> int:
-        """The number of epochs."""
-        return len(next(iter(self.columns.values()), ()))
-
-    def check(self) -> "Entry":
-        """Return itself. Raise ValueError if anything in it is not the original."""
-        if (held := from_dict(self.content["config"]).identity) != self.run:
-            raise ValueError(f"it holds run {held}, not {self.run}")
-        provenance = _text_digest(self.content["provenance"])
-        now = {"numbers": digest(self.columns), "provenance": provenance, "arrays": None}
-        if self.npz is not None:
-            now["arrays"] = hashlib.sha256(self.npz).hexdigest()
-        then = {"numbers": self.content["epochs"], "arrays": self.content.get("arrays")}
-        then["provenance"] = self.content.get("about", provenance)  # older records have none
-        for name, checksum in then.items():
-            if now[name] != checksum:
-                raise ValueError(f"its {name} do not match their checksum")
-        return self
-
-    def record(self) -> RunRecord:
-        """Return it for people."""
-        arrays: dict[str, np.ndarray] = {}
-        if self.npz is not None:
-            with np.load(io.BytesIO(self.npz), allow_pickle=False) as stored:
-                arrays = dict(stored)
-        config, about = from_dict(self.content["config"]), self.content["provenance"]
-        return RunRecord(config, pd.DataFrame(self.columns), arrays, about)
-
-    def portable(self) -> "Entry":
-        """Return the same record with only the last part of a path to images."""
-        config = to_dict(from_dict(self.content["config"]).portable)
-        return replace(self, about=json.dumps(self.content | {"config": config}))
-
-    def same_numbers(self, other: "Entry") -> bool:
+    def same_numbers(self, other: "RunRecord") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
-        mine, others = (
-            (digest(entry.columns | {"seconds": np.empty(0)}), entry.content.get("arrays"))
-            for entry in (self, other)
+        mine, theirs = (
+            (digest(columns_of(each) | {"seconds": np.empty(0)}), digest(each.arrays))
+            for each in (self, other)
         )
-        return mine == others
+        return mine == theirs
 
 
 def digest(columns: Mapping[str, np.ndarray]) -> str:
@@ -144,13 +86,17 @@ def _text_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def serialized(record: RunRecord) -> Entry:
-    """Return a record as a file will hold it."""
-    columns = {name: record.epochs[name].to_numpy() for name in record.epochs}
+def columns_of(record: RunRecord) -> dict[str, np.ndarray]:
+    """Return the columns of a record's epochs."""
+    return {name: record.epochs[name].to_numpy() for name in record.epochs}
+
+
+def _serialized(record: RunRecord) -> tuple[str, bytes | None]:
+    """Return a record's JSON, and its npz file's content, or None where it has no arrays."""
     content = {
         "config": to_dict(record.config),
         "provenance": record.provenance,
-        "epochs": digest(columns),
+        "epochs": digest(columns_of(record)),
         "about": _text_digest(record.provenance),
     }
     npz = None
@@ -159,24 +105,47 @@ def serialized(record: RunRecord) -> Entry:
         np.savez_compressed(buffer, **record.arrays)  # type: ignore[arg-type]
         npz = buffer.getvalue()
         content["arrays"] = hashlib.sha256(npz).hexdigest()
-    return Entry(record.run, json.dumps(content), columns, npz)
+    return json.dumps(content), npz
+
+
+def _parsed(run: str, about: str, columns: dict[str, np.ndarray], npz: bytes | None) -> RunRecord:
+    """Return the record that was serialized. Raise ValueError if anything has changed since."""
+    content = json.loads(about)
+    config, provenance = from_dict(content["config"]), content["provenance"]
+    if config.identity != run:
+        raise ValueError(f"it holds run {config.identity}, not {run}")
+    of_provenance = _text_digest(provenance)
+    checksums = {
+        "numbers": (content["epochs"], digest(columns)),
+        "provenance": (content.get("about", of_provenance), of_provenance),  # older ones have none
+        "arrays": (content.get("arrays"), npz and hashlib.sha256(npz).hexdigest()),
+    }
+    for name, (then, now) in checksums.items():
+        if then != now:
+            raise ValueError(f"its {name} do not match their checksum")
+    arrays: dict[str, np.ndarray] = {}
+    if npz is not None:
+        with np.load(io.BytesIO(npz), allow_pickle=False) as stored:
+            arrays = dict(stored)
+    return RunRecord(config, pd.DataFrame(columns), arrays, provenance)
 
 
 # One run
 
 
-def write(path: Path, entry: Entry) -> None:
+def write(path: Path, record: RunRecord) -> None:
     """Write a record at `path`, and before it the npz file beside it. Raises StoreError."""
-    if entry.npz is not None:
-        write_whole(path.with_suffix(".npz"), entry.npz)
-    table = pa.table(entry.columns).replace_schema_metadata({"paperlib": entry.about})
+    about, npz = _serialized(record)
+    if npz is not None:
+        write_whole(path.with_suffix(".npz"), npz)
+    table = pa.table(columns_of(record)).replace_schema_metadata({"paperlib": about})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
     write_whole(path, sink.getvalue())
 
 
-def read(path: Path) -> Entry | None:
-    """Read the record at `path` and check it; None where there is none.
+def read(path: Path) -> RunRecord | None:
+    """Read the record at `path`, checked; None where there is none.
 
     Raises:
         DamagedRecord: The record or its npz file is damaged, missing in part, or of another run.
@@ -190,7 +159,7 @@ def read(path: Path) -> Entry | None:
         columns = {name: table[name].to_numpy() for name in table.column_names}
         has_arrays = json.loads(about).get("arrays") is not None
         npz = path.with_suffix(".npz").read_bytes() if has_arrays else None
-        return Entry(path.stem, about, columns, npz).check()
+        return _parsed(path.stem, about, columns, npz)
     except UNREADABLE as error:
         raise DamagedRecord(f"{path} is not a whole record: {error}") from error
 
@@ -216,27 +185,28 @@ def write_whole(path: Path, content: bytes) -> None:
 # Many runs
 
 
-def packed(entries: Iterable[Entry]) -> bytes:
+def packed(records: Iterable[RunRecord]) -> bytes:
     """Return the content of one file of many runs.
 
     A column whose type differs between runs gets one that holds both.
     """
     tables = []
-    for entry in sorted(entries, key=lambda entry: entry.run):
-        kinds = {name: column.dtype.str for name, column in entry.columns.items()}
-        rest = [None] * (entry.count - 1)  # only a run's first row has these:
+    for record in sorted(records, key=lambda record: record.run):
+        (about, npz), columns = _serialized(record), columns_of(record)
+        kinds = {name: column.dtype.str for name, column in columns.items()}
+        rest = [None] * (len(record.epochs) - 1)  # only a run's first row has these:
         heads = {
-            "about": pa.array([entry.about, *rest], pa.string()),
+            "about": pa.array([about, *rest], pa.string()),
             "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
-            "arrays": pa.array([entry.npz, *rest], pa.binary()),
+            "arrays": pa.array([npz, *rest], pa.binary()),
         }
-        tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
+        tables.append(pa.table({"run": [record.run] * len(record.epochs), **columns, **heads}))
     table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
-def read_many(path: Path) -> dict[str, Entry | StoreError]:
+def read_many(path: Path) -> dict[str, RunRecord | StoreError]:
     """Read all of a file's runs: each record, checked, or the DamagedRecord it is refused for.
 
     Raises:
@@ -245,13 +215,13 @@ def read_many(path: Path) -> dict[str, Entry | StoreError]:
     table = pq.read_table(path).to_pandas()
     if not {"run", "about", "columns", "arrays"} <= set(table):
         raise ValueError("it has no columns run, about, columns and arrays: not a file of runs")
-    found: dict[str, Entry | StoreError] = {}
+    found: dict[str, RunRecord | StoreError] = {}
     for run, rows in table.groupby("run"):
         try:
             kinds = json.loads(rows["columns"].iloc[0])
             columns = {name: rows[name].to_numpy().astype(kind) for name, kind in kinds.items()}
             npz = b"".join(rows["arrays"].dropna()) or None
-            found[str(run)] = Entry(str(run), rows["about"].iloc[0], columns, npz).check()
+            found[str(run)] = _parsed(str(run), rows["about"].iloc[0], columns, npz)
         except UNREADABLE as error:
             found[str(run)] = DamagedRecord(f"run {run} in {path} is damaged: {error}")
     return found

@@ -17,6 +17,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from paperlib.store.paths import default_path, results_path
 from paperlib.store.records import (
     UNREADABLE,
     DamagedRecord,
-    Entry,
     RunRecord,
     StoreError,
     write_whole,
@@ -73,28 +73,28 @@ class Store:
 
     # Reading
 
-    def find(self, runs: Iterable[str | Config]) -> dict[str, Entry | StoreError]:
+    def find(self, runs: Iterable[str | Config]) -> dict[str, RunRecord | StoreError]:
         """Return the record of each run, or the DamagedRecord or Mismatch it is refused for.
 
         Every record is checked. Runs without a record are left out. If two configurations have one
         identity, as of two folders of one name, both are compared.
         """
-        layer, found = self._layer(), dict[str, Entry | StoreError]()
+        layer, found = self._layer(), dict[str, RunRecord | StoreError]()
         differs = provenance.comparison(self.path / "data")
         for item in runs:
             run = _identity(item)
-            entry = found.get(run)
+            record = found.get(run)
             try:
-                entry = entry or records.read(self._file(run)) or layer.get(run)
+                record = record or records.read(self._file(run)) or layer.get(run)
             except DamagedRecord as error:
-                entry = layer.get(run, error)
-            if isinstance(item, Config) and isinstance(entry, Entry):
-                problem = differs(item, entry.content["provenance"])
+                record = layer.get(run, error)
+            if isinstance(item, Config) and isinstance(record, RunRecord):
+                problem = differs(item, record.provenance)
                 if problem is not None:
                     refused = f"the record of {item.title} in {self.path} is refused: {problem}"
-                    entry = Mismatch(refused)
-            if entry is not None:
-                found[run] = entry
+                    record = Mismatch(refused)
+            if record is not None:
+                found[run] = record
         return found
 
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
@@ -103,32 +103,28 @@ class Store:
         for problem in found.values():
             if isinstance(problem, Mismatch):
                 raise problem
-        return {run for run, entry in found.items() if isinstance(entry, Entry)}
+        return {run for run, record in found.items() if isinstance(record, RunRecord)}
 
-    def entries(self, runs: Iterable[str | Config] | None = None) -> list[Entry]:
-        """Return the records of `runs`, or all there are, in the form of their files.
+    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
+        """Return the records of `runs`, or all there are.
 
         Raises:
             KeyError: A run has no record.
             DamagedRecord, Mismatch: A run's record cannot be used.
         """
         runs = self.identities() if runs is None else list(runs)
-        found, entries = self.find(runs), []
+        found, result = self.find(runs), []
         for run in map(_identity, runs):
-            entry = found.get(run)
-            if entry is None:
+            record = found.get(run)
+            if record is None:
                 raise KeyError(f"no run {run} in {self.path}")
-            if not isinstance(entry, Entry):
-                raise entry
-            entries.append(entry)
-        return entries
-
-    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
-        """Return the records of `runs`, or all there are. Raises as `entries`."""
-        return [entry.record() for entry in self.entries(runs)]
+            if not isinstance(record, RunRecord):
+                raise record
+            result.append(replace(record, epochs=record.epochs.copy()))  # the layer is kept
+        return result
 
     def read(self, run: str | Config) -> RunRecord:
-        """Return one record. Raises as `entries`."""
+        """Return one record. Raises as `records`."""
         return self.records([run])[0]
 
     def own(self) -> list[str]:
@@ -150,15 +146,15 @@ class Store:
     def frames(
         self, runs: Iterable[str | Config] | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return `epochs` and `runs`. Raises as `entries`."""
-        entries = self.entries(runs)
-        if not entries:
+        """Return `epochs` and `runs`. Raises as `records`."""
+        every = self.records(runs)
+        if not every:
             return pd.DataFrame({"run": []}), pd.DataFrame({"run": []})
-        tables = [pa.table(entry.columns) for entry in entries]
+        tables = [pa.table(records.columns_of(record)) for record in every]
         epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-        names = pd.Series([entry.run for entry in entries])
-        epochs["run"] = names.repeat([entry.count for entry in entries]).array
-        about = pd.DataFrame(map(_summary, entries))
+        names = pd.Series([record.run for record in every])
+        epochs["run"] = names.repeat([len(record.epochs) for record in every]).array
+        about = pd.DataFrame(map(_summary, every))
         return epochs, about[["run"]].merge(measures.summarize(epochs)).merge(about)
 
     # Writing
@@ -171,27 +167,26 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot write to the run store {self.path}: {error}") from error
 
-    def write(self, record: RunRecord | Entry) -> None:
+    def write(self, record: RunRecord) -> None:
         """Write a record, whole or not at all. A note of the run's earlier failure is removed.
 
         Raises:
             StoreError: It cannot be written.
         """
-        entry = record if isinstance(record, Entry) else records.serialized(record)
-        records.write(self._file(entry.run), entry)
-        self._failed_file(entry.run).unlink(missing_ok=True)
+        records.write(self._file(record.run), record)
+        self._failed_file(record.run).unlink(missing_ok=True)
 
-    def add(self, entry: Entry) -> str:
+    def add(self, record: RunRecord) -> str:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
             The outcome: "new", "mended" (ours was damaged), "same", or
              "different" (it has other numbers than ours, which stay).
         """
-        ours = self.find([entry.run]).get(entry.run)
-        if isinstance(ours, Entry):
-            return "same" if entry.same_numbers(ours) else "different"
-        self.write(entry)
+        ours = self.find([record.run]).get(record.run)
+        if isinstance(ours, RunRecord):
+            return "same" if record.same_numbers(ours) else "different"
+        self.write(record)
         return "mended" if ours else "new"
 
     # Failures
@@ -223,9 +218,9 @@ class Store:
     def _failed_file(self, run: str) -> Path:
         return self.path / "failed" / f"{run}.json"
 
-    def _layer(self) -> dict[str, Entry | StoreError]:
+    def _layer(self) -> dict[str, RunRecord | StoreError]:
         """Return the records of the layer below, as `find`; of two of one run the last file's."""
-        layer: dict[str, Entry | StoreError] = {}
+        layer: dict[str, RunRecord | StoreError] = {}
         if self.results is not None:
             files = sorted(self.results.glob("*.parquet"))
             for path in [self.results] if self.results.is_file() else files:
@@ -235,7 +230,7 @@ class Store:
 
 
 @lru_cache(maxsize=32)
-def _results_file(path: Path, *state: int) -> dict[str, Entry | StoreError]:
+def _results_file(path: Path, *state: int) -> dict[str, RunRecord | StoreError]:
     """Read a file of results once a process, for as long as its size and times are these."""
     try:
         return records.read_many(path)
@@ -265,11 +260,11 @@ def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
     return known
 
 
-def _summary(entry: Entry) -> dict[str, object]:
-    config, about = entry.content["config"], entry.content["provenance"]
+def _summary(record: RunRecord) -> dict[str, object]:
+    about = record.provenance
     return {
-        "run": entry.run,
-        **{name: config.get(name, getattr(Config, name)) for name in PLAIN},
+        "run": record.run,
+        **{name: getattr(record.config, name) for name in PLAIN},
         "device": about.get("device"),
         "parameters": about.get("parameters", math.nan) - about.get("held", 0),
     }

@@ -1,6 +1,7 @@
 """The execution of missing runs, in worker processes or any other executor."""
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -66,7 +67,6 @@ def execute(
     send_back: bool = False,
     fast: bool = False,
     minutes: float | None = None,
-    tell: Callable[[str], object] = lambda text: None,
 ) -> int:
     """Run what the store lacks, in the order given.
 
@@ -85,7 +85,6 @@ def execute(
         minutes: how long this may take. A run is not begun that cannot be done by then, by the
             speeds that the store has measured. When the time is up, runs stop at the end of an
             epoch and leave a checkpoint.
-        tell: is given lines for people, before anything is run.
 
     Returns:
         How many runs were done.
@@ -109,7 +108,7 @@ def execute(
             devices, together = workers.devices(device, jobs, per_device, len(todo))
         _prepare(todo, store, send_back)
         measured = speeds(store, device)
-        tell(forecast(todo, len(devices) * together, measured))
+        tqdm.write(forecast(todo, len(devices) * together, measured), file=sys.stderr)
         path = None if send_back else store.path.absolute()
         task = partial(train, path, store.results, device, together, fast, until)
         work = _Sweep(todo, store, task, together, measured)

@@ -9,10 +9,9 @@ from statistics import median
 import pandas as pd
 from tqdm.auto import tqdm
 
-from paperlib.config import Config, from_dict
-from paperlib.runs import Mismatch, Store
+from paperlib.config import Config
+from paperlib.runs import Mismatch, RunRecord, Store
 from paperlib.store import checkpoints
-from paperlib.store.records import Entry
 from paperlib.store.store import by_identity as unique
 from paperlib.sweep.workers import may_have_gpu
 
@@ -54,7 +53,7 @@ def states(configs: Iterable[Config], store: Store) -> list[State]:
     found, result = store.find(named.values()), []
     for run, config in named.items():
         record, epochs = found.get(run), checkpoints.progress(store.path, run) or 0
-        if isinstance(record, Entry):
+        if isinstance(record, RunRecord):
             state, epochs, why = "done", config.epochs, "not run: it has a record"
         elif isinstance(record, Mismatch):
             state, why = "changed", f"not run: {record}"
@@ -82,11 +81,11 @@ def speeds(store: Store, device: str = "auto") -> Speeds:
     """
     on_gpu = may_have_gpu() if device == "auto" else device.startswith("cuda")
     measured = defaultdict(list)
-    for entry in store.find(store.own()).values():
-        if isinstance(entry, Entry) and "seconds" in entry.columns:
-            config, about = from_dict(entry.content["config"]), entry.content["provenance"]
-            if on_gpu == (about.get("device") == "cuda"):
-                measured[_kind(config)].append(float(entry.columns["seconds"].mean()))
+    for record in store.find(store.own()).values():
+        if isinstance(record, RunRecord):
+            alike = on_gpu == (record.provenance.get("device") == "cuda")
+            if alike and "seconds" in record.epochs:
+                measured[_kind(record.config)].append(float(record.epochs.seconds.mean()))
     return {kind: median(seconds) for kind, seconds in measured.items()}
 
 

@@ -153,10 +153,11 @@ def test_speeds_are_those_of_runs_alike_on_this_device(store):
 def test_a_sweep_stops_when_its_time_is_up(store, together, monkeypatch):
     """Runs at work leave checkpoints; others are not begun, nor one known to take too long."""
     monkeypatch.setattr(workers, "devices", lambda *_: (["cpu"], together))
+    monkeypatch.setattr(workers, "Processes", lambda devices: ThreadPoolExecutor(len(devices)))
     slow = QUICK.with_(width=1 / 32)
     measured(store, slow.with_(seed=9), 400.0)
     long = [config.with_(epochs=10**6, batch=16) for config in seeds(3)]
-    assert sweep.execute([slow, QUICK, *long], store, minutes=0.4) == 1
+    assert sweep.execute([slow, QUICK, *long], store, minutes=0.3) == 1
     assert store.identities() == identities([QUICK, slow.with_(seed=9)])
     assert not store.failures()
     slow_state, done, *rest = [s.state for s in sweep.states([slow, QUICK, *long], store)]

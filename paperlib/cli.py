@@ -247,32 +247,22 @@ def runs_group() -> None:
 
 @runs_group.command("list")
 @of_figures(None)
-@JSON
-def list_command(names: Names, asked: Asked, store: runs.Store, as_json: bool) -> None:
+def list_command(names: Names, asked: Asked, store: runs.Store) -> None:
     """List the runs that are there: all, or those of figures (NAME ...) or a profile."""
     frame = archive.table(store, _chosen(store, names, asked))
-    if as_json:
-        click.echo(frame.to_json(orient="records", indent=1))
-        return
     columns = ["run", "title", "data", "epochs", "best_accuracy", "mean_stability", "seconds"]
     _print(frame[[name for name in (*columns, "damaged") if name in frame]], "{:.2f}")
 
 
 @runs_group.command("show")
 @click.argument("run")
-@JSON
 @STORE
-def show_command(run: str, as_json: bool, store: runs.Store) -> None:
+def show_command(run: str, store: runs.Store) -> None:
     """Show one run, which the start of its identity names: configuration, origin, epochs."""
-    content = archive.describe(store, run)
-    if as_json:
-        click.echo(json.dumps(content, indent=1))
-        return
-    epochs = content.pop("rows", [])
-    for name, value in content.items():
+    about, epochs = archive.describe(store, run)
+    for name, value in about.items():
         click.echo(f"{name}: {json.dumps(value)}")
-    if epochs:
-        _print(pd.DataFrame(epochs), "{:.4g}")
+    _print(epochs, "{:.4g}")
 
 
 @runs_group.command("export")

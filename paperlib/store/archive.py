@@ -29,28 +29,29 @@ def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFr
     return frame if broken.empty else pd.concat([frame, broken], ignore_index=True)
 
 
-def describe(store: Store, start: str) -> dict:
-    """Return all about a run except its arrays, as JSON; also of one that failed or is damaged.
+def describe(store: Store, start: str) -> tuple[dict, pd.DataFrame]:
+    """Return all about a run except its arrays, also of one that failed or is damaged.
 
     Args:
         store: The store.
         start: The start of the run's identity.
 
+    Returns:
+        Configuration and origin, or what is wrong; and the epochs.
+
     Raises:
         StoreError: No run's identity starts so, or several do.
     """
     failures = store.failures()
-    matching = [r for r in {*store.identities(), *failures} if r.startswith(start)]
+    matching = [run for run in {*store.identities(), *failures} if run.startswith(start)]
     if len(matching) != 1:
         raise StoreError(f"{len(matching)} runs start with {start!r} in {store.path}")
     (run,) = matching
     record = store.find([run]).get(run)
     if not isinstance(record, RunRecord):
-        why = str(record) if record else None
-        return {"run": run, "failure": failures.get(run), "damaged": why}
+        return {"run": run, "wrong": str(record or failures[run])}, pd.DataFrame()
     about = {"config": to_dict(record.config), "provenance": record.provenance}
-    rows = json.loads(record.epochs.to_json(orient="records", double_precision=15))
-    return {"run": run, "title": record.config.title, **about, "rows": rows}
+    return {"run": run, "title": record.config.title, **about}, record.epochs
 
 
 def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None) -> int:

@@ -184,12 +184,12 @@ def test_a_table_and_descriptions(below):
     for start in ("", "xyz"):
         with pytest.raises(StoreError):
             archive.describe(below, start)
-    about = archive.describe(below, RUN[:9])
-    assert [row["post"] for row in about["rows"]] == pytest.approx(record().epochs.post.tolist())
+    about, epochs = archive.describe(below, RUN[:9])
+    assert epochs.post.tolist() == record().epochs.post.tolist()
     assert json.loads(json.dumps(about))["config"]["seed"] == 2
-    assert archive.describe(below, broken.identity)["damaged"]
+    assert broken.identity in archive.describe(below, broken.identity)[0]["wrong"]
     below.fail(PRUNED.with_(seed=8), "why")
-    assert archive.describe(below, PRUNED.with_(seed=8).identity)["failure"] == "why"
+    assert archive.describe(below, PRUNED.with_(seed=8).identity)[0]["wrong"] == "why"
 
 
 def write(path: Path, content: bytes = b"x", age: float = 0.0) -> Path:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -302,18 +304,6 @@ def test_a_script_without_a_main_guard(store, tmp_path):
     assert not store.failures()
 
 
-def group_members(group: int) -> list[int]:
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            members.append(int(stat.parent.name))
-    return members
-
-
 def wait_for(condition, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -321,24 +311,28 @@ def wait_for(condition, seconds: float) -> bool:
     return bool(condition())
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("to", ["process", "group", "kill", "term"])
 def test_the_end_of_a_sweep_half_way(store, tmp_path, to):
     """Ctrl-C by a scheduler, by a terminal, and kill -9: workers end, what is done is kept."""
     process = started(tmp_path, store, "long")
+    workers_ = []
     try:
         assert wait_for(store.identities, 120)
-        assert len(group_members(process.pid)) > 1
+        workers_ = psutil.Process(process.pid).children(recursive=True)
+        assert workers_
         if to == "group":
             os.killpg(process.pid, signal.SIGINT)
         else:
             kinds = {"process": signal.SIGINT, "kill": signal.SIGKILL, "term": signal.SIGTERM}
             os.kill(process.pid, kinds[to])
         assert process.wait(60) != 0
-        assert wait_for(lambda: not group_members(process.pid), 30)
+        _, alive = psutil.wait_procs(workers_, 30)
+        assert not alive
     finally:
-        for member in group_members(process.pid):
-            os.kill(member, signal.SIGKILL)
+        process.kill()
+        for left in workers_:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
     assert len(store.identities()) == len(store.runs()) == 1
 
 

@@ -60,7 +60,10 @@ def states(configs: Iterable[Config], store: Store) -> list[State]:
         elif record is not None:
             state, why = "damaged", f"run again: {record}"
         elif run in failures:
-            state, why = "failed", f"not run without --retry-failed: {failures[run]}"
+            state, why = (
+                "failed",
+                f"not run without --retry-failed (retry_failed=True): {failures[run]}",
+            )
         else:
             state, why = "partial" if epochs else "missing", f"run from epoch {epochs}"
         result.append(State(run, config, state, epochs, why))

@@ -8,6 +8,7 @@ simply exhausts them.
 
 import math
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -127,14 +128,16 @@ def steps(
             raise TrainingError(f"{config.title} failed in another process: {failure}")
         if config in store:
             return store.read(config)
-        how = config, inputs.images_of(config, store.path / "data"), device, callback, captured
-        checksums = inputs.checksums(config, how[1])
-        checkpoint = Checkpoint(store.path, config, claim, **checksums, until=until)
+        dataset = inputs.images_of(config, store.path / "data")
+        made_of = inputs.checksums(config, dataset.checksum)
+        checkpoint = Checkpoint(store.path, config, claim, made_of, until)
+        how = config, dataset, device, callback, captured
         try:
             try:
                 record = yield from Run(*how).complete(checkpoint)
             except checkpoints.UnusableCheckpoint as error:
-                checkpoint.set_aside(error)
+                warnings.warn(f"{config.title} starts afresh: {error}", stacklevel=2)
+                checkpoints.discard(store.path, config.identity)
                 record = yield from Run(*how).complete(checkpoint)
         except TrainingError as error:
             store.fail(config, error)
@@ -163,11 +166,12 @@ class Run:
         captured: bool,
     ) -> None:
         self.config, self.device, self.callback = config, device, callback
-        self.checksums = inputs.checksums(config, dataset)
+        self.checksums = inputs.checksums(config, dataset.checksum)
         self.layout, shape = memory_format(device, config.precision), dataset.train_images.shape[1:]
         self.classes, (self.channels, height, width) = len(dataset.classes), shape
         check_images(config, (self.channels, height, width), self.classes, device)
         self.model = self.new_network()
+        self.made_of = inputs.checksums(config, dataset.checksum)  # now: a file may change later
         batches = partial(
             Batches, mean=dataset.mean, std=dataset.std, device=device, layout=self.layout
         )
@@ -222,16 +226,14 @@ class Run:
         parts = self.model, self.optimizer, self.pruner
         rows: list[Row] = []
         if checkpoint is not None:
-            rows, self.arrays = checkpoint.restore(*parts) or (rows, self.arrays)
+            rows, self.arrays = checkpoint.restore(parts) or (rows, self.arrays)
         for epoch in range(len(rows), self.config.epochs):
             start = time.perf_counter()
             row = yield from self._epoch(epoch, trained=sum(row["trained"] for row in rows))
-            evaluated = time.perf_counter()
             self.arrays |= self._measured(epoch, row)
             rows.append(row | {"seconds": time.perf_counter() - start})
             if checkpoint is not None and len(rows) < self.config.epochs:
-                measured = time.perf_counter() - evaluated
-                checkpoint.save_when_due(*parts, rows, self.arrays, measured)
+                checkpoint.save_when_due(parts, rows, self.arrays)
         self._note_histograms("trained")
         about = inputs.described(self.device, self.model, self.pruner) | self.checksums
         about |= {"classes": self.classes, "channels": self.channels}

@@ -3,79 +3,71 @@
 Imports no torch.
 """
 
-import io
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from paperlib.config import Config, from_dict
+from paperlib.config import Config, from_dict, to_dict
 from paperlib.store import checkpoints, records
-from paperlib.store.records import UNREADABLE, DamagedRecord, Entry, StoreError, write_whole
+from paperlib.store.records import UNREADABLE, RunRecord, StoreError, write_whole
 from paperlib.store.store import Store
 
 YOUNG_SECONDS = 3600.0  # a half-written file of this age may still be written
-HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")  # as `write_whole` names it
 
 
 def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
     """Return one row a run as `Store.runs`, and its title; damaged records have only `damaged`."""
     found = store.find(store.identities() if runs is None else runs)
-    whole = [entry for entry in found.values() if isinstance(entry, Entry)]
-    frame = store.runs([entry.run for entry in whole])
-    frame["title"] = [from_dict(entry.content["config"]).title for entry in whole]
     damaged = {run: str(error) for run, error in found.items() if isinstance(error, StoreError)}
+    frame = store.runs([run for run in found if run not in damaged])
+    frame["title"] = [r.config.title for r in found.values() if isinstance(r, RunRecord)]
     broken = pd.DataFrame({"run": list(damaged), "damaged": list(damaged.values())})
     return frame if broken.empty else pd.concat([frame, broken], ignore_index=True)
 
 
-def describe(store: Store, start: str) -> dict:
-    """Return all about a run except its arrays, as JSON; also of one that failed or is damaged.
+def describe(store: Store, start: str) -> tuple[dict, pd.DataFrame]:
+    """Return all about a run except its arrays, also of one that failed or is damaged.
 
     Args:
         store: The store.
         start: The start of the run's identity.
 
+    Returns:
+        Configuration and origin, or what is wrong; and the epochs.
+
     Raises:
         StoreError: No run's identity starts so, or several do.
     """
-    known = set(store.identities()) | set(store.failures())
-    matching = sorted(run for run in known if run.startswith(start))
+    failures = store.failures()
+    matching = [run for run in {*store.identities(), *failures} if run.startswith(start)]
     if len(matching) != 1:
         raise StoreError(f"{len(matching)} runs start with {start!r} in {store.path}")
     (run,) = matching
-    entry = store.find([run]).get(run)
-    if not isinstance(entry, Entry):
-        return {"run": run, "failure": store.failure(run), "damaged": str(entry) if entry else None}
-    rows = json.loads(entry.epochs.to_json(orient="records", double_precision=15))
-    title = from_dict(entry.content["config"]).title
-    return {"run": run, "title": title, **entry.content, "rows": rows}
+    record = store.find([run]).get(run)
+    if not isinstance(record, RunRecord):
+        return {"run": run, "wrong": str(record or failures[run])}, pd.DataFrame()
+    about = {"config": to_dict(record.config), "provenance": record.provenance}
+    return {"run": run, "title": record.config.title, **about}, record.epochs
 
 
 def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None) -> int:
-    """Write runs to one Parquet file, and read it again to check it.
+    """Write runs to one Parquet file; return their number.
 
     The file keeps only the last part of a path to images, as identities do.
 
-    Returns:
-        The number of runs.
-
     Raises:
-        KeyError, DamagedRecord, Mismatch: As `Store.read`.
+        KeyError, DamagedRecord, Mismatch: As `Store.records`.
         StoreError: There are no runs, or the file cannot be written.
     """
-    entries = [entry.portable() for entry in store.entries(runs)]
-    if not entries:
+    found = [replace(record, config=record.config.portable) for record in store.records(runs)]
+    if not found:
         raise StoreError(f"there are no runs to export in {store.path}")
-    content = records.packed(entries, store.arrays)
-    for error in records.read_many(io.BytesIO(content)).values():
-        if isinstance(error, StoreError):
-            raise StoreError(f"cannot export: {error}")
-    write_whole(Path(file).expanduser(), content)
-    return len(entries)
+    write_whole(Path(file).expanduser(), records.packed(found))
+    return len(found)
 
 
 def merge(store: Store, source: Path) -> pd.DataFrame:
@@ -89,70 +81,54 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
         StoreError: `source` is neither.
     """
     source = Path(source).expanduser()
-    path, results = (source, None) if source.is_dir() else (source.parent / "no runs", source)
-    other = Store(path, results or source / "no results")
-    found = other.find(other.identities())
-    if not found:
+    nothing = source / "nothing"
+    other = Store(source, nothing) if source.is_dir() else Store(nothing, source)
+    rows = [
+        (run, store.add(found) if isinstance(found, RunRecord) else f"damaged: {found}")
+        for run, found in sorted(other.find(other.identities()).items())
+    ]
+    if not rows:
         raise StoreError(f"{source} is no run store or file of runs, or an empty one")
-    rows = []
-    for run, entry in sorted(found.items()):
-        try:
-            if not isinstance(entry, Entry):
-                raise entry
-            outcome = store.add(entry, other.arrays(entry))
-        except DamagedRecord as error:
-            outcome = f"damaged: {error}"
-        rows.append({"run": run, "outcome": outcome})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["run", "outcome"])
 
 
-def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> dict[Path, str]:
-    """Find the files of a store that no run can use, and say why; records before their arrays.
+def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Path]:
+    """Find the files of a store that no run can use; records before their arrays.
 
-    These are damaged records, checkpoints and notes of failures of runs that are done, checkpoints
-    that were set aside, and files left half-written YOUNG_SECONDS ago or earlier.
+    These are damaged records, checkpoints and notes of failures of runs that are done, and files
+    left half-written YOUNG_SECONDS ago or earlier.
 
     Args:
         store: The store.
         wanted: Whether a configuration is of use. Records, checkpoints and notes of others are
             leftovers, too.
     """
-    return dict(_leftovers(Store(store.path, store.path / "no results"), store, wanted))
+    own = Store(store.path, store.path / "no results")
+    found, done = own.find(own.own()), store.whole(store.identities())
+    young, unused = time.time() - YOUNG_SECONDS, []
+    for path in sorted(own.path.glob("*/*"), reverse=True):
+        folder, run = path.parent.name, path.name.partition(".")[0]
+        if not run or (folder == "records" and run not in found):
+            useless = path.stat().st_mtime < young
+        elif folder == "records":
+            record = found[run]
+            useless = not isinstance(record, RunRecord) or not wanted(record.config)
+        elif folder in ("checkpoints", "failed"):
+            useless = run in done or not _is_wanted(path, wanted)
+        else:
+            continue
+        if useless:
+            unused.append(path)
+    return unused
 
 
-def _leftovers(
-    own: Store, store: Store, wanted: Callable[[Config], bool]
-) -> Iterator[tuple[Path, str]]:
-    found = own.find(own.own())
-    for run, entry in found.items():
-        why = "a record of no present setting" if isinstance(entry, Entry) else "a damaged record"
-        if not isinstance(entry, Entry) or not _is_wanted(entry.content, wanted):
-            for path in sorted((own.path / "records").glob(f"{run}.*"), reverse=True):
-                yield path, why
-    for folder, kind in (("failed", "a note of a failure"), ("checkpoints", "a checkpoint")):
-        for path in sorted((own.path / folder).glob("[!.]*")):
-            run = path.name.partition(".")[0]
-            content = checkpoints.describe(own.path, run)
-            if folder == "failed":
-                try:
-                    content = json.loads(path.read_text())
-                except UNREADABLE:
-                    content = None
-            if store.whole([run]):
-                yield path, f"{kind} of a run that is done"
-            elif folder == "checkpoints" and path != checkpoints.file(own.path, run):
-                yield path, f"{kind} that was set aside"
-            elif not _is_wanted(content, wanted):
-                yield path, f"{kind} of no present setting"
-    for path in sorted(own.path.glob("*/*")):
-        lonely = path.suffix == ".npz" and path.parent.name == "records" and path.stem not in found
-        old = path.stat().st_mtime < time.time() - YOUNG_SECONDS
-        if old and (lonely or HALF_WRITTEN.fullmatch(path.name)):
-            yield path, "left half-written"
-
-
-def _is_wanted(content: dict | None, wanted: Callable[[Config], bool]) -> bool:
+def _is_wanted(path: Path, wanted: Callable[[Config], bool]) -> bool:
+    """Whether a checkpoint or a note of a failure is of a configuration of use."""
     try:
-        return wanted(from_dict((content or {})["config"]))
-    except (KeyError, ValueError):  # unreadable, or of a configuration of another version
+        if path.parent.name == "failed":
+            content = json.loads(path.read_text())
+        else:
+            content = checkpoints.describe(path.parents[1], path.stem)
+        return wanted(from_dict(content["config"]))
+    except UNREADABLE:  # or of a configuration of another version
         return False

@@ -8,8 +8,8 @@ streams need no state: each is drawn anew at each epoch's start (see `training`)
 state in parameters and buffers only. On a CPU, with the same number of threads, a resumed run ends
 with the same numbers as one that was never stopped.
 
-The file is written whole, under a temporary name first. It is removed when the run's record is
-written. Reading a description imports no torch.
+The file is written whole, and removed when the run's record is written. Reading a description
+imports no torch.
 """
 
 import hashlib
@@ -18,16 +18,18 @@ import json
 import math
 import os
 import time
-import warnings
+from collections import defaultdict
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from paperlib.config import Config, to_dict
-from paperlib.store.lease import Claim, Claimed
+from paperlib.store.lease import Claim
 from paperlib.store.provenance import version
 from paperlib.store.records import write_whole
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 Rows = list[dict]
 Arrays = dict[str, np.ndarray]
+Parts = tuple["nn.Module", "Optimizer", Any]  # network, optimizer, and pruner or None
 # To be raised if the same configuration gives other numbers, or the file gets another meaning.
 VERSION = 3
 SECONDS = 10.0
@@ -48,7 +51,7 @@ class Stopped(RuntimeError):
 
 
 class UnusableCheckpoint(RuntimeError):
-    """A run cannot resume from this checkpoint; the message says why."""
+    """A run cannot resume from this checkpoint; the message names the file and says why."""
 
 
 def file(store: str | os.PathLike, run: str) -> Path:
@@ -79,195 +82,155 @@ def progress(store: str | os.PathLike, run: str) -> int | None:
 
 
 def discard(store: str | os.PathLike, run: str) -> None:
-    """Remove a run's checkpoint, and any that was set aside or left half-written.
-
-    In a store that is read-only they stay.
-    """
-    folder = file(store, run).parent
-    for left in (*folder.glob(f"{run}.*"), *folder.glob(f".{run}.*")):
+    """Remove a run's checkpoint, and any left half-written. In a read-only store they stay."""
+    for left in file(store, run).parent.glob(f"*{run}.*"):
         with suppress(OSError):
             left.unlink(missing_ok=True)
 
 
+@dataclass
 class Checkpoint:
     """The checkpoint of one run: restored at its start, written when that is worth its time.
 
-    Args:
+    Attributes:
         store: The store's path.
         config: The run's configuration.
         claim: Its `check` is called before anything is written.
-        data: The checksum of the run's images.
-        source: The checksum of the code of a score or network that the configuration names. A
-            checkpoint of another data or source is not restored. None is not compared.
+        made_of: The checksums of the run's images and of code that it names, `data` and `source`.
+            A checkpoint of others is not restored. None is not compared.
         until: When the run has to stop, by `time.time`.
+        earlier: The processes that the run was resumed from: epochs, device and threads.
     """
 
-    def __init__(
-        self,
-        store: str | os.PathLike,
-        config: Config,
-        claim: Claim,
-        *,
-        data: str | None = None,
-        source: str | None = None,
-        until: float = math.inf,
-    ) -> None:
-        self.path, self.config, self.claim = file(store, config.identity), config, claim
-        self.until, self.checksums = until, {"data": data, "source": source}
-        self.earlier: list[dict] = []
-        self._cost, self._since = 0.0, time.monotonic()
+    store: str | os.PathLike
+    config: Config
+    claim: Claim
+    made_of: dict[str, str | None]
+    until: float = math.inf
+    earlier: list[dict] = field(default_factory=list)
+    _cost: float = 0.0
+    _since: float = field(default_factory=lambda: time.monotonic())
 
-    def restore(
-        self, model: "nn.Module", optimizer: "Optimizer", pruner: Any
-    ) -> tuple[Rows, Arrays] | None:
-        """Bring model, optimizer and pruner, all made anew, to the checkpoint's state.
+    @property
+    def _inputs(self) -> dict[str, object]:
+        """What a checkpoint has to agree with to be of this run."""
+        return _versions() | {"run": self.config.identity} | self.made_of
+
+    def restore(self, parts: Parts) -> tuple[Rows, Arrays] | None:
+        """Bring a run's parts, all made anew, to the checkpoint's state.
 
         Returns:
             The rows and arrays so far; None without a checkpoint.
 
         Raises:
             UnusableCheckpoint: The file is damaged, or of another configuration, version, data or
-                source. Model, optimizer and pruner are then of no use.
+                source. The parts are then of no use.
         """
-        if not self.path.exists():
+        path = file(self.store, self.config.identity)
+        if not path.exists():
             return None
-        about, tensors = self._verified()
+        model, optimizer, pruner = parts
         try:
+            about, stored = self._read(path)
             if pruner is not None:
                 # First: holding pruned filters may add buffers to the model.
-                pruner.load_state_dict(_under("pruner", tensors))
-            _fill(_state(model), _under("model", tensors))
-            _fill_optimizer(optimizer, model, _under("optimizer", tensors))
-            columns = {name: tensors[f"row.{name}"].tolist() for name in about["columns"]}
-            rows = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
-            with np.load(io.BytesIO(tensors["arrays"].numpy().tobytes())) as stored:
-                arrays = dict(stored)
+                pruner.load_state_dict(stored["pruner"])
+            _fill(_state(model), stored["model"])
+            _fill_optimizer(optimizer, dict(model.named_parameters()), stored["optimizer"])
+            rows = pd.DataFrame({name: stored["row"][name].numpy() for name in about["columns"]})
+            with np.load(io.BytesIO(stored["arrays"][""].numpy().tobytes())) as content:
+                arrays = dict(content)
             part = {name: about[name] for name in ("epochs", "device", "threads")}
             self.earlier = [*about["earlier"], part]
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UnusableCheckpoint(f"its state does not fit: {error!r}") from error
-        return rows, arrays
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UnusableCheckpoint(f"{path} cannot be used: {error}") from error
+        return rows.to_dict("records"), arrays
 
-    def set_aside(self, reason: Exception) -> None:
-        """Rename the file and warn that the run starts afresh."""
-        self.claim.check()
-        aside = self.path.replace(self.path.with_suffix(".damaged"))
-        told = f"{self.path} is set aside as {aside.name}, and {self.config.title} starts afresh"
-        warnings.warn(f"{told}: {reason}", stacklevel=2)
-
-    def save_when_due(
-        self,
-        model: "nn.Module",
-        optimizer: "Optimizer",
-        pruner: Any,
-        rows: Rows,
-        arrays: Arrays,
-        measured: float = 0.0,
-    ) -> None:
+    def save_when_due(self, parts: Parts, rows: Rows, arrays: Arrays) -> None:
         """Save at an epoch's end, if that is worth its time or the run's time is up.
 
         It is due SECONDS after the last one, and late enough that writing takes no more than a
-        SHARE of the time; also if the epoch's measurements took `measured` >= SECONDS. If a
-        checkpoint cannot be written, as on a full disk, the run continues with a warning.
+        SHARE of the time.
 
         Raises:
             Stopped: The run's time is up. The checkpoint is written.
-        """
-        start, stops = time.monotonic(), time.time() >= self.until
-        due = start - self._since >= max(SECONDS, self._cost / SHARE) or measured >= SECONDS
-        if not (due or stops):
-            return
-        try:
-            self.save(model, optimizer, pruner, rows, arrays)
-        except Claimed:
-            raise
-        except Exception as error:
-            warnings.warn(f"{self.config.title} has no new checkpoint: {error}", stacklevel=2)
-        self._since = time.monotonic()
-        self._cost = self._since - start
-        if stops:
-            raise Stopped(f"the time of {self.config.title} was up after {len(rows)} epochs")
-
-    def save(
-        self, model: "nn.Module", optimizer: "Optimizer", pruner: Any, rows: Rows, arrays: Arrays
-    ) -> None:
-        """Write the run's state after `len(rows)` epochs.
-
-        Raises:
             StoreError: The file cannot be written.
             Lost: Another process took the run over.
         """
+        start, stops = time.monotonic(), time.time() >= self.until
+        if stops or start - self._since >= max(SECONDS, self._cost / SHARE):
+            self._save(parts, rows, arrays)
+            self._since = time.monotonic()
+            self._cost = self._since - start
+        if stops:
+            raise Stopped(f"the time of {self.config.title} was up after {len(rows)} epochs")
+
+    def _save(self, parts: Parts, rows: Rows, arrays: Arrays) -> None:
         import torch
         from safetensors.torch import save
 
-        about = {
-            **_versions(),
-            "run": self.config.identity,
+        about = self._inputs | {
             "config": to_dict(self.config),
             "epochs": len(rows),
             "seconds": sum(row["seconds"] for row in rows),
             "columns": list(rows[0]),
-            "device": next(model.parameters()).device.type,
+            "device": next(parts[0].parameters()).device.type,
             "threads": torch.get_num_threads(),
             "earlier": self.earlier,
-            **self.checksums,
         }
-        description, tensors = json.dumps(about), _tensors(model, optimizer, pruner, rows, arrays)
+        description, tensors = json.dumps(about), _tensors(parts, rows, arrays)
         metadata = {"paperlib": description, "checksum": _checksum(description, tensors)}
         content = save(tensors, metadata)
         self.claim.check()
-        write_whole(self.path, content)
+        write_whole(file(self.store, self.config.identity), content)
 
-    def _verified(self) -> tuple[dict, "dict[str, Tensor]"]:
-        """Read the file, and compare it with its checksum and with the run."""
-        try:
-            with safe_open(self.path, "pt") as content:
-                metadata = content.metadata()
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            if _checksum(metadata["paperlib"], tensors) != metadata["checksum"]:
-                raise ValueError("its content does not match its checksum")
-            there = json.loads(metadata["paperlib"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UnusableCheckpoint(f"it is damaged: {error}") from error
-        here = _versions() | {"run": self.config.identity} | self.checksums
-        for name, ours in here.items():
-            if ours is not None and there[name] != ours:
-                raise UnusableCheckpoint(f"it is of another {name}: {there[name]}, not {ours}")
-        return there, tensors
+    def _read(self, path: Path) -> tuple[dict, "dict[str, dict[str, Tensor]]"]:
+        """Return the file's description and its tensors by part, compared with the run's own."""
+        with safe_open(path, "pt") as content:
+            metadata = content.metadata()
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        if _checksum(metadata["paperlib"], tensors) != metadata["checksum"]:
+            raise ValueError("it is damaged: its content does not match its checksum")
+        about = json.loads(metadata["paperlib"])
+        for name, ours in self._inputs.items():
+            if ours is not None and about[name] != ours:
+                raise ValueError(f"it is of another {name}: {about[name]}, not {ours}")
+        stored: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            stored[part][rest] = tensor
+        return about, stored
 
 
 def _versions() -> dict[str, object]:
     return {"version": VERSION, "paperlib": version("paperlib"), "torch": version("torch")}
 
 
-def _tensors(
-    model: "nn.Module", optimizer: "Optimizer", pruner: Any, rows: Rows, arrays: Arrays
-) -> "dict[str, Tensor]":
+def _state(model: "nn.Module") -> "dict[str, Tensor]":
+    """Return parameters and all buffers, also those that state_dict leaves out."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _tensors(parts: Parts, rows: Rows, arrays: Arrays) -> "dict[str, Tensor]":
     """Copy a run's whole state to the CPU, under names that start with its part."""
     import torch
 
+    model, optimizer, pruner = parts
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    parts = {
-        "model": _state(model),
-        "pruner": pruner.state_dict() if pruner is not None else {},
-        "optimizer": {
-            f"{key}.{names[parameter]}": value
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-            if value is not None
-        },
-        "row": {name: torch.from_numpy(np.array([row[name] for row in rows])) for name in rows[0]},
-    }
+    tensors = {f"model.{name}": tensor for name, tensor in _state(model).items()}
+    if pruner is not None:
+        tensors |= {f"pruner.{name}": tensor for name, tensor in pruner.state_dict().items()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value is not None:
+                tensors[f"optimizer.{key}.{names[parameter]}"] = value
+    for name in rows[0]:
+        tensors[f"row.{name}"] = torch.from_numpy(np.array([row[name] for row in rows]))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    tensors = {"arrays": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
-    for part, of_part in parts.items():
-        for name, tensor in of_part.items():
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            tensors[f"{part}.{name}"] = copy.copy_(tensor.detach())
-    return tensors
+    tensors["arrays"] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    contiguous = torch.contiguous_format
+    return {k: t.detach().cpu().clone(memory_format=contiguous) for k, t in tensors.items()}
 
 
 def _checksum(description: str, tensors: "dict[str, Tensor]") -> str:
@@ -281,31 +244,20 @@ def _checksum(description: str, tensors: "dict[str, Tensor]") -> str:
     return digest.hexdigest()
 
 
-def _under(part: str, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    prefix = f"{part}."
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-
-
-def _state(model: "nn.Module") -> "dict[str, Tensor]":
-    """Return parameters and all buffers, also those that state_dict leaves out."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
 def _fill(tensors: "dict[str, Tensor]", stored: "dict[str, Tensor]") -> None:
     """Copy into existing tensors, which keep their memory format."""
     import torch
 
-    if tensors.keys() != stored.keys():
-        raise ValueError(f"tensors differ: {sorted(tensors.keys() ^ stored.keys())}")
+    ours, theirs = ({k: (t.shape, t.dtype) for k, t in each.items()} for each in (tensors, stored))
+    if ours != theirs:
+        raise ValueError(f"its state does not fit: {dict(ours.items() ^ theirs.items())}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if tensor.shape != stored[name].shape or tensor.dtype != stored[name].dtype:
-                raise ValueError(f"{name} has another shape or type")
             tensor.copy_(stored[name])
 
 
 def _fill_optimizer(
-    optimizer: "Optimizer", model: "nn.Module", stored: "dict[str, Tensor]"
+    optimizer: "Optimizer", parameters: "dict[str, Tensor]", stored: "dict[str, Tensor]"
 ) -> None:
     """Fill the optimizer's state; its averages get the memory format of their parameters.
 
@@ -314,12 +266,9 @@ def _fill_optimizer(
     """
     import torch
 
-    parameters = dict(model.named_parameters())
     for name, value in stored.items():
-        key, _, parameter_name = name.partition(".")
-        parameter = parameters[parameter_name]
+        key, _, of = name.partition(".")
+        parameter = parameters[of]
         if value.shape == parameter.shape:
-            new = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        else:
-            new = value.to(parameter.device, copy=True)
-        optimizer.state[parameter][key] = new
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = value.to(parameter.device)

@@ -14,9 +14,9 @@ harmless: both writers produce the same record.
 """
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -40,11 +40,12 @@ class Lost(Claimed):
     """Another process took the run over while this one was paused or cut off."""
 
 
+@dataclass(frozen=True)
 class Claim:
     """A claim that is held; see `claim`."""
 
-    def __init__(self, run: str, lease: SoftFileLease) -> None:
-        self.run, self.lease = run, lease
+    run: str
+    lease: SoftFileLease
 
     def check(self) -> None:
         """Raise Lost if another process has the claim by now."""
@@ -69,15 +70,20 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
         Claimed: Another process has the run, and `wait` is False.
         StoreError: The claim cannot be written.
     """
-    path = _file(store, run)
+    path = Path(store) / "claims" / f"{run}.lease"
+    limit, poll = (FOREVER_SECONDS, POLL_SECONDS) if wait else (RETRY_SECONDS, RETRY_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lease = _watched.pop(path, None) or _lease(path)
-        limit, poll = (FOREVER_SECONDS, POLL_SECONDS) if wait else (RETRY_SECONDS, RETRY_SECONDS)
+        lease = _watched.pop(path, None) or SoftFileLease(
+            path,
+            lease_duration=LEASE_SECONDS,
+            heartbeat_interval=BEAT_SECONDS,
+            thread_local=False,  # a run's claim is returned by whichever thread ends it
+        )
         lease.acquire(timeout=limit, poll_interval=poll)
     except Timeout:
         _watched[path] = lease
-        raise Claimed(f"run {run} is claimed by {_name(lease) or 'another process'}") from None
+        raise Claimed(f"run {run} is claimed by {_name(lease)}") from None
     except OSError as error:
         raise StoreError(f"cannot claim run {run} in {store}: {error}") from error
     try:
@@ -86,32 +92,6 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
         lease.release()
 
 
-def holder(store: str | os.PathLike, run: str) -> str | None:
-    """Return which process has claimed a run, "process PID on HOST", or None. Change nothing.
-
-    A process killed less than LEASE_SECONDS ago is still named.
-    """
-    path = _file(store, run)
-    try:
-        age = time.time() - path.stat().st_mtime
-    except OSError:
-        return None
-    return _name(_lease(path)) if abs(age) <= LEASE_SECONDS else None
-
-
-def _file(store: str | os.PathLike, run: str) -> Path:
-    return Path(store) / "claims" / f"{run}.lease"
-
-
-def _lease(path: Path) -> SoftFileLease:
-    return SoftFileLease(
-        path,
-        lease_duration=LEASE_SECONDS,
-        heartbeat_interval=BEAT_SECONDS,
-        thread_local=False,  # a run's claim is returned by whichever thread ends it
-    )
-
-
-def _name(lease: SoftFileLease) -> str | None:
+def _name(lease: SoftFileLease) -> str:
     owner = lease.owner
-    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else None
+    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another"

@@ -4,23 +4,21 @@ Imports no torch.
 """
 
 import hashlib
-import importlib.util
-import inspect
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from paperlib import __version__
 from paperlib.config import Config
+from paperlib.store.code import code_checksum, source_checksum
 from paperlib.store.paths import data_folders
 
 PACKAGES = ("paperlib", "torch", "torchvision", "numpy")
@@ -120,66 +118,37 @@ def images_path(spec: str) -> Path | None:
     return Path(path).expanduser().absolute() if kind == "images" and path else None
 
 
-def source_checksum(spec: str) -> str | None:
-    """Return the sha256 of the source file of a function named "package.module:function".
+def comparison(
+    root: str | os.PathLike,
+) -> Callable[[Config, Mapping[str, Any]], str | None]:
+    """Return a function that says how a run's data and code differ from those of its record.
 
-    The module itself is not imported; the packages around it are. A function that was defined in a
-    notebook ("__main__:function") has no file: the checksum is that of its own source.
-
-    Args:
-        spec: The name of a score or network.
-
-    Returns:
-        64 hex digits, or None where `spec` has no ":" or there is no such source.
-    """
-    module, colon, name = spec.partition(":")
-    if not colon:
-        return None
-    try:
-        found = importlib.util.find_spec(module)
-        file = found.origin if found else None
-    except (ImportError, ValueError):  # a script or notebook, as __main__, has no spec
-        file = getattr(sys.modules.get(module), "__file__", None)
-    try:
-        if file:
-            source = Path(file).read_bytes()
-        else:
-            source = inspect.getsource(getattr(sys.modules[module], name)).encode()
-    except (OSError, KeyError, AttributeError, TypeError):  # "built-in" is no file
-        return None
-    return hashlib.sha256(source).hexdigest()
-
-
-def code_checksum(config: Config) -> str | None:
-    """Return the checksum of the network and score that a run names; None if it names none.
-
-    If it names both, it is the checksum of the two checksums.
-    """
-    specs = config.model, getattr(config.pruning, "score", "")
-    found = [checksum for checksum in map(source_checksum, specs) if checksum]
-    if len(found) < 2:
-        return found[0] if found else None
-    return hashlib.sha256("/".join(found).encode()).hexdigest()
-
-
-def difference(config: Config, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Say which of a run's inputs differ from those that a record was made with, or return None.
-
-    Only checksums that both sides know are compared.
+    It takes the run's configuration and the record's provenance, and returns None where nothing
+    differs. Only checksums that both sides know are compared; each is computed once.
 
     Args:
-        config: The run.
-        then: The record's checksums, `data` and `source`.
-        now: Those of the present data and code: `known_checksum` and `code_checksum`.
+        root: The data folder, as `data.load` takes it.
     """
-    path = images_path(config.data)
-    if path is not None and not path.exists():
-        return (
-            f"there are no images at {path}; records of another {path.name!r} are used only if "
-            "the path exists and holds the same images"
-        )
-    names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
-    for key, name in names.items():
-        if then.get(key) and now.get(key) and then[key] != now[key]:
-            return f"it was made with other {name}: checksum {then[key]}, now {now[key]}"
-    return None
+    data_of, code_of = cache(partial(known_checksum, root=root)), cache(source_checksum)
+
+    def difference(config: Config, then: Mapping[str, Any]) -> str | None:
+        path = images_path(config.data)
+        if path is not None and not path.exists():
+            return (
+                f"there are no images at {path}; records of another {path.name!r} are used only if "
+                "the path exists and holds the same images"
+            )
+        try:
+            now = {"data": data_of(config.data), "source": code_checksum(config, code_of)}
+        except ValueError as error:
+            return str(error)
+        names = {"data": f"data {config.data!r}", "source": "code of its network or score"}
+        for key, name in names.items():
+            if then.get(key) and now[key] and then[key] != now[key]:
+                return (
+                    f"it was made with other {name}: checksum {then[key]}, now {now[key]}. Choose "
+                    "another run folder with --runs, or remove the record"
+                )
+        return None
+
+    return difference

@@ -14,9 +14,8 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError),
     pa.ArrowException,
 )
-ROW_GROUP = 512  # rows; the arrays of one run are found without reading those of all
 
 
 class StoreError(RuntimeError):
@@ -65,80 +63,13 @@ class RunRecord:
         """The run's identity."""
         return self.config.identity
 
-    @property
-    def parameters(self) -> float:
-        """The parameters left at the end: all less those held at zero; NaN if unknown."""
-        return parameters_left(self.provenance)
-
-
-def parameters_left(provenance: Mapping[str, Any]) -> float:
-    """Count the parameters left at the end: all less those held at zero; NaN if unknown."""
-    return provenance.get("parameters", np.nan) - provenance.get("held", 0)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One record without its arrays, as its file holds it.
-
-    Attributes:
-        run: The run's identity.
-        about: JSON of config, provenance, and checksums: `epochs` of the columns, `about` of the
-            provenance, and `arrays` of the npz file, if there is one.
-        columns: One number an epoch, by name.
-    """
-
-    run: str
-    about: str
-    columns: dict[str, np.ndarray]
-
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        """The JSON of `about`, parsed."""
-        return json.loads(self.about)
-
-    @property
-    def epochs(self) -> pd.DataFrame:
-        """One row an epoch."""
-        return pd.DataFrame(self.columns)
-
-    @property
-    def count(self) -> int:
-        """The number of epochs."""
-        return len(next(iter(self.columns.values()), ()))
-
-    @property
-    def has_arrays(self) -> bool:
-        """Whether arrays belong to it."""
-        return self.content.get("arrays") is not None
-
-    def check(self) -> None:
-        """Raise ValueError if numbers, provenance or configuration are not the original ones."""
-        if (held := from_dict(self.content["config"]).identity) != self.run:
-            raise ValueError(f"it holds run {held}, not {self.run}")
-        if digest(self.columns) != self.content["epochs"]:
-            raise ValueError("its numbers do not match their checksum")
-        provenance = _text_digest(self.content["provenance"])
-        if self.content.get("about", provenance) != provenance:  # older records have none
-            raise ValueError("its provenance does not match its checksum")
-
-    def check_arrays(self, content: bytes) -> bytes:
-        """Return its npz file's content. Raise ValueError if that is of another record."""
-        if hashlib.sha256(content).hexdigest() != self.content["arrays"]:
-            raise ValueError(f"the arrays of run {self.run} do not match their checksum")
-        return content
-
-    def portable(self) -> "Entry":
-        """Return the same record with only the last part of a path to images."""
-        config = to_dict(from_dict(self.content["config"]).portable)
-        return Entry(self.run, json.dumps(self.content | {"config": config}), self.columns)
-
-    def same_numbers(self, other: "Entry") -> bool:
+    def same_numbers(self, other: "RunRecord") -> bool:
         """Whether both hold the same numbers, apart from the seconds that an epoch took."""
-        mine, others = (
-            (digest(entry.columns | {"seconds": np.empty(0)}), entry.content.get("arrays"))
-            for entry in (self, other)
+        mine, theirs = (
+            (digest(columns_of(each) | {"seconds": np.empty(0)}), digest(each.arrays))
+            for each in (self, other)
         )
-        return mine == others
+        return mine == theirs
 
 
 def digest(columns: Mapping[str, np.ndarray]) -> str:
@@ -155,58 +86,82 @@ def _text_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def serialized(record: RunRecord) -> tuple[Entry, bytes | None]:
-    """Return a record's entry, and its npz file's content, or None where it has no arrays."""
-    columns = {name: record.epochs[name].to_numpy() for name in record.epochs}
+def columns_of(record: RunRecord) -> dict[str, np.ndarray]:
+    """Return the columns of a record's epochs."""
+    return {name: record.epochs[name].to_numpy() for name in record.epochs}
+
+
+def _serialized(record: RunRecord) -> tuple[str, bytes | None]:
+    """Return a record's JSON, and its npz file's content, or None where it has no arrays."""
     content = {
         "config": to_dict(record.config),
         "provenance": record.provenance,
-        "epochs": digest(columns),
+        "epochs": digest(columns_of(record)),
         "about": _text_digest(record.provenance),
     }
-    arrays = None
+    npz = None
     if record.arrays:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **record.arrays)  # type: ignore[arg-type]
-        arrays = buffer.getvalue()
-        content["arrays"] = hashlib.sha256(arrays).hexdigest()
-    return Entry(record.run, json.dumps(content), columns), arrays
+        npz = buffer.getvalue()
+        content["arrays"] = hashlib.sha256(npz).hexdigest()
+    return json.dumps(content), npz
+
+
+def _parsed(run: str, about: str, columns: dict[str, np.ndarray], npz: bytes | None) -> RunRecord:
+    """Return the record that was serialized. Raise ValueError if anything has changed since."""
+    content = json.loads(about)
+    config, provenance = from_dict(content["config"]), content["provenance"]
+    if config.identity != run:
+        raise ValueError(f"it holds run {config.identity}, not {run}")
+    of_provenance = _text_digest(provenance)
+    checksums = {
+        "numbers": (content["epochs"], digest(columns)),
+        "provenance": (content.get("about", of_provenance), of_provenance),  # older ones have none
+        "arrays": (content.get("arrays"), npz and hashlib.sha256(npz).hexdigest()),
+    }
+    for name, (then, now) in checksums.items():
+        if then != now:
+            raise ValueError(f"its {name} do not match their checksum")
+    arrays: dict[str, np.ndarray] = {}
+    if npz is not None:
+        with np.load(io.BytesIO(npz), allow_pickle=False) as stored:
+            arrays = dict(stored)
+    return RunRecord(config, pd.DataFrame(columns), arrays, provenance)
 
 
 # One run
 
 
-def write(path: Path, entry: Entry, arrays: bytes | None) -> None:
+def write(path: Path, record: RunRecord) -> None:
     """Write a record at `path`, and before it the npz file beside it. Raises StoreError."""
-    if arrays is not None:
-        write_whole(path.with_suffix(".npz"), arrays)
-    table = pa.table(entry.columns).replace_schema_metadata({"paperlib": entry.about})
+    about, npz = _serialized(record)
+    if npz is not None:
+        write_whole(path.with_suffix(".npz"), npz)
+    table = pa.table(columns_of(record)).replace_schema_metadata({"paperlib": about})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
     write_whole(path, sink.getvalue())
 
 
-def read(path: Path) -> Entry | None:
-    """Read the record at `path` and check it, arrays too; None where there is none.
+def read(path: Path) -> RunRecord | None:
+    """Read the record at `path`, checked; None where there is none.
 
     Raises:
         DamagedRecord: The record or its npz file is damaged, missing in part, or of another run.
     """
+    if not path.exists():
+        return None
     try:
-        content = path.read_bytes()
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
         about = file.schema_arrow.metadata[b"paperlib"].decode()
         table = file.read(use_threads=False)  # twice as quick as with threads
         columns = {name: table[name].to_numpy() for name in table.column_names}
-        entry = Entry(path.stem, about, columns)
-        entry.check()
-        if entry.has_arrays:
-            entry.check_arrays(path.with_suffix(".npz").read_bytes())
+        has_arrays = json.loads(about).get("arrays") is not None
+        npz = path.with_suffix(".npz").read_bytes() if has_arrays else None
+        return _parsed(path.stem, about, columns, npz)
     except UNREADABLE as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError) and not path.exists():
-            return None
         raise DamagedRecord(f"{path} is not a whole record: {error}") from error
-    return entry
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -230,58 +185,43 @@ def write_whole(path: Path, content: bytes) -> None:
 # Many runs
 
 
-def packed(entries: Iterable[Entry], arrays: Callable[[Entry], bytes | None]) -> bytes:
+def packed(records: Iterable[RunRecord]) -> bytes:
     """Return the content of one file of many runs.
 
-    Args:
-        entries: The runs. A column whose type differs between runs gets one that holds both.
-        arrays: Gives a run's npz file.
+    A column whose type differs between runs gets one that holds both.
     """
     tables = []
-    for entry in sorted(entries, key=lambda entry: entry.run):
-        kinds = {name: column.dtype.str for name, column in entry.columns.items()}
-        rest = [None] * (entry.count - 1)  # only a run's first row has these:
+    for record in sorted(records, key=lambda record: record.run):
+        (about, npz), columns = _serialized(record), columns_of(record)
+        kinds = {name: column.dtype.str for name, column in columns.items()}
+        rest = [None] * (len(record.epochs) - 1)  # only a run's first row has these:
         heads = {
-            "about": pa.array([entry.about, *rest], pa.string()),
+            "about": pa.array([about, *rest], pa.string()),
             "columns": pa.array([json.dumps(kinds), *rest], pa.string()),
-            "arrays": pa.array([arrays(entry), *rest], pa.binary()),
+            "arrays": pa.array([npz, *rest], pa.binary()),
         }
-        tables.append(pa.table({"run": [entry.run] * entry.count, **entry.columns, **heads}))
+        tables.append(pa.table({"run": [record.run] * len(record.epochs), **columns, **heads}))
     table, sink = pa.concat_tables(tables, promote_options="permissive"), io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
-def read_many(file: Any) -> dict[str, Entry | StoreError]:
+def read_many(path: Path) -> dict[str, RunRecord | StoreError]:
     """Read all of a file's runs: each record, checked, or the DamagedRecord it is refused for.
 
     Raises:
         ValueError, or another of UNREADABLE: The file is damaged as a whole, or of another kind.
     """
-    parquet = pq.ParquetFile(file)
-    names = [name for name in parquet.schema_arrow.names if name != "arrays"]
-    if not {"run", "about", "columns"} <= set(names):
-        raise ValueError("it has no columns run, about and columns: not a file of runs")
-    found: dict[str, Entry | StoreError] = {}
-    for run, rows in parquet.read(columns=names).to_pandas().groupby("run"):
+    table = pq.read_table(path).to_pandas()
+    if not {"run", "about", "columns", "arrays"} <= set(table):
+        raise ValueError("it has no columns run, about, columns and arrays: not a file of runs")
+    found: dict[str, RunRecord | StoreError] = {}
+    for run, rows in table.groupby("run"):
         try:
             kinds = json.loads(rows["columns"].iloc[0])
             columns = {name: rows[name].to_numpy().astype(kind) for name, kind in kinds.items()}
-            entry = Entry(str(run), rows["about"].iloc[0], columns)
-            entry.check()
-            found[entry.run] = entry
+            npz = b"".join(rows["arrays"].dropna()) or None
+            found[str(run)] = _parsed(str(run), rows["about"].iloc[0], columns, npz)
         except UNREADABLE as error:
-            found[str(run)] = DamagedRecord(f"run {run} is damaged: {error}")
+            found[str(run)] = DamagedRecord(f"run {run} in {path} is damaged: {error}")
     return found
-
-
-def read_arrays(file: Any, entry: Entry) -> bytes | None:
-    """Read a run's npz file from a file of many runs; None where it has none.
-
-    Raises:
-        ValueError, or another of UNREADABLE: It cannot be read, or is of another record.
-    """
-    if not entry.has_arrays:
-        return None
-    values = pq.read_table(file, columns=["arrays"], filters=[("run", "==", entry.run)])["arrays"]
-    return entry.check_arrays(b"".join(values.drop_null().to_pylist()))

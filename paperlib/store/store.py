@@ -11,31 +11,28 @@ records/, or a damaged one, is looked up there.
 Imports no torch.
 """
 
-import io
 import json
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from paperlib import measures
-from paperlib.config import Config, from_dict, to_dict
+from paperlib.config import Config, to_dict
 from paperlib.store import provenance, records
 from paperlib.store.paths import default_path, results_path
 from paperlib.store.records import (
     UNREADABLE,
     DamagedRecord,
-    Entry,
     RunRecord,
     StoreError,
-    parameters_left,
     write_whole,
 )
 
@@ -76,34 +73,28 @@ class Store:
 
     # Reading
 
-    def find(self, runs: Iterable[str | Config]) -> dict[str, Entry | StoreError]:
+    def find(self, runs: Iterable[str | Config]) -> dict[str, RunRecord | StoreError]:
         """Return the record of each run, or the DamagedRecord or Mismatch it is refused for.
 
-        Every record is checked, its arrays too. Runs without a record are left out. If two
-        configurations have one identity, as of two folders of one name, both are compared.
+        Every record is checked. Runs without a record are left out. If two configurations have one
+        identity, as of two folders of one name, both are compared.
         """
-        checksum = cache(lambda spec: provenance.known_checksum(spec, self.path / "data"))
-        layer, found = self._layer(), dict[str, Entry | StoreError]()
+        layer, found = self._layer(), dict[str, RunRecord | StoreError]()
+        differs = provenance.comparison(self.path / "data")
         for item in runs:
             run = _identity(item)
-            entry = found.get(run)
+            record = found.get(run)
             try:
-                entry = entry or records.read(self._file(run)) or layer.get(run)
+                record = record or records.read(self._file(run)) or layer.get(run)
             except DamagedRecord as error:
-                entry = layer.get(run, error)
-            if isinstance(item, Config) and isinstance(entry, Entry):
-                try:
-                    now = {"data": checksum(item.data), "source": provenance.code_checksum(item)}
-                    problem = provenance.difference(item, entry.content["provenance"], now)
-                except ValueError as error:
-                    problem = str(error)
-                if problem:
-                    entry = Mismatch(
-                        f"the record of {item.title} in {self.path} is refused: {problem}. Choose "
-                        "another run folder with --runs, or remove the record"
-                    )
-            if entry is not None:
-                found[run] = entry
+                record = layer.get(run, error)
+            if isinstance(item, Config) and isinstance(record, RunRecord):
+                problem = differs(item, record.provenance)
+                if problem is not None:
+                    refused = f"the record of {item.title} in {self.path} is refused: {problem}"
+                    record = Mismatch(refused)
+            if record is not None:
+                found[run] = record
         return found
 
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
@@ -112,52 +103,29 @@ class Store:
         for problem in found.values():
             if isinstance(problem, Mismatch):
                 raise problem
-        return {run for run, entry in found.items() if isinstance(entry, Entry)}
+        return {run for run, record in found.items() if isinstance(record, RunRecord)}
 
-    def entries(self, runs: Iterable[str | Config] | None = None) -> list[Entry]:
-        """Return the records of `runs`, or all there are, without their arrays.
+    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
+        """Return the records of `runs`, or all there are.
 
         Raises:
             KeyError: A run has no record.
             DamagedRecord, Mismatch: A run's record cannot be used.
         """
         runs = self.identities() if runs is None else list(runs)
-        found, entries = self.find(runs), []
-        for item in runs:
-            entry = found.get(_identity(item))
-            if entry is None:
-                raise KeyError(f"no run {_identity(item)} in {self.path}")
-            if not isinstance(entry, Entry):
-                raise entry
-            entries.append(entry)
-        return entries
+        found, result = self.find(runs), []
+        for run in map(_identity, runs):
+            record = found.get(run)
+            if record is None:
+                raise KeyError(f"no run {run} in {self.path}")
+            if not isinstance(record, RunRecord):
+                raise record
+            result.append(replace(record, epochs=record.epochs.copy()))  # the layer is kept
+        return result
 
     def read(self, run: str | Config) -> RunRecord:
-        """Return one record. Raises as `entries`."""
-        (entry,) = self.entries([run])
-        arrays: dict[str, np.ndarray] = {}
-        content = self.arrays(entry)
-        if content is not None:
-            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-                arrays = dict(stored)
-        config = from_dict(entry.content["config"])
-        return RunRecord(config, entry.epochs, arrays, entry.content["provenance"])
-
-    def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
-        """Return the records of `runs`, or all there are."""
-        return [self.read(run) for run in (self.identities() if runs is None else runs)]
-
-    def arrays(self, entry: Entry) -> bytes | None:
-        """Return a run's npz file, checked; None where it has none. Raises DamagedRecord."""
-        if not entry.has_arrays:
-            return None
-        path = self._file(entry.run).with_suffix(".npz")
-        with suppress(OSError, ValueError):
-            return entry.check_arrays(path.read_bytes())
-        for file in self._results():
-            with suppress(*UNREADABLE):
-                return records.read_arrays(file, entry)
-        raise DamagedRecord(f"{path} is damaged or missing, and {self.results} has no other")
+        """Return one record. Raises as `records`."""
+        return self.records([run])[0]
 
     def own(self) -> list[str]:
         """Return the runs with a record in the store itself, damaged ones too."""
@@ -169,7 +137,7 @@ class Store:
 
     def epochs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
         """Return one row an epoch of each run, keyed by `run`."""
-        return epochs_frame(self.entries(runs))
+        return self.frames(runs)[0]
 
     def runs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
         """Return one row a run: its summary and its configuration, keyed by `run`."""
@@ -178,10 +146,16 @@ class Store:
     def frames(
         self, runs: Iterable[str | Config] | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return `epochs` and `runs`."""
-        entries = self.entries(runs)
-        epochs = epochs_frame(entries)
-        return epochs, runs_frame(entries, epochs)
+        """Return `epochs` and `runs`. Raises as `records`."""
+        every = self.records(runs)
+        if not every:
+            return pd.DataFrame({"run": []}), pd.DataFrame({"run": []})
+        tables = [pa.table(records.columns_of(record)) for record in every]
+        epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        names = pd.Series([record.run for record in every])
+        epochs["run"] = names.repeat([len(record.epochs) for record in every]).array
+        about = pd.DataFrame(map(_summary, every))
+        return epochs, about[["run"]].merge(measures.summarize(epochs)).merge(about)
 
     # Writing
 
@@ -199,24 +173,20 @@ class Store:
         Raises:
             StoreError: It cannot be written.
         """
-        self.put(*records.serialized(record))
+        records.write(self._file(record.run), record)
+        self._failed_file(record.run).unlink(missing_ok=True)
 
-    def put(self, entry: Entry, arrays: bytes | None) -> None:
-        """Write a record's files in place of those that are there. Raises StoreError."""
-        records.write(self._file(entry.run), entry, arrays)
-        self._failed_file(entry.run).unlink(missing_ok=True)
-
-    def add(self, entry: Entry, arrays: bytes | None) -> str:
+    def add(self, record: RunRecord) -> str:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
             The outcome: "new", "mended" (ours was damaged), "same", or
              "different" (it has other numbers than ours, which stay).
         """
-        ours = self.find([entry.run]).get(entry.run)
-        if isinstance(ours, Entry):
-            return "same" if entry.same_numbers(ours) else "different"
-        self.put(entry, arrays)
+        ours = self.find([record.run]).get(record.run)
+        if isinstance(ours, RunRecord):
+            return "same" if record.same_numbers(ours) else "different"
+        self.write(record)
         return "mended" if ours else "new"
 
     # Failures
@@ -248,22 +218,19 @@ class Store:
     def _failed_file(self, run: str) -> Path:
         return self.path / "failed" / f"{run}.json"
 
-    def _results(self) -> list[Path]:
-        if self.results is None or self.results.is_file():
-            return [self.results] if self.results else []
-        return sorted(self.results.glob("*.parquet"))
-
-    def _layer(self) -> dict[str, Entry | StoreError]:
+    def _layer(self) -> dict[str, RunRecord | StoreError]:
         """Return the records of the layer below, as `find`; of two of one run the last file's."""
-        layer: dict[str, Entry | StoreError] = {}
-        for path in self._results():
-            state = path.stat()
-            layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        layer: dict[str, RunRecord | StoreError] = {}
+        if self.results is not None:
+            files = sorted(self.results.glob("*.parquet"))
+            for path in [self.results] if self.results.is_file() else files:
+                state = path.stat()
+                layer |= _results_file(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return layer
 
 
 @lru_cache(maxsize=32)
-def _results_file(path: Path, *state: int) -> dict[str, Entry | StoreError]:
+def _results_file(path: Path, *state: int) -> dict[str, RunRecord | StoreError]:
     """Read a file of results once a process, for as long as its size and times are these."""
     try:
         return records.read_many(path)
@@ -293,29 +260,11 @@ def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
     return known
 
 
-def epochs_frame(entries: Iterable[Entry]) -> pd.DataFrame:
-    """Return the epochs of all runs in one frame, keyed by `run`."""
-    entries = list(entries)
-    if not entries:
-        return pd.DataFrame({"run": []})
-    tables = [pa.table(entry.columns) for entry in entries]
-    epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-    runs = pd.Series([entry.run for entry in entries])
-    return epochs.assign(run=runs.repeat([entry.count for entry in entries]).array)
-
-
-def runs_frame(entries: Iterable[Entry], epochs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run: its summary, from `epochs_frame`, its configuration and device."""
-    entries = list(entries)
-    if not entries:
-        return pd.DataFrame({"run": []})
-    rows = []
-    for entry in entries:
-        config, about = entry.content["config"], entry.content["provenance"]
-        rows.append(
-            {"run": entry.run}
-            | {name: config.get(name, getattr(Config, name)) for name in PLAIN}
-            | {"device": about.get("device"), "parameters": parameters_left(about)}
-        )
-    about = pd.DataFrame(rows)
-    return about[["run"]].merge(measures.summarize(epochs)).merge(about)
+def _summary(record: RunRecord) -> dict[str, object]:
+    about = record.provenance
+    return {
+        "run": record.run,
+        **{name: getattr(record.config, name) for name in PLAIN},
+        "device": about.get("device"),
+        "parameters": about.get("parameters", math.nan) - about.get("held", 0),
+    }

@@ -6,5 +6,4 @@ checkpoint. A run that fails is noted, and left alone until somebody asks for it
 """
 
 from paperlib.sweep.run import SweepError, collect, execute  # noqa: F401
-from paperlib.sweep.states import STATES, TO_RUN, State, missing, states, unique  # noqa: F401
-from paperlib.sweep.workers import default_jobs  # noqa: F401
+from paperlib.sweep.states import missing, states, unique  # noqa: F401

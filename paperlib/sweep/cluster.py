@@ -25,22 +25,20 @@ def connected(address: str, gpu: bool = False) -> Iterator[Executor]:
         ClusterError: Dask is not installed, or nobody answers.
         ValueError: the address is neither.
     """
-    kind, _, rest = address.partition(":")
-    processes = int(rest) if kind == "local" and rest.isascii() and rest.isdigit() else 0
-    if not processes and kind not in ("tcp", "tls"):
+    kind, _, count = address.partition(":")
+    options: dict[str, Any] = {"address": address, "timeout": "10s"}
+    if kind == "local" and count.isdecimal() and int(count):
+        options = {"n_workers": int(count), "threads_per_worker": 1, "silence_logs": 50}
+    elif kind not in ("tcp", "tls"):
         raise ValueError(f"a cluster is tcp://HOST:PORT or local:N, got {address!r}")
     try:
         import distributed
+
+        client = distributed.Client(**options)
     except ImportError as error:
         hint = "pip install 'distributed>=2024.8'"
         raise ClusterError(f"--cluster needs Dask, which is not installed: {hint}") from error
-    resources = {"resources": {"GPU": 1}} if gpu else {}
-    options: dict[str, Any] = {"address": address, "timeout": "10s"}
-    if processes:
-        options = {"n_workers": processes, "threads_per_worker": 1, "silence_logs": 50, **resources}
-    try:
-        client = distributed.Client(**options)
     except (OSError, TimeoutError) as error:
         raise ClusterError(f"no cluster answers at {address}: {error}") from error
     with client:
-        yield client.get_executor(pure=False, **resources)
+        yield client.get_executor(pure=False, **({"resources": {"GPU": 1}} if gpu else {}))

@@ -66,29 +66,29 @@ def figures(
     shown: dict[str, list[str]] = {}
     for name in scales:
         shown.setdefault(plans.figure(name).notebook, []).append(name)
-    rows = _executed({notebook: scales[names[0]] for notebook, names in shown.items()})
+    jobs = {(notebook, scales[names[0]]): names for notebook, names in shown.items()}
+    rows = _executed(jobs)
     if overview is not None:
-        rows += _executed(dict.fromkeys(OVERVIEWS, overview))
-    frame = pd.DataFrame(rows, columns=["figures", "profile", "seconds", "file", "error"])
-    return frame.assign(figures=[", ".join(shown.get(name, [name])) for name in frame.figures])
+        rows += _executed({(notebook, overview): [notebook] for notebook in OVERVIEWS})
+    return pd.DataFrame(rows, columns=["figures", "profile", "seconds", "file", "error"])
 
 
-def _executed(scales: Mapping[str, plans.Scale]) -> list[dict[str, Any]]:
-    """Execute notebooks at these scales; return the rows of `figures`, their names as figures."""
-    jobs = {}
-    for notebook, scale in scales.items():
+def _executed(jobs: Mapping[tuple[str, plans.Scale], list[str]]) -> list[dict[str, Any]]:
+    """Execute notebooks at their scales; return the rows of `figures`."""
+    works = {}
+    for notebook, scale in jobs:
         out = figures_path() / scale.profile / "notebooks" / f"{notebook}.ipynb"
-        path = notebooks_path() / f"{notebook}.ipynb"
         parameters = asdict(scale)
         if parameters.pop("networks"):  # the notebook chooses them again
             parameters["profile"] = "auto"
         if notebook in OVERVIEWS:
             del parameters["seeds"]  # they show all that were registered
-        jobs[notebook] = partial(execute, path, out, parameters)
-    done = in_parallel(jobs)
+        path = notebooks_path() / f"{notebook}.ipynb"
+        works[notebook] = partial(execute, path, out, parameters)
+    done = in_parallel(works)
     return [
-        {"figures": notebook, "profile": scale.profile, **done[notebook]}
-        for notebook, scale in scales.items()
+        {"figures": ", ".join(names), "profile": scale.profile, **done[notebook]}
+        for (notebook, scale), names in jobs.items()
     ]
 
 

@@ -1,30 +1,32 @@
 """The execution of missing runs, in worker processes or any other executor."""
 
 import math
-import queue
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from paperlib.config import Config
-from paperlib.runs import Store, StoreError
+from paperlib.runs import RunRecord, Store, StoreError
+from paperlib.store import checkpoints
 from paperlib.store.checkpoints import Stopped
+from paperlib.store.code import code_checksum
 from paperlib.store.lease import Claimed
-from paperlib.sweep import costs, workers
-from paperlib.sweep.progress import Bar
-from paperlib.sweep.states import TO_RUN, State, states, unique
-from paperlib.sweep.tasks import How, Outcome, train
+from paperlib.sweep import workers
+from paperlib.sweep.states import TO_RUN, Speeds, State, forecast, seconds, speeds, states, unique
+from paperlib.sweep.tasks import train
 
 TRIES = 3  # how often a run is begun whose process dies
 DEATHS = 9  # so many in a row, and something else is wrong
-POLL_SECONDS = 1.0  # between looks at what others do
+POLL_SECONDS = 1.0  # between looks at the store
 ASK_SECONDS = 5.0  # until runs that others have claimed are tried for again
-RETRY = "use --retry-failed (retry_failed=True) to run them again"
 
 
 class SweepError(RuntimeError):
@@ -65,7 +67,6 @@ def execute(
     send_back: bool = False,
     fast: bool = False,
     minutes: float | None = None,
-    tell: Callable[[str], object] = lambda text: None,
 ) -> int:
     """Run what the store lacks, in the order given.
 
@@ -84,7 +85,6 @@ def execute(
         minutes: how long this may take. A run is not begun that cannot be done by then, by the
             speeds that the store has measured. When the time is up, runs stop at the end of an
             epoch and leave a checkpoint.
-        tell: is given lines for people, before anything is run.
 
     Returns:
         How many runs were done.
@@ -92,49 +92,43 @@ def execute(
     Raises:
         SweepError: runs failed, now or before; the others were run all the same.
         StoreError: the store cannot be written, or has records of other data or code.
+        ValueError: data cannot be had, or a named function is not what its file holds.
         workers.WorkersError: worker processes cannot be started.
     """
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be a positive number, got {minutes}")
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)
-    if changed := [state.error or "" for state in found if state.state == "changed"]:
+    if changed := [state.why for state in found if state.state == "changed"]:
         raise StoreError("\n".join(changed))
-    alone = [s for s in found if s.state == "failed" and not retry_failed]
     todo = [s for s in found if s.state in TO_RUN or (s.state == "failed" and retry_failed)]
-    problems, stopped = [], 0
+    failed = [_line(s, s.why) for s in found if s.state == "failed" and not retry_failed]
+    done = 0
     if todo:
-        devices: list[str] = []
-        together = 1
+        devices, together = [""], 1
         if executor is None:
-            cores = workers.default_jobs()
-            devices, together = workers.devices(device, jobs, per_device, cores, len(todo))
-        _prepare(todo, store, tell, send_back)
+            devices, together = workers.devices(device, jobs, per_device, len(todo))
+        _prepare(todo, store, send_back)
+        measured = speeds(store, device)
+        tqdm.write(forecast(todo, len(devices) * together, measured), file=sys.stderr)
         path = None if send_back else store.path.absolute()
-        how = How(path, store.results, device, together, fast, until)
-        speeds = costs.speeds(store, device)
-        tell(costs.forecast(todo, max(len(devices) * together, 1), speeds))
-        work = _Sweep(todo, store, how, speeds)
-        work.run(executor or workers.Processes(devices, until), len(devices))
-        stopped = work.stopped
-        if work.failed:
-            problems = [f"{len(work.failed)} of {len(todo)} runs failed:", *work.failed]
-    if alone:
-        problems.append(f"{len(alone)} runs failed before and are left alone; {RETRY}:")
-        problems += [f"  {state.config.title}: {state.error}" for state in alone]
-    if problems:
-        raise SweepError("\n".join(problems))
-    return len(todo) - stopped
+        task = partial(train, path, store.results, device, together, fast, until)
+        work = _Sweep(todo, store, task, together, measured)
+        with nullcontext(executor) if executor else workers.Processes(devices) as used:
+            work.run(used, len(devices))
+        done, failed = len(todo) - len(work.left), [*work.failed, *failed]
+    if failed:
+        raise SweepError("\n".join([f"{len(failed)} of {len(found)} runs failed:", *failed]))
+    return done
 
 
-def _prepare(
-    todo: Sequence[State], store: Store, tell: Callable[[str], object], send_back: bool
-) -> None:
-    """Load every data set once before workers start; raise where one cannot be had."""
+def _line(state: State, why: Exception | str) -> str:
+    return f"  {state.config.title}: {why or type(why).__name__}"
+
+
+def _prepare(todo: Sequence[State], store: Store, send_back: bool) -> None:
+    """Raise where runs cannot begin; load every data set once before workers start."""
     store.check_writable()
-    for state in todo:
-        if state.state == "damaged":
-            tell(f"run again: {state.error}")
+    for config in {(s.config.model, s.config.pruning): s.config for s in todo}.values():
+        code_checksum(config)
     specs = {state.config.data for state in todo} - {"digits"}
     if specs and not send_back:
         from paperlib import data
@@ -144,62 +138,66 @@ def _prepare(
 
 
 class _Sweep:
-    """Runs on their way through an executor."""
+    """Runs on their way through an executor.
 
-    def __init__(self, todo: list[State], store: Store, how: How, speeds: costs.Speeds) -> None:
-        self.todo, self.store, self.how, self.speeds = todo, store, how, speeds
-        self.bar = Bar(todo, store, speeds)
-        self.ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    Attributes:
+        left: by identity, the runs that have no record yet.
+        failed: a line for each run that failed.
+    """
+
+    def __init__(
+        self, todo: list[State], store: Store, task: Callable, together: int, measured: Speeds
+    ) -> None:
+        self.todo, self.store, self.task = todo, store, task
+        self.together, self.measured = together, measured
+        self.left, self.failed = {state.run: state for state in todo}, list[str]()
         self.tasks: dict[Future, Sequence[State]] = {}
         self.claimed: list[State] = []  # by other processes
         self.tries: Counter[str] = Counter()
-        self.deaths = self.stopped = 0
-        self.failed: list[str] = []
+        self.deaths = 0
 
     def run(self, executor: Executor, processes: int) -> None:
         """Return when every run is done, here or elsewhere, has failed, or there is no time."""
         self.executor = executor
+        count = processes if self.together > 1 else len(self.todo)
         try:
-            with self.bar:
-                count = processes if self.how.together > 1 else len(self.todo)
+            with tqdm(total=sum(s.left for s in self.todo), unit=" epochs") as self.bar:
                 for i in range(count):
                     self._submit(self.todo[i::count])
-                self._wait()
-        except BaseException:
+                while self.tasks or self.claimed:
+                    if not self.tasks:
+                        time.sleep(ASK_SECONDS)
+                        again, self.claimed = self.claimed, []
+                        for state in again:
+                            self._submit([state])
+                    ended, _ = wait(self.tasks, POLL_SECONDS, FIRST_COMPLETED)
+                    for future in ended:
+                        self._take(self.tasks.pop(future), future)
+                    self._look()
+        finally:
             for future in self.tasks:
                 future.cancel()
-            if isinstance(executor, workers.Processes):
-                executor.kill()
-            raise
-        if isinstance(executor, workers.Processes):
-            executor.shutdown()
 
-    def _wait(self) -> None:
-        looked = asked = time.monotonic()
-        while self.tasks or self.claimed:
-            with suppress(queue.Empty):
-                self._take(self.ended.get(timeout=POLL_SECONDS))
-            now = time.monotonic()
-            if now - looked >= POLL_SECONDS:
-                looked = now
-                self.bar.look()
-                self.claimed = [state for state in self.claimed if state.run in self.bar.left]
-            if now - asked >= ASK_SECONDS:
-                asked, again, self.claimed = now, self.claimed, []
-                for state in again:
-                    self._submit([state])
+    def _look(self) -> None:
+        """Show how far the runs are, here and in other processes that share the store."""
+        for run in self.store.whole(self.left.keys() & set(self.store.own())):
+            del self.left[run]
+        epochs = sum(state.left for state in self.todo)
+        begun = {path.stem for path in (self.store.path / "checkpoints").glob("*.safetensors")}
+        for run, state in self.left.items():
+            there = checkpoints.progress(self.store.path, run) if run in begun else None
+            epochs -= state.config.epochs - max(there or 0, state.epochs)
+        done = len(self.todo) - len(self.left)
+        self.bar.set_description_str(f"runs {done}/{len(self.todo)}", refresh=False)
+        self.bar.update(epochs - self.bar.n)
 
     def _submit(self, runs: Sequence[State]) -> None:
-        """Give the executor a task."""
-        work = [(s.config, s.left * self.speeds.epoch(s.config, unknown=0.0)) for s in runs]
-        future = self.executor.submit(train, work, self.how)
-        self.tasks[future] = runs
-        future.add_done_callback(self.ended.put)
+        needed = [seconds(state, self.measured) for state in runs]
+        work = [(s.config, 0.0 if math.isnan(t) else t) for s, t in zip(runs, needed, strict=True)]
+        self.tasks[self.executor.submit(self.task, work)] = runs
 
-    def _take(self, future: Future) -> None:
+    def _take(self, runs: Sequence[State], future: Future) -> None:
         """A task has come back."""
-        runs = self.tasks.pop(future)
-        outcomes: dict[str, Outcome]
         try:
             outcomes = future.result()
         except workers.WorkersError:
@@ -211,33 +209,24 @@ class _Sweep:
             outcomes = {state.run: error for state in runs}
         self.deaths = 0
         for state in runs:
-            self._end(state, outcomes[state.run])
-
-    def _end(self, state: State, outcome: Outcome) -> None:
-        """A run has come back."""
-        if isinstance(outcome, tuple):
-            try:
-                self.store.put(*outcome)
-            except StoreError as error:
-                outcome = error
-        if isinstance(outcome, Claimed):
-            self.claimed.append(state)
-        elif isinstance(outcome, Stopped):
-            self.stopped += 1
-            self.bar.left.pop(state.run, None)
-        elif isinstance(outcome, Exception):
-            if isinstance(outcome, StoreError):
-                self.store.check_writable()  # else the next runs would come to the same
-            self._give_up(state, outcome)
+            outcome = outcomes[state.run]
+            if isinstance(outcome, RunRecord):
+                self.store.write(outcome)
+            elif isinstance(outcome, Claimed):
+                self.claimed.append(state)
+            elif isinstance(outcome, Exception) and not isinstance(outcome, Stopped):
+                if isinstance(outcome, StoreError):
+                    self.store.check_writable()  # else the next runs would come to the same
+                self.failed.append(_line(state, outcome))
 
     def _died(self, runs: Sequence[State], error: Exception) -> None:
         """A process died: the runs that it trained are tried again alone, the others as before."""
         self.deaths += 1
         if self.deaths >= DEATHS:
             raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error
-        self.bar.look()
-        left = [state for state in runs if state.run in self.bar.left]
-        begun, rest = left[: self.how.together], left[self.how.together :]  # in this order
+        self._look()
+        left = [state for state in runs if state.run in self.left]
+        begun, rest = left[: self.together], left[self.together :]  # in this order
         if rest:
             self._submit(rest)
         for state in begun:
@@ -247,8 +236,4 @@ class _Sweep:
             else:
                 why = f"{error or type(error).__name__}, {TRIES} times"
                 self.store.fail(state.config, why)
-                self._give_up(state, why)
-
-    def _give_up(self, state: State, error: Exception | str) -> None:
-        self.failed.append(f"  {state.config.title}: {error or type(error).__name__}")
-        self.bar.left.pop(state.run, None)
+                self.failed.append(_line(state, why))

@@ -9,48 +9,37 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from paperlib.config import Config
-from paperlib.runs import Store, StoreError
+from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.store.checkpoints import Stopped
 from paperlib.store.lease import Claimed
-from paperlib.store.records import Entry
 from paperlib.sweep.workers import WorkerDied, assigned_device
 
-# None: it is done. A tuple: what `Store.put` takes. Or why it is not done.
-Outcome = tuple[Entry, bytes | None] | Exception | None
+Outcome = RunRecord | Exception | None  # None: it is in the store
 
 
-@dataclass(frozen=True)
-class How:
-    """How a worker trains.
-
-    Attributes:
-        store: path of the run store; None for one of the worker's own, which sends its records.
-        results: the store's layer below.
-        device: as for `training.choose_device`.
-        together: how many runs of a task take turns.
-        fast: as for `training.make_loop`.
-        until: when runs have to stop, by `time.time`.
-    """
-
-    store: Path | None
-    results: Path | None
-    device: str
-    together: int
-    fast: bool
-    until: float
-
-
-def train(work: Sequence[tuple[Config, float]], how: How) -> dict[str, Outcome]:
+def train(
+    path: Path | None,
+    results: Path | None,
+    device: str,
+    together: int,
+    fast: bool,
+    until: float,
+    work: Sequence[tuple[Config, float]],
+) -> dict[str, Outcome]:
     """Do runs in this process, with one thread; one begins as soon as another one is done.
 
     Args:
+        path: of the run store; None for one of the worker's own, which sends its records.
+        results: the store's layer below.
+        device: as for `training.choose_device`.
+        together: how many runs take turns.
+        fast: as for `training.make_loop`.
+        until: when runs have to stop, by `time.time`.
         work: configurations, and the seconds that each will take; a run that would end after
-            `how.until` is not begun.
-        how: see `How`.
+            `until` is not begun.
 
     Returns:
         The outcome of each run by its identity. Claimed, Stopped and StoreError are themselves;
@@ -66,32 +55,29 @@ def train(work: Sequence[tuple[Config, float]], how: How) -> dict[str, Outcome]:
     from paperlib.extras.fast.turns import Turns
 
     torch.set_num_threads(1)
-    store = Store() if how.store is None else Store(how.store, how.results)
-    device, together = assigned_device(how.device), min(how.together, len(work))
+    store = Store() if path is None else Store(path, results)
+    device, together = assigned_device(device), min(together, len(work))
     waiting, turns = deque(work), Turns[str]()
     outcomes: dict[str, Outcome] = {}
     with closing(turns):
         while waiting or turns:
             while waiting and len(turns) < together:
                 config, seconds = waiting.popleft()
-                if time.time() + seconds >= how.until:
+                if time.time() + seconds >= until:
                     outcomes[config.identity] = Stopped("there is no time for it")
                     continue
                 alone = together == 1
-                steps = by_turns(config, store, device, alone=alone, fast=how.fast, until=how.until)
+                steps = by_turns(config, store, device, alone=alone, fast=fast, until=until)
                 turns.add(config.identity, steps)
             for run, worked, result in turns.turn():
                 if not worked:
                     raise result
                 if is_fatal(result):
                     raise WorkerDied(f"{type(result).__name__}: {result}")
-                if isinstance(result, Claimed | Stopped | StoreError):
+                if isinstance(result, RunRecord):
+                    outcomes[run] = result if path is None else None
+                elif isinstance(result, Claimed | Stopped | StoreError):
                     outcomes[run] = result
-                elif isinstance(result, Exception):  # some cannot be sent; their text can
+                else:  # some errors cannot be sent; their text can
                     outcomes[run] = RuntimeError(f"{type(result).__name__}: {result}")
-                elif how.store is None:
-                    (entry,) = store.entries([run])
-                    outcomes[run] = entry, store.arrays(entry)
-                else:
-                    outcomes[run] = None
     return outcomes

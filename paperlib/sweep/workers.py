@@ -3,10 +3,8 @@
 import math
 import os
 import queue
-import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from concurrent.futures import ThreadPoolExecutor as Threads
@@ -15,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paperlib.extras.fast import WORKER_ENVIRONMENT
-from paperlib.store.checkpoints import Stopped
 
-PAUSES_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0)  # before a device that is busy is tried again
 GUARD = (
     "the worker processes ended as they started. A script that starts runs has to be a file, and "
     'to do so below `if __name__ == "__main__":`, since each worker imports the script'
@@ -41,22 +37,21 @@ class Processes(Executor):
 
     Each is a process pool of the standard library with one worker, so that a death fails only the
     work that this process had; it is then replaced. `assigned_device` gives a worker its device.
-    Workers end with this process, even if it is killed. They leave Ctrl-C to it.
+    Workers end with this process, even if it is killed. They leave Ctrl-C to it. An error in a
+    `with` block ends them at once.
 
     Args:
         devices: of the processes.
-        until: when processes stop waiting for a device that is busy, by `time.time`. Their work
-            then fails with `Stopped`.
     """
 
-    def __init__(self, devices: Sequence[str], until: float = math.inf) -> None:
+    def __init__(self, devices: Sequence[str]) -> None:
         if getattr(current_process(), "_inheriting", False):
             raise SystemExit(1)  # a worker that imports a script without a main guard
         set_environment()
         self._context = get_context("spawn")
-        # Workers end when this end of the pipe is closed: by `kill`, or by this process's death.
+        # Workers end when this end of the pipe is closed: by an error, or by this process's death.
         self._theirs, self._lifeline = self._context.Pipe(duplex=False)
-        self._until, self._begun, self._stopped = until, False, threading.Event()
+        self._begun = self._stopped = False
         self._free: queue.SimpleQueue[tuple[str, ProcessPoolExecutor | None]] = queue.SimpleQueue()
         for device in devices:
             self._free.put((device, None))
@@ -82,26 +77,16 @@ class Processes(Executor):
             self._free.put((device, pool))
 
     def _start(self, device: str) -> ProcessPoolExecutor:
-        """Start a process, its device initialised; wait where other processes are at it."""
-        for pause in (*PAUSES_SECONDS, 0.0):
-            pool = ProcessPoolExecutor(1, self._context, _begin, (self._theirs, device))
-            try:
-                problem = pool.submit(_device_problem, device).result()
-            except BrokenExecutor as error:
-                pool.shutdown()
-                if self._begun or self._stopped.is_set():
-                    raise
-                raise WorkersError(GUARD) from error
-            self._begun = True
-            if problem is None:
-                return pool
+        pool = ProcessPoolExecutor(1, self._context, _begin, (self._theirs, device))
+        try:
+            pool.submit(int).result()
+        except BrokenExecutor as error:
             pool.shutdown()
-            left = max(0.0, self._until - time.time())
-            if self._stopped.wait(min(pause * random.uniform(0.7, 1.3), left)):
-                break
-            if time.time() >= self._until:
-                raise Stopped(f"{device} was busy until the time was up")
-        raise WorkerDied(f"its process cannot use {device}: {problem}")
+            if self._begun or self._stopped:
+                raise
+            raise WorkersError(GUARD) from error
+        self._begun = True
+        return pool
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work, and end the processes when all work is done."""
@@ -111,11 +96,11 @@ class Processes(Executor):
             if pool is not None:
                 pool.shutdown()
 
-    def kill(self) -> None:
-        """End all processes now; work not done is cancelled or fails with WorkerDied."""
-        self._stopped.set()
-        self._lifeline.close()
-        self.shutdown(cancel_futures=True)
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._stopped = True
+            self._lifeline.close()
+        self.shutdown(cancel_futures=error[0] is not None)
 
 
 def set_environment() -> None:
@@ -142,18 +127,6 @@ def _end_with_parent(lifeline: connection.Connection) -> None:
     os._exit(1)
 
 
-def _device_problem(device: str) -> str | None:
-    """Initialise a GPU; return why that is not possible. Under MPS it may be so for a while."""
-    if device.startswith("cuda"):
-        import torch
-
-        try:
-            torch.zeros(1, device=device)
-        except RuntimeError as error:
-            return str(error).partition("\n")[0]
-    return None
-
-
 def assigned_device(asked: str) -> str:
     """Return the device of this process, if it was given one and `asked` leaves the choice."""
     return _device if _device and asked in ("auto", "cuda") else asked
@@ -163,11 +136,6 @@ def is_death(error: BaseException) -> bool:
     """Whether work failed because of the process that had it, not because of itself."""
     killed = type(error).__name__ == "KilledWorker"  # Dask's, after several workers
     return killed or isinstance(error, WorkerDied | BrokenExecutor)
-
-
-def default_jobs() -> int:
-    """Return one process a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def may_have_gpu() -> bool:
@@ -185,8 +153,13 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def devices(
-    asked: str, jobs: int | None, per_device: int | None, cores: int, runs: int
+    asked: str, jobs: int | None, per_device: int | None, runs: int
 ) -> tuple[list[str], int]:
     """Return the device of each process, and how many runs a process has in parallel.
 
@@ -197,15 +170,13 @@ def devices(
         asked: the device, as for `training.choose_device`.
         jobs: how many processes, whatever there is.
         per_device: runs in parallel on a GPU.
-        cores: of the CPU.
         runs: how many there are; there are no more processes, nor runs in parallel, than that.
     """
-    count = gpus() if asked in ("auto", "cuda") else 0
-    if count:
-        found, together = [f"cuda:{i % count}" for i in range(jobs or count)], per_device or 1
-    elif asked.startswith("cuda"):
-        found, together = [asked] * (jobs or 1), per_device or 1
-    else:
-        found, together = [asked] * (jobs or per_device or cores), 1
-    found = found[:runs]
-    return found, min(together, math.ceil(runs / len(found)))
+    found, together = [asked], per_device or 1
+    if count := gpus() if asked in ("auto", "cuda") else 0:
+        found = [f"cuda:{i}" for i in range(count)]
+    elif not asked.startswith("cuda"):
+        jobs, together = jobs or per_device or cores(), 1
+    jobs = min(jobs or len(found), runs)
+    found = [found[i % len(found)] for i in range(jobs)]
+    return found, min(together, math.ceil(runs / jobs))

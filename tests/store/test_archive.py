@@ -184,12 +184,12 @@ def test_a_table_and_descriptions(below):
     for start in ("", "xyz"):
         with pytest.raises(StoreError):
             archive.describe(below, start)
-    about = archive.describe(below, RUN[:9])
-    assert [row["post"] for row in about["rows"]] == pytest.approx(record().epochs.post.tolist())
+    about, epochs = archive.describe(below, RUN[:9])
+    assert epochs.post.tolist() == record().epochs.post.tolist()
     assert json.loads(json.dumps(about))["config"]["seed"] == 2
-    assert archive.describe(below, broken.identity)["damaged"]
+    assert broken.identity in archive.describe(below, broken.identity)[0]["wrong"]
     below.fail(PRUNED.with_(seed=8), "why")
-    assert archive.describe(below, PRUNED.with_(seed=8).identity)["failure"] == "why"
+    assert archive.describe(below, PRUNED.with_(seed=8).identity)[0]["wrong"] == "why"
 
 
 def write(path: Path, content: bytes = b"x", age: float = 0.0) -> Path:
@@ -217,7 +217,6 @@ def test_leftovers(tmp_path):
         folder / "failed" / f"{done.identity}.json",
         folder / "failed" / f"{unwanted.with_(epochs=30).identity}.json",
         write(checkpoints.file(folder, done.identity)),
-        write(folder / "checkpoints" / f"{open_.identity}.damaged"),
         write(folder / "records" / f".{RUN}.parquet.{'0' * 32}", age=old),
         write(folder / "records" / f"{'1' * 16}.npz", age=old),
     }
@@ -225,7 +224,7 @@ def test_leftovers(tmp_path):
     write(folder / "records" / f"{'2' * 16}.npz")
     write(folder / "data" / "digits.safetensors", age=old)
     write(folder / "claims" / f"{open_.identity}.lease", age=old)
-    found = list(archive.leftovers(store, lambda config: config.seed != unwanted.seed))
+    found = archive.leftovers(store, lambda config: config.seed != unwanted.seed)
     assert set(found) == useless
     order = [path.name for path in found]
     for run in (damaged.identity, unwanted.identity):  # a record goes before its arrays

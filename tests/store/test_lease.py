@@ -89,9 +89,7 @@ def test_held_and_given_back(tmp_path):
         held.check()
         assert not free(tmp_path)
         assert free(tmp_path, "another")
-        assert str(os.getpid()) in lease.holder(tmp_path, RUN)
     assert free(tmp_path)
-    assert lease.holder(tmp_path, RUN) is None
     with pytest.raises(KeyError), claim(tmp_path, RUN):
         raise KeyError
     assert free(tmp_path)
@@ -102,7 +100,6 @@ def test_of_a_live_process(tmp_path, hold):
     other = hold()
     with pytest.raises(Claimed, match=f"{RUN} .*{other.pid}"):
         claim(tmp_path, RUN, wait=False).__enter__()
-    assert str(other.pid) in lease.holder(tmp_path, RUN)
     threading.Timer(0.3, lambda: (other.stdin.write("\n"), other.stdin.flush())).start()
     with claim(tmp_path, RUN):
         assert other.wait(10) == 0
@@ -114,11 +111,10 @@ def test_of_a_dead_process(tmp_path, hold, wait):
     other = hold()
     other.kill()
     other.wait(10)
-    assert str(other.pid) in lease.holder(tmp_path, RUN)
     start = time.monotonic()
     with claim(tmp_path, RUN, wait):
         assert time.monotonic() - start < lease.LEASE_SECONDS / 4
-        assert str(os.getpid()) in lease.holder(tmp_path, RUN)
+        assert not free(tmp_path)
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -144,7 +140,6 @@ def test_of_another_host(tmp_path, quick, wait):
     claimed_elsewhere(tmp_path)
     with pytest.raises(Claimed, match="7 on elsewhere"):
         claim(tmp_path, RUN, wait=False).__enter__()
-    assert lease.holder(tmp_path, RUN) == "process 7 on elsewhere"
     start = time.monotonic()
     while not wait and not free(tmp_path):
         time.sleep(0.1)
@@ -155,9 +150,8 @@ def test_of_another_host(tmp_path, quick, wait):
 @pytest.mark.parametrize("content", [b"{", b"[]", bytes(100), b"filelock/2\npid=1\n"])
 def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
     claimed_elsewhere(tmp_path).write_bytes(content)
-    assert lease.holder(tmp_path, RUN) is None
     with claim(tmp_path, RUN):
-        assert str(os.getpid()) in lease.holder(tmp_path, RUN)
+        assert not free(tmp_path)
 
 
 # Runs
@@ -199,6 +193,7 @@ def test_a_run_that_was_taken_over(tmp_path, monkeypatch, saving):
     """It stops before it writes: at its next checkpoint, or its record."""
     if saving:
         monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+        monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
     store, seen = Store(tmp_path), []
 
     def look(moment):

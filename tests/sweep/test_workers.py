@@ -1,13 +1,11 @@
-"""Worker processes: deaths, devices that are busy at first, and turns in one process."""
+"""Worker processes: deaths, and their devices."""
 
 import os
 import pickle
-import time
 
 import pytest
 import torch
 
-from paperlib.store.checkpoints import Stopped
 from paperlib.sweep import cluster, workers
 from paperlib.sweep.workers import Processes, WorkerDied
 
@@ -49,39 +47,6 @@ def test_connections_to_a_gpu_shared_by_mps(monkeypatch, mps, own):
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
-def test_a_device_that_is_busy_is_tried_again(monkeypatch, tmp_path):
-    """Each time in a new process; when it stays busy the work fails as by a death."""
-    monkeypatch.setattr(workers, "PAUSES_SECONDS", (0.01,))
-    monkeypatch.setattr(workers, "_device_problem", busy)
-    (tmp_path / "times").write_text("1")
-    with Processes([str(tmp_path / "times")]) as pool:
-        assert pool.submit(max, 3, 7).result(100) == 7
-    (tmp_path / "times").write_text("2")
-    with Processes([str(tmp_path / "times")]) as pool, pytest.raises(WorkerDied, match="busy"):
-        pool.submit(max, 3, 7).result(100)
-    assert (tmp_path / "times").read_text() == "0"
-
-
-def test_waiting_for_a_device_ends_with_the_sweep(monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "PAUSES_SECONDS", (600.0,) * 9)
-    monkeypatch.setattr(workers, "_device_problem", busy)
-    (tmp_path / "times").write_text("9")
-    with Processes([str(tmp_path / "times")], time.time() + 5) as pool, pytest.raises(Stopped):
-        pool.submit(max, 3, 7).result(300)
-    assert int((tmp_path / "times").read_text()) >= 7
-
-
-def busy(device: str) -> str | None:
-    """A device that is busy as often as the file says."""
-    with open(device) as file:
-        times = int(file.read())
-    if not times:
-        return None
-    with open(device, "w") as file:
-        file.write(str(times - 1))
-    return "busy or unavailable"
-
-
 @pytest.mark.parametrize(
     ("asked", "jobs", "per_device", "gpus", "runs", "expected"),
     [
@@ -97,7 +62,8 @@ def busy(device: str) -> str | None:
 )
 def test_devices(monkeypatch, asked, jobs, per_device, gpus, runs, expected):
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
-    assert workers.devices(asked, jobs, per_device, 5, runs) == expected
+    monkeypatch.setattr(workers, "cores", lambda: 5)
+    assert workers.devices(asked, jobs, per_device, runs) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,340 @@
+"""The command line: `paperlib`, or `python -m paperlib`. Nothing but arguments."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+
+from paperlib import __version__, claims, experiments, overview, plans, runs, sweep
+from paperlib.config import Config
+from paperlib.experiments import Scale
+from paperlib.store import archive
+from paperlib.sweep.states import table
+
+FAILED, WRONG = 1, 2  # exit codes: a run, a notebook or a record is wrong; the command is
+Asked = dict[str, Any]
+Names = tuple[str, ...]
+
+STORE = click.option(
+    *("--runs", "store"),
+    metavar="DIR",
+    callback=lambda context, option, path: runs.Store(path),
+    help="the run store  [default: runs]",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="as JSON")
+COUNT, MINUTES = click.IntRange(1), click.FloatRange(0, min_open=True)
+SCALE = {  # by option, its type and what it is
+    "data": (str, "a data set in place of the profile's, as for `paperlib data`"),
+    "seeds": (int, "how many, in place of the profile's"),
+    "precision": (str, "float32 or bfloat16, in place of the profile's"),
+}
+EXECUTION = {
+    "jobs": (COUNT, "processes  [default: one a core, or one a GPU]"),
+    "device": (str, "auto, cpu, cuda, mps  [default: auto]"),
+    "per-device": (COUNT, "runs in parallel in a GPU's process  [default: 1]"),
+    "fast": (bool, "on a GPU, train by CUDA graphs"),
+    "minutes": (MINUTES, "stop after so long; the next call resumes"),
+    "cluster": (str, "Dask: tcp://HOST:PORT or local:N"),
+    "send-back": (bool, "a cluster's workers do not share this store"),
+    "retry-failed": (bool, "runs that failed before, too"),
+}
+
+
+def options(table: dict[str, tuple[Any, str]]) -> Callable:
+    """Decorate a command with the options of a table."""
+
+    def decorate(command: Callable) -> Callable:
+        for name, (kind, text) in reversed(table.items()):
+            option = click.option(f"--{name}", type=kind, is_flag=kind is bool, help=text)
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def of_figures(profile: str | None) -> Callable:
+    """Decorate a command that is about runs of figures.
+
+    It is given names (of figures), asked (what `Scale` takes; the profile may be None) and store.
+    """
+    text = "smoke, demo, small, paper" + (f"  [default: {profile}]" if profile else "")
+    names = click.argument("names", nargs=-1, metavar="[NAME]...")
+    option = click.option("--profile", default=profile, help=text)
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            asked = {name: given.pop(name) for name in Scale.__dataclass_fields__}
+            command(asked=asked, **given)
+
+        return names(option(options(SCALE)(STORE(wrapped))))
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Two papers on neural-network pruning: their runs, their figures, their claims."""
+
+
+@cli.command("figures")
+@of_figures(None)
+@options(EXECUTION)
+@click.option("--fresh", is_flag=True, help="train all runs, without looking into results/")
+def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, **how: Any) -> None:
+    """Draw figures (all, or NAME ...) into figures/PROFILE: missing runs, then notebooks.
+
+    Without --profile, a figure is drawn at profile small if all of its runs are there (results/
+    counts), and else at demo, which trains for minutes.
+    """
+    from paperlib.sweep import notebooks
+
+    if fresh:
+        store.results = store.path / "no results"
+        asked["profile"] = asked["profile"] or "demo"
+    overview_scale = None if names else Scale(**asked | {"profile": asked["profile"] or "small"})
+    asked["profile"] = asked["profile"] or "auto"
+    scales = {
+        name: experiments.resolve(name, **asked, store=store)
+        for name in names or experiments.FIGURES
+    }
+    failed = ""
+    try:
+        _execute(_queue(scales), store, **how)
+    except sweep.SweepError as error:
+        failed = f"paperlib: {error}"
+    left = []
+    if how["minutes"]:
+        configs = {name: experiments.plan(name, scale).config for name, scale in scales.items()}
+        left = [name for name, of_figure in configs.items() if sweep.missing(of_figure, store)]
+    drawn = {name: scale for name, scale in scales.items() if name not in left}
+    frame = notebooks.figures(drawn, store, overview_scale)
+    _print(frame.fillna({"error": ""}), "{:.0f}")
+    click.echo(f"figures are in {runs.figures_path()}")
+    if left:
+        click.echo(f"there was no time for: {', '.join(left)}")
+    if failed or frame.error.notna().any():
+        click.echo(failed, err=True)
+        raise SystemExit(FAILED)
+
+
+def _queue(scales: dict[str, Scale]) -> list[Config]:
+    """Return the runs of figures; in the order of worth if they are all figures."""
+    ordered: list[Config] = []
+    for scale in dict.fromkeys(scales.values()):
+        names = [name for name in scales if scales[name] == scale]
+        ordered += experiments.queue(scale, () if len(names) == len(experiments.FIGURES) else names)
+    return ordered
+
+
+def _execute(
+    configs: list[Config], store: runs.Store, cluster: str | None, send_back: bool, **how: Any
+) -> int:
+    """Do runs as the options of `EXECUTION` say. Fail on wrong ones before any work."""
+    if send_back and not cluster:
+        raise click.UsageError("--send-back is for a --cluster")
+    if cluster and (how["jobs"] or how["per_device"]):
+        raise click.UsageError("a --cluster has as many runs in parallel as its workers' threads")
+    how["device"] = how["device"] or "auto"
+    where: Any = nullcontext()
+    if cluster:
+        from paperlib.sweep.cluster import connected
+
+        where = connected(cluster, gpu=how["device"].startswith("cuda"))
+    elif how["device"] not in ("auto", "cpu"):
+        from paperlib.devices import choose_device
+
+        choose_device(how["device"])
+    with where as executor:
+        return sweep.execute(configs, store, executor, send_back=send_back, **how)
+
+
+@cli.command("sweep")
+@of_figures("small")
+@options(EXECUTION)
+def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
+    """Do the runs of figures (NAME ... in that order, or all by worth), without the notebooks."""
+    configs = experiments.queue(Scale(**asked), names)
+    done = _execute(configs, store, **how)
+    left = len(sweep.missing(configs, store)) if how["minutes"] else 0
+    told = f", {left} left" if left else ""
+    click.echo(f"{done} runs done, {len(configs) - left} in {store.path}{told}")
+
+
+@cli.command("status")
+@of_figures("small")
+@JSON
+@click.option("-v", "every", is_flag=True, help="why each run would or would not be run")
+def status_command(
+    names: Names, asked: Asked, store: runs.Store, as_json: bool, every: bool
+) -> None:
+    """Show which runs of which figure are there, and the hours that missing ones will take."""
+    scale = Scale(**asked)
+    wanted = {name: experiments.plan(name, scale).config for name in names or experiments.FIGURES}
+    frame = table(wanted, store)
+    if as_json:
+        frame["states"] = [
+            [{key: value for key, value in vars(state).items() if key != "config"} for state in row]
+            for row in frame.states
+        ]
+        click.echo(frame.to_json(orient="records", indent=1))
+        return
+    _print(frame.drop(columns="states"), "{:.2f}")
+    for state in {state.run: state for row in frame.states for state in row}.values():
+        if every or state.state not in ("done", "missing"):
+            click.echo(f"{state.state}: {state.config.title}: {state.why}")
+
+
+@cli.command("claims")
+@of_figures("small")
+@JSON
+@click.option("--write", is_flag=True, help="also into the tables of README.md and docs/")
+def claims_command(
+    names: Names, asked: Asked, store: runs.Store, as_json: bool, write: bool
+) -> None:
+    """Judge the claims of both papers (all, or NAME ..., such as T1) by the runs that are there."""
+    if write and names:
+        raise click.UsageError("--write is for all claims")
+    if asked["seeds"] is not None:
+        raise click.UsageError("claims are judged by the registered seeds, without --seeds")
+    judged = claims.judge(Scale(**asked), store, names or None)
+    if write:
+        overview.write(Scale(**asked), judged)
+    if as_json:
+        click.echo(json.dumps([claims.to_dict(claim) for claim in judged], indent=1))
+        return
+    for claim in judged:
+        power = "" if pd.isna(claim.power) else f", power {claim.power:.2f} for {claim.effect}"
+        click.echo(f"{claim.name}: {claim.verdict} ({claim.n} runs{power}). {claim.statement}")
+        for gate in claim.gates:
+            if gate.passed is False:
+                where = f"{gate.figure} {gate.network} {gate.setting}".strip()
+                click.echo(f"  {gate.gate} fails: {where}: {gate.text}")
+    frame = claims.to_frame(judged).dropna(subset="contrast")
+    if len(frame):
+        shown = ["claim", "kind", "contrast", "outcome", "n", "estimate", "low", "high"]
+        click.echo()
+        _print(frame[[*shown, "p", "sign_flip", "holm", "power"]], "{:.3g}")
+
+
+@cli.command("data")
+@click.argument("spec")
+@STORE
+def data_command(spec: str, store: runs.Store) -> None:
+    """Load a data set (digits, cifar10, cifar100, images:PATH) and say what is in it."""
+    from paperlib import data
+
+    loaded = data.load(spec, store.path / "data")
+    count, channels, height, width = loaded.train_images.shape
+    click.echo(
+        f"{loaded.name}: {count} training and {len(loaded.test_images)} test images, "
+        f"{channels} x {height} x {width}, {len(loaded.classes)} classes: "
+        + ", ".join(loaded.classes)
+    )
+
+
+@cli.group("runs")
+def runs_group() -> None:
+    """List, show, export, import and clear up the records of runs."""
+
+
+@runs_group.command("list")
+@of_figures(None)
+def list_command(names: Names, asked: Asked, store: runs.Store) -> None:
+    """List the runs that are there: all, or those of figures (NAME ...) or a profile."""
+    frame = archive.table(store, _chosen(store, names, asked))
+    columns = ["run", "title", "data", "epochs", "best_accuracy", "mean_stability", "seconds"]
+    _print(frame[[name for name in (*columns, "damaged") if name in frame]], "{:.2f}")
+
+
+@runs_group.command("show")
+@click.argument("run")
+@STORE
+def show_command(run: str, store: runs.Store) -> None:
+    """Show one run, which the start of its identity names: configuration, origin, epochs."""
+    about, epochs = archive.describe(store, run)
+    for name, value in about.items():
+        click.echo(f"{name}: {json.dumps(value)}")
+    _print(epochs, "{:.4g}")
+
+
+@runs_group.command("export")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@of_figures(None)
+def export_command(file: Path, names: Names, asked: Asked, store: runs.Store) -> None:
+    """Write runs, all or those of figures or a profile, to one Parquet FILE, as results/ holds."""
+    count = archive.export(store, file, _chosen(store, names, asked))
+    click.echo(f"{count} runs in {file}, {_megabytes([file])}")
+
+
+@runs_group.command("import")
+@click.argument("sources", nargs=-1, required=True, metavar="FILE|STORE...")
+@STORE
+def import_command(sources: tuple[str, ...], store: runs.Store) -> None:
+    """Take over the runs of exported files or other stores; none in place of a better one."""
+    problems = 0
+    for source in sources:
+        frame = archive.merge(store, Path(source))
+        counts = frame.outcome.str.partition(":")[0].value_counts()
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        click.echo(f"{source}: {told}")
+        refused = frame[frame.outcome.str.startswith(("damaged", "different"))]
+        problems += len(refused)
+        for row in refused.itertuples():
+            click.echo(f"  {row.run} {row.outcome}")
+    if problems:
+        raise SystemExit(FAILED)
+
+
+@runs_group.command("clean")
+@click.option("--yes", is_flag=True, help="do not ask")
+@STORE
+def clean_command(yes: bool, store: runs.Store) -> None:
+    """Remove records of no present setting, and what unfinished or failed runs left."""
+    unused = archive.leftovers(store, plans.is_setting)
+    for path in unused:
+        click.echo(path.relative_to(store.path))
+    told = f"{len(unused)} files, {_megabytes(unused)}, in {store.path}"
+    if unused and not yes:
+        click.confirm(f"remove {told}?", abort=True)
+    for path in unused:
+        path.unlink(missing_ok=True)
+    click.echo(f"removed {told}")
+
+
+def _megabytes(paths: Iterable[Path]) -> str:
+    return f"{sum(path.stat().st_size for path in paths) / 1e6:.2f} MB"
+
+
+def _chosen(store: runs.Store, names: Names, asked: Asked) -> list[str] | None:
+    """Return the runs that are there of those asked for; None where all are."""
+    if not (names or any(asked.values())):
+        return None
+    scale = Scale(**asked | {"profile": asked["profile"] or "small"})
+    return list(store.find(config.identity for config in experiments.queue(scale, names)))
+
+
+def _print(frame: pd.DataFrame, number: str) -> None:
+    click.echo(frame.to_string(index=False, float_format=number.format, na_rep=""))
+
+
+def main() -> None:
+    """Run the command line; an error is one line and exit code 2, or 1 where a run failed."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("paperlib: stopped; what is done is kept", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(WRONG)
+    except (ValueError, RuntimeError, OSError) as error:
+        click.echo(f"paperlib: {error}", err=True)
+        sys.exit(FAILED if isinstance(error, sweep.SweepError) else WRONG)

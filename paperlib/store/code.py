@@ -1,0 +1,139 @@
+"""The code of a score or network that a configuration names, "package.module:function".
+
+It is known by a checksum: that of the module's file, or, of a function typed into a notebook, that
+of its source. The function in this process's memory has to be the one that the file holds:
+otherwise a run of one function would be recorded as that of another.
+
+Imports no torch.
+"""
+
+import dis
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from paperlib.config import Config
+
+CONSTANTS = (bool, int, float, complex, str, bytes, tuple, list, dict, set, type(None))
+LIBRARY = ModuleType | FunctionType | BuiltinFunctionType | type  # what a cell imports
+# By module: its spec, which is another object after a reload, and the file's checksum at first.
+_seen: dict[str, tuple[object, str]] = {}
+
+
+def source_checksum(spec: str) -> str | None:
+    """Return the sha256 of the file of a module's function or class, "package.module:name".
+
+    The module itself is not imported; the packages around it are. In a notebook, whose module
+    "__main__" has no file, it is that of the source of the function and of all that it uses.
+
+    Returns:
+        64 hex digits, or None where `spec` has no ":" or names nothing that is there.
+
+    Raises:
+        ValueError: What is in memory is not what the file holds, or cannot be checked.
+    """
+    name, colon, function = spec.partition(":")
+    module = sys.modules.get(name)
+    if module is None:
+        try:
+            found = importlib.util.find_spec(name) if colon else None
+        except (ImportError, ValueError):
+            found = None
+        file = found.origin if found and found.has_location else None
+        return _sha256(Path(file).read_bytes()) if file else None
+    if not hasattr(module, function):
+        return None
+    if not _functions(getattr(module, function), module):
+        raise ValueError(f"{spec} has to be a function or class that {name} itself defines")
+    parts = _parts(module, function)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return _sha256("".join(_sources(spec, module, parts)).encode())
+    content = Path(file).read_bytes()
+    checksum, loaded = _sha256(content), getattr(module, "__spec__", None)
+    if name not in _seen or _seen[name][0] is not loaded:
+        _seen[name] = loaded, checksum
+    held = set(_nested(compile(content, file, "exec", dont_inherit=True)))
+    ours = {each.__code__ for part in parts.values() for each in _functions(part, module)}
+    if _seen[name][1] != checksum or not ours <= held:
+        raise ValueError(
+            f"{spec} in memory is not what {file} holds now: reload the module, with "
+            "importlib.reload, or restart Python"
+        )
+    return checksum
+
+
+def code_checksum(
+    config: Config, checksum_of: Callable[[str], str | None] = source_checksum
+) -> str | None:
+    """Return the checksum of the network and score that a run names; None if it names none.
+
+    If it names both, it is the checksum of the two checksums. Raises as `source_checksum`.
+    """
+    specs = config.model, getattr(config.pruning, "score", "")
+    found = [checksum for checksum in map(checksum_of, specs) if checksum]
+    if len(found) < 2:
+        return found[0] if found else None
+    return _sha256("/".join(found).encode())
+
+
+def _parts(module: ModuleType, name: str) -> dict[str, Any]:
+    """Return what a name of a module stands for, and all other names of the module in its code."""
+    parts: dict[str, Any] = {}
+    waiting = [name]
+    while waiting:
+        name = waiting.pop(0)
+        if name in parts or name not in vars(module):
+            continue
+        parts[name] = getattr(module, name)
+        for function in _functions(parts[name], module):
+            for code in _nested(function.__code__):
+                steps = dis.get_instructions(code)
+                waiting += [step.argval for step in steps if step.opname == "LOAD_GLOBAL"]
+    return parts
+
+
+def _functions(value: object, module: ModuleType) -> list[FunctionType]:
+    """Return the functions of a module in a function and its decorators, or in a class."""
+    values: list[Any] = [value]
+    if inspect.isclass(value):
+        own = [each for each in value.__mro__ if each.__module__ == module.__name__]
+        values = [part for each in own for part in vars(each).values()]
+    found = []
+    for each in values:
+        while each is not None:
+            is_own = inspect.isfunction(each) and each.__globals__ is vars(module)
+            if is_own and each.__code__.co_filename != "<string>":  # as a dataclass makes them
+                found.append(each)
+            each = getattr(each, "__wrapped__", None)
+    return found
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """Yield a code object and all that are defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _nested(constant)
+
+
+def _sources(spec: str, module: ModuleType, parts: dict[str, Any]) -> Iterator[str]:
+    """Yield the sources of functions and the values of constants."""
+    for name, value in parts.items():
+        try:
+            yield from map(inspect.getsource, functions := _functions(value, module))
+        except OSError as error:
+            raise ValueError(f"{spec} has no source here, write it to a file: {error}") from error
+        if isinstance(value, CONSTANTS):
+            yield f"{name} = {value!r}\n"
+        elif not (functions or isinstance(value, LIBRARY)):
+            raise ValueError(f"{spec} uses {name}, which cannot be checked: write both to a file")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

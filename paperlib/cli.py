@@ -34,6 +34,7 @@ SCALE = {  # by option, its type and what it is
     "seeds": (int, "how many, in place of the profile's"),
     "precision": (str, "float32 or bfloat16, in place of the profile's"),
 }
+ASKED = ("profile", *SCALE)  # of `Scale`
 EXECUTION = {
     "jobs": (COUNT, "processes  [default: one a core, or one a GPU]"),
     "device": (str, "auto, cpu, cuda, mps  [default: auto]"),
@@ -70,7 +71,7 @@ def of_figures(profile: str | None) -> Callable:
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:
-            asked = {name: given.pop(name) for name in Scale.__dataclass_fields__}
+            asked = {name: given.pop(name) for name in ASKED}
             command(asked=asked, **given)
 
         return names(option(options(SCALE)(STORE(wrapped))))
@@ -91,8 +92,8 @@ def cli() -> None:
 def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, **how: Any) -> None:
     """Draw figures (all, or NAME ...) into figures/PROFILE: missing runs, then notebooks.
 
-    Without --profile, a figure is drawn at profile small if all of its runs are there (results/
-    counts), and else at demo, which trains for minutes.
+    Without --profile, a figure is drawn at profile small for the networks whose runs are all there
+    (results/ counts), and else at demo, which trains for minutes.
     """
     from paperlib.sweep import notebooks
 

@@ -129,7 +129,7 @@ def steps(
         if config in store:
             return store.read(config)
         dataset = inputs.images_of(config, store.path / "data")
-        made_of = inputs.checksums(config, dataset.checksum)
+        made_of = inputs.checksums(config, dataset)
         checkpoint = Checkpoint(store.path, config, claim, made_of, until)
         how = config, dataset, device, callback, captured
         try:
@@ -166,12 +166,11 @@ class Run:
         captured: bool,
     ) -> None:
         self.config, self.device, self.callback = config, device, callback
-        self.checksums = inputs.checksums(config, dataset.checksum)
         self.layout, shape = memory_format(device, config.precision), dataset.train_images.shape[1:]
         self.classes, (self.channels, height, width) = len(dataset.classes), shape
         check_images(config, (self.channels, height, width), self.classes, device)
         self.model = self.new_network()
-        self.made_of = inputs.checksums(config, dataset.checksum)  # now: a file may change later
+        self.made_of = inputs.checksums(config, dataset)  # now: a file may change later
         batches = partial(
             Batches, mean=dataset.mean, std=dataset.std, device=device, layout=self.layout
         )
@@ -235,7 +234,7 @@ class Run:
             if checkpoint is not None and len(rows) < self.config.epochs:
                 checkpoint.save_when_due(parts, rows, self.arrays)
         self._note_histograms("trained")
-        about = inputs.described(self.device, self.model, self.pruner) | self.checksums
+        about = inputs.described(self.device, self.model, self.pruner) | self.made_of
         about |= {"classes": self.classes, "channels": self.channels}
         if checkpoint is not None and checkpoint.earlier:
             about["resumed"] = checkpoint.earlier

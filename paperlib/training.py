@@ -106,8 +106,6 @@ def steps(
         config: The run.
         store: See `run`, like callback and wait.
         device: Where the run trains.
-        callback: Or None.
-        wait: Or raise `lease.Claimed`.
         alone: No other run uses the device: a lack of memory is this run's failure.
         captured: As `fast` for `run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
@@ -129,8 +127,7 @@ def steps(
         if config in store:
             return store.read(config)
         dataset = inputs.images_of(config, store.path / "data")
-        made_of = inputs.checksums(config, dataset)
-        checkpoint = Checkpoint(store.path, config, claim, made_of, until)
+        checkpoint = Checkpoint(store.path, config, claim, inputs.checksums(config, dataset), until)
         how = config, dataset, device, callback, captured
         try:
             try:

@@ -144,6 +144,15 @@ def test_no_two_modules_import_each_other():
     assert len(list(order.static_order())) >= len(imports())  # a cycle raises CycleError
 
 
+def test_files_have_at_most_400_lines_and_functions_60():
+    for path in (ROOT / "paperlib").rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+
+
 def test_the_wheel_has_every_package(tmp_path):
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     source = tmp_path / "source"

@@ -70,7 +70,7 @@ def execute(
 ) -> int:
     """Run what the store lacks, in the order given.
 
-    Stopping half-way (Ctrl-C) keeps every finished run, and the checkpoints of the others.
+    Ctrl-C keeps every finished run, and the checkpoints of the others.
 
     Args:
         configs: the configurations.
@@ -82,9 +82,8 @@ def execute(
         per_device: runs in parallel in each process on a GPU.
         send_back: workers keep a store of their own and send the records.
         fast: as for `training.make_loop`.
-        minutes: how long this may take. A run is not begun that cannot be done by then, by the
-            speeds that the store has measured. When the time is up, runs stop at the end of an
-            epoch and leave a checkpoint.
+        minutes: how long this may take. No run begins that cannot end by then, by the speeds
+            measured so far. When the time is up, runs stop with a checkpoint.
 
     Returns:
         How many runs were done.
@@ -93,7 +92,6 @@ def execute(
         SweepError: runs failed, now or before; the others were run all the same.
         StoreError: the store cannot be written, or has records of other data or code.
         ValueError: data cannot be had, or a named function is not what its file holds.
-        workers.WorkersError: worker processes cannot be started.
     """
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)

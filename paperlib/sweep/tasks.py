@@ -66,9 +66,8 @@ def train(
                 if time.time() + seconds >= until:
                     outcomes[config.identity] = Stopped("there is no time for it")
                     continue
-                alone = together == 1
-                steps = by_turns(config, store, device, alone=alone, fast=fast, until=until)
-                turns.add(config.identity, steps)
+                how = {"alone": together == 1, "fast": fast, "until": until}
+                turns.add(config.identity, by_turns(config, store, device, **how))
             for run, worked, result in turns.turn():
                 if not worked:
                     raise result

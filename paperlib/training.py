@@ -106,6 +106,8 @@ def steps(
         config: The run.
         store: See `run`, like callback and wait.
         device: Where the run trains.
+        callback: Or None.
+        wait: Or raise `lease.Claimed`.
         alone: No other run uses the device: a lack of memory is this run's failure.
         captured: As `fast` for `run`.
         until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
@@ -130,12 +132,7 @@ def steps(
         checkpoint = Checkpoint(store.path, config, claim, inputs.checksums(config, dataset), until)
         how = config, dataset, device, callback, captured
         try:
-            try:
-                record = yield from Run(*how).complete(checkpoint)
-            except checkpoints.UnusableCheckpoint as error:
-                warnings.warn(f"{config.title} starts afresh: {error}", stacklevel=2)
-                checkpoints.discard(store.path, config.identity)
-                record = yield from Run(*how).complete(checkpoint)
+            record = yield from _resumed(how, checkpoint)
         except TrainingError as error:
             store.fail(config, error)
             checkpoints.discard(store.path, config.identity)
@@ -149,6 +146,17 @@ def steps(
             store.write(record)
         checkpoints.discard(store.path, config.identity)
         return store.read(config.identity)
+
+
+def _resumed(how: tuple, checkpoint: Checkpoint) -> Steps:
+    """Complete a run from its checkpoint; from the start if that cannot be used."""
+    try:
+        return (yield from Run(*how).complete(checkpoint))
+    except checkpoints.UnusableCheckpoint as error:
+        config, *_ = how
+        warnings.warn(f"{config.title} starts afresh: {error}", stacklevel=2)
+        checkpoints.discard(checkpoint.store, config.identity)
+        return (yield from Run(*how).complete(checkpoint))
 
 
 class Run:

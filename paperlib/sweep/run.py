@@ -68,9 +68,7 @@ def execute(
     fast: bool = False,
     minutes: float | None = None,
 ) -> int:
-    """Run what the store lacks, in the order given.
-
-    Ctrl-C keeps every finished run, and the checkpoints of the others.
+    """Run what the store lacks, in the order given. Ctrl-C keeps finished runs and checkpoints.
 
     Args:
         configs: the configurations.
@@ -78,18 +76,18 @@ def execute(
         executor: any `concurrent.futures.Executor`; by default local processes, see `workers`.
         device: as for `training.choose_device`.
         jobs: how many local processes; by default one a core, or one a GPU.
-        retry_failed: run again what failed before, which is left alone otherwise.
+        retry_failed: also run what failed before.
         per_device: runs in parallel in each process on a GPU.
         send_back: workers keep a store of their own and send the records.
         fast: as for `training.make_loop`.
-        minutes: how long this may take. No run begins that cannot end by then, by the speeds
-            measured so far. When the time is up, runs stop with a checkpoint.
+        minutes: how long this may take. By the speeds so far, no run begins that cannot end by
+            then. When the time is up, runs stop with a checkpoint.
 
     Returns:
         How many runs were done.
 
     Raises:
-        SweepError: runs failed, now or before; the others were run all the same.
+        SweepError: runs failed, now or before; the others were done.
         StoreError: the store cannot be written, or has records of other data or code.
         ValueError: data cannot be had, or a named function is not what its file holds.
     """

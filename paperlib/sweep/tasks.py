@@ -42,8 +42,7 @@ def train(
             `until` is not begun.
 
     Returns:
-        The outcome of each run by its identity. Claimed, Stopped and StoreError are themselves;
-        other errors are a RuntimeError.
+        Outcomes by run. Errors but Claimed, Stopped and StoreError are a RuntimeError.
 
     Raises:
         WorkerDied: this process can do no more.
@@ -66,8 +65,9 @@ def train(
                 if time.time() + seconds >= until:
                     outcomes[config.identity] = Stopped("there is no time for it")
                     continue
-                how = {"alone": together == 1, "fast": fast, "until": until}
-                turns.add(config.identity, by_turns(config, store, device, **how))
+                alone = together == 1
+                steps = by_turns(config, store, device, alone=alone, fast=fast, until=until)
+                turns.add(config.identity, steps)
             for run, worked, result in turns.turn():
                 if not worked:
                     raise result

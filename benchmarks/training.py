@@ -40,7 +40,7 @@ from paperlib import data, training
 from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.devices import memory_format
-from paperlib.extras import fast
+from paperlib.extras.fast import WORKER_ENVIRONMENT, loops
 from paperlib.loop import finish
 from paperlib.papers import regularization_2018, tradeoff_2020
 from paperlib.pruning import FilterPruner
@@ -224,7 +224,7 @@ class OurLoop:
     evaluations = 1
 
     def __init__(self, config: Config, train: Half, test: Half, device: torch.device) -> None:
-        self.config, self.epochs, self.stream = config, 0, fast.new_stream(device)
+        self.config, self.epochs, self.stream = config, 0, loops.new_stream(device)
         with training.computing(config, self.stream):
             model, pruner = pruned(config, device)
             parts = config, model, training.make_optimizer(config, model), pruner, device
@@ -268,7 +268,7 @@ def step_flops(config: Config) -> int:
 
 def precisions(device: torch.device) -> list[str]:
     """Return the precisions that a device computes in."""
-    return ["float32", *(["bfloat16"] if fast.native_bfloat16(device) else [])]
+    return ["float32", *(["bfloat16"] if loops.native_bfloat16(device) else [])]
 
 
 def speed(options: argparse.Namespace) -> list[dict]:
@@ -319,4 +319,4 @@ if __name__ == "__main__":
         main()
     else:  # as a worker: glibc reads these once
         command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]]
-        subprocess.run(command, env=os.environ | fast.WORKER_ENVIRONMENT, check=True)
+        subprocess.run(command, env=os.environ | WORKER_ENVIRONMENT, check=True)

@@ -23,7 +23,7 @@ from paperlib.batches import Batches
 from paperlib.config import Config
 from paperlib.devices import autocast, choose_device, full_float32, memory_format, one_at_a_time
 from paperlib.diagnostics import Arrays, Callback, Moment
-from paperlib.extras import fast as faster
+from paperlib.extras.fast import loops
 from paperlib.loop import PlainLoop, Totals, finish
 from paperlib.networks import build, check_images, events_of, make_optimizer, make_pruner
 from paperlib.networks import imagenet_outputs as imagenet_outputs
@@ -79,14 +79,14 @@ def run(
     if record := inputs.finished(config, store):
         return record
     where = choose_device(device)
-    with computing(config, faster.new_stream(where)):
+    with computing(config, loops.new_stream(where)):
         return finish(steps(config, store, where, callback, wait, captured=fast))
 
 
 @contextmanager
 def computing(config: Config, on: "torch.cuda.Stream | None") -> Iterator[None]:
     """Compute in a run's precision, on a CUDA stream if there is one."""
-    with faster.on_stream(on), full_float32() if config.precision == "float32" else nullcontext():
+    with loops.on_stream(on), full_float32() if config.precision == "float32" else nullcontext():
         yield
 
 
@@ -116,7 +116,7 @@ def steps(
     """
     with one_at_a_time:
         make_pruner(config, build(config))  # refuses unknown names before data are read
-    faster.warn_if_emulated(config.precision, device)
+    loops.warn_if_emulated(config.precision, device)
     if store is None:
         how = config, inputs.images_of(config), device, callback, captured
         with one_at_a_time:
@@ -360,8 +360,8 @@ def make_loop(
     device: torch.device,
     fast: bool = False,
 ) -> PlainLoop:
-    """Return the loop that trains and evaluates a run; see `extras.fast.loop_class`."""
-    kind = faster.loop_class(device, config.model in models.MODELS, fast)
+    """Return the loop that trains and evaluates a run; see `loops.loop_class`."""
+    kind = loops.loop_class(device, config.model in models.MODELS, fast)
     return kind(model, optimizer, pruner, partial(autocast, config.precision, device))
 
 

@@ -13,8 +13,7 @@ from small import numbers
 
 from paperlib import training
 from paperlib.config import FilterPruning
-from paperlib.extras import fast
-from paperlib.extras.fast import graphs, together
+from paperlib.extras.fast import graphs, loops, together
 from paperlib.extras.fast.graphs import Replays
 from paperlib.runs import Store
 from paperlib.store import checkpoints
@@ -226,7 +225,7 @@ def test_which_loop_is_chosen(device, model, fast, plain, expected, monkeypatch)
 
 @pytest.mark.parametrize("native", [True, False])
 def test_emulated_bfloat16_is_said(native, monkeypatch):
-    monkeypatch.setattr(fast, "native_bfloat16", lambda device: native)
+    monkeypatch.setattr(loops, "native_bfloat16", lambda device: native)
     config = BASE.with_(model="conv4", precision="bfloat16", epochs=1, train_per_class=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

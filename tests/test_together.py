@@ -14,8 +14,7 @@ from small import numbers
 from benchmarks.gpu import run_together
 from paperlib import training
 from paperlib.config import FilterPruning
-from paperlib.extras import fast
-from paperlib.extras.fast import graphs, together
+from paperlib.extras.fast import graphs, loops, together
 from paperlib.extras.fast.convolutions import QuickLoop
 from paperlib.extras.fast.graphs import Replays
 from paperlib.loop import finish
@@ -89,8 +88,8 @@ def test_a_run_that_waits_leaves_the_thread_to_others(captured, monkeypatch):
             return self.asked % 5 == 0
 
     stream = Stream()
-    monkeypatch.setattr(fast, "new_stream", lambda device: stream)
-    monkeypatch.setattr(fast, "on_stream", nullcontext)
+    monkeypatch.setattr(loops, "new_stream", lambda device: stream)
+    monkeypatch.setattr(loops, "on_stream", nullcontext)
     monkeypatch.setattr(graphs, "STEPS", 1)
     calls = len(list(together.by_turns(BASE.with_(epochs=2), None, "cpu")))
     launches = math.ceil(10 * BASE.train_per_class / BASE.batch)

@@ -15,7 +15,7 @@ import torch
 from paperlib import inputs, training
 from paperlib.config import Config
 from paperlib.devices import choose_device
-from paperlib.extras import fast as faster
+from paperlib.extras.fast import loops
 from paperlib.extras.fast.graphs import GO_ON, CaptureError
 from paperlib.runs import RunRecord, Store
 from paperlib.training import Callback
@@ -54,7 +54,7 @@ def by_turns(
         if record := inputs.finished(config, store):
             return record
         where = choose_device(device)
-        stream = faster.new_stream(where)
+        stream = loops.new_stream(where)
         steps = training.steps(
             config, store, where, callback, wait=False, alone=alone, captured=fast, until=until
         )

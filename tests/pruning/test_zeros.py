@@ -236,6 +236,14 @@ def test_refused_by_name_with_nothing_changed(name):
     assert pruner.prune(1, 1) == 3
 
 
+def test_a_size_that_is_stated_is_of_an_image_that_is_tried_or_the_layer_is_refused():
+    for size, prunable in ((28, True), (30, False)):
+        net = Net(lambda n, x: x, lambda n, x, size=size: x.reshape(-1, 6 * size**2))
+        net.head = nn.Linear(6 * size**2, 2)
+        assert ("b" in prunable_layers(net)) == prunable
+        assert "a" in prunable_layers(net)
+
+
 def test_a_norm_of_two_layers_is_not_zeroed_for_one():
     net = Net(lambda n, x: n.norm(x).relu(), lambda n, x: n.norm(x).mean((2, 3)))
     net.norm = nn.BatchNorm2d(6)

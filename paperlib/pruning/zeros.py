@@ -27,7 +27,7 @@ class Refused(Exception):
     """A filter's zeros cannot be followed; the message says why, as a sentence's end."""
 
 
-class OnShortcut(Exception):
+class OnShortcut(Refused):
     """The convolution is on the shortcut of a residual sum, which the message names."""
 
 

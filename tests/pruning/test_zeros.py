@@ -138,6 +138,10 @@ JOINED = {
     "after the input's channels": (lambda n, x: torch.cat([n.c(x), x], 1), half),
     "with norm": (lambda n, x: n.norm(torch.cat((n.c(x).relu(), x.relu()), dim=1)), half),
     "twice": (lambda n, x: torch.cat([x, x], dim=-3), lambda lost: torch.cat([lost, lost])),
+    "halves turned": (
+        lambda n, x: torch.cat([x[:, 3:], x[:, :3], x[:, [1, 0, 2, 3, 4, 5]]], 1),
+        lambda lost: torch.cat([lost.roll(3), lost[[1, 0, 2, 3, 4, 5]]]),
+    ),
     "after what is spread": (lambda n, x: n.norm(torch.cat([n.one(x) * n.c(x), x], 1)), half),
     "padded": (lambda n, x: F.pad(x, (0, 0, 0, 0, 2, 4)), lambda lost: F.pad(lost, (2, 4))),
 }
@@ -206,6 +210,7 @@ REFUSED = {
     "no affine": (lambda n, x: n.plain(x), "plain"),
     "group norm of spoilt": (lambda n, x: n.groups(x.cos()), "cos"),
     "in place": (lambda n, x: [x.sigmoid_(), x][1], "sigmoid_"),
+    "in place, detached": (lambda n, x: [x.detach().sigmoid_(), x][1], "sigmoid_"),
     "in place, of a view": (lambda n, x: [x[:, :, 1:].add_(1), x][1], "add_"),
     "into another": (lambda n, x: torch.add(x, x, out=x), "add"),
     "rows of some channels": (lambda n, x: n.rows(x.view(-1, 8)).view(x.shape), "view"),
@@ -281,7 +286,8 @@ def test_following_a_network_draws_and_changes_nothing():
     net.b.eval()
     modes, state = [m.training for m in net.modules()], torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    FilterPruner(net, [0.5], layers=["a"])
+    with torch.inference_mode():
+        FilterPruner(net, [0.5], layers=["a"])
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in net.modules()] == modes
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())

@@ -258,6 +258,7 @@ def test_plain_residual_network_with_the_same_channels_pruned_everywhere():
     assert_same(network, small)
     assert set(widths(small).values()) == {3}
     assert not any(layer._forward_hooks for layer in small.modules())
+    assert not any(hasattr(layer, "kept_channels") for layer in small.modules())
 
 
 def first_filters(conv: nn.Conv2d) -> Tensor:

@@ -48,7 +48,8 @@ class Network(Traced):
         self.values: dict[fx.Node, Any] = {}
         self.written: set[fx.Node] = set()
         self.plain: set[fx.Node] = set()
-        with in_mode(model, training), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        counted = torch.inference_mode(False)  # only then writes are counted
+        with in_mode(model, training), counted, torch.no_grad(), torch.random.fork_rng(devices=[]):
             for size in [image] if image is not None else self._sizes():
                 values, written, plain = self._run(model, size)
                 if len(values) > len(self.values):

@@ -165,12 +165,12 @@ def _address(parameter: Tensor) -> int:
     return id(parameter) if is_lazy(parameter) or parameter.is_meta else parameter.data_ptr()
 
 
-def _convolutions(traced: Network) -> Iterator[str]:
+def _convolutions(network: Network) -> Iterator[str]:
     """Names of the modules that convolve, in forward order; of functions, those they are in."""
-    for node in traced.graph.nodes:
-        scopes = traced.scopes(node)
-        names = [name for name in scopes if _convolves(traced.modules[name])]
-        if not names and traced.key(node) in ops.FUNCTIONAL_CONVOLUTIONS:
+    for node in network.graph.nodes:
+        scopes = network.scopes(node)
+        names = [name for name in scopes if _convolves(network.modules[name])]
+        if not names and network.key(node) in ops.FUNCTIONAL_CONVOLUTIONS:
             names = scopes[-1:] or [node.name]
         yield from names
 

@@ -111,7 +111,9 @@ class FilterPruner(Pruner):
 
     Args:
         model: any network that torch.fx can trace, for images (N, C, H, W). Hooks that change a
-            layer's output are not seen if they are registered later.
+            layer's output are not seen if they are registered later. Where the forward pass states
+            sizes, as `x.view(-1, 384)` does, images must be square and of a size in
+            `paperlib.pruning.features.SIZES`; `x.flatten(1)` does for any.
         fractions: the share of each layer's filters that is gone after its last event, in [0, 1).
         score: one of `SCORES`, or a function from the convolution to its scores (filters,).
             "activation" watches the forward passes in training mode from now on.

@@ -27,7 +27,7 @@ class Refused(Exception):
     """A filter's zeros cannot be followed; the message says why, as a sentence's end."""
 
 
-class OnShortcut(Exception):
+class OnShortcut(Refused):
     """The convolution is on the shortcut of a residual sum, which the message names."""
 
 
@@ -157,13 +157,9 @@ class Trail:
         if key in ops.ACROSS:
             self._check_unspoilt(node, found.values())
         filters = self._placed(node, found)
-        linear = ops.MULTIPLY | ops.ADD
-        first = replace(
-            next(iter(found.values())),
-            filters=filters,
-            direct=all(state.direct for state in found.values())
-            and (key in linear or key not in ops.ELEMENTWISE | ops.ACTIVATIONS),
-        )
+        activation = key in (ops.ELEMENTWISE | ops.ACTIVATIONS) - ops.MULTIPLY - ops.ADD
+        direct = not activation and all(state.direct for state in found.values())
+        first = replace(next(iter(found.values())), filters=filters, direct=direct)
         if key in ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | ops.REDUCE:
             return first
         values = {

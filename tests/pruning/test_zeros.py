@@ -138,6 +138,10 @@ JOINED = {
     "after the input's channels": (lambda n, x: torch.cat([n.c(x), x], 1), half),
     "with norm": (lambda n, x: n.norm(torch.cat((n.c(x).relu(), x.relu()), dim=1)), half),
     "twice": (lambda n, x: torch.cat([x, x], dim=-3), lambda lost: torch.cat([lost, lost])),
+    "halves turned": (
+        lambda n, x: torch.cat([x[:, 3:], x[:, :3], x[:, [1, 0, 2, 3, 4, 5]]], 1),
+        lambda lost: torch.cat([lost.roll(3), lost[[1, 0, 2, 3, 4, 5]]]),
+    ),
     "after what is spread": (lambda n, x: n.norm(torch.cat([n.one(x) * n.c(x), x], 1)), half),
     "padded": (lambda n, x: F.pad(x, (0, 0, 0, 0, 2, 4)), lambda lost: F.pad(lost, (2, 4))),
 }
@@ -206,6 +210,7 @@ REFUSED = {
     "no affine": (lambda n, x: n.plain(x), "plain"),
     "group norm of spoilt": (lambda n, x: n.groups(x.cos()), "cos"),
     "in place": (lambda n, x: [x.sigmoid_(), x][1], "sigmoid_"),
+    "in place, detached": (lambda n, x: [x.detach().sigmoid_(), x][1], "sigmoid_"),
     "in place, of a view": (lambda n, x: [x[:, :, 1:].add_(1), x][1], "add_"),
     "into another": (lambda n, x: torch.add(x, x, out=x), "add"),
     "rows of some channels": (lambda n, x: n.rows(x.view(-1, 8)).view(x.shape), "view"),
@@ -234,6 +239,14 @@ def test_refused_by_name_with_nothing_changed(name):
     assert all(value.equal(before[key]) for key, value in net.state_dict().items())
     pruner = FilterPruner(net, [0.5], layers=["b"])
     assert pruner.prune(1, 1) == 3
+
+
+def test_a_size_that_is_stated_is_of_an_image_that_is_tried_or_the_layer_is_refused():
+    for size, prunable in ((28, True), (30, False)):
+        net = Net(lambda n, x: x, lambda n, x, size=size: x.reshape(-1, 6 * size**2))
+        net.head = nn.Linear(6 * size**2, 2)
+        assert ("b" in prunable_layers(net)) == prunable
+        assert "a" in prunable_layers(net)
 
 
 def test_a_norm_of_two_layers_is_not_zeroed_for_one():
@@ -273,7 +286,8 @@ def test_following_a_network_draws_and_changes_nothing():
     net.b.eval()
     modes, state = [m.training for m in net.modules()], torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    FilterPruner(net, [0.5], layers=["a"])
+    with torch.inference_mode():
+        FilterPruner(net, [0.5], layers=["a"])
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in net.modules()] == modes
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())

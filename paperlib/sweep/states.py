@@ -118,7 +118,8 @@ def table(plans: Mapping[str, Iterable[Config]], store: Store) -> pd.DataFrame:
     """Return one row a figure: its runs, and how many are in each of `STATES`.
 
     Column hours has the time that runs not done will take one after the other on this machine, as
-    far as its store has measured runs alike. Column unknown counts the runs that this leaves out.
+    far as its store has measured runs alike; NaN where it has none. Column unknown counts the runs
+    that this leaves out.
 
     Args:
         plans: the configurations of each figure.
@@ -133,6 +134,7 @@ def table(plans: Mapping[str, Iterable[Config]], store: Store) -> pd.DataFrame:
         rows.append(
             {"figure": name, "runs": len(mine)}
             | {state: counts[state] for state in STATES}
-            | {"hours": needed.sum() / 3600, "unknown": needed.isna().sum(), "states": mine}
+            | {"hours": needed.sum(min_count=min(len(needed), 1)) / 3600}
+            | {"unknown": needed.isna().sum(), "states": mine}
         )
     return pd.DataFrame(rows)

@@ -301,7 +301,7 @@ def test_a_profile_changes_scale_only(profile):
         assert small.epochs < paper.epochs
         assert small.width <= paper.width
         for milestone, original in zip(small.milestones, paper.milestones, strict=True):
-            assert abs(milestone - original * small.epochs / paper.epochs) < 0.51
+            assert abs(milestone - original / PROFILES[profile].factor(paper.epochs)) < 0.51
         assert (small.noise and small.noise.kind) == (paper.noise and paper.noise.kind)
         assert bool(events_of(small)) == bool(events_of(paper))
         if events_of(small):

@@ -60,7 +60,7 @@ class _Settings:
 
 
 class _Pruning(_Settings):
-    """What both kinds of pruning share."""
+    """The settings that both kinds of pruning share."""
 
     fractions: tuple[float, ...]
     layers: tuple[str, ...] | None

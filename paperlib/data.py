@@ -185,7 +185,7 @@ def _digits() -> Dataset:
 
 @dataclass(frozen=True)
 class Cifar:
-    """Where a CIFAR is and what its files are; `mean` and `std` are the paper's."""
+    """The address and the files of a CIFAR data set; `mean` and `std` are the paper's."""
 
     url: str
     md5: str

@@ -1,4 +1,4 @@
-"""Where a run comes from: its images, the code that it names, their checksums, the machine."""
+"""The origin of a run: its images, the code that it names, their checksums, the machine."""
 
 from functools import lru_cache
 from pathlib import Path

@@ -115,7 +115,7 @@ def finish(steps: Generator[Any, None, T]) -> T:
 
 
 class PlainLoop:
-    """How a run trains and tests, step by step.
+    """Train and test a network, step by step.
 
     Attributes:
         draws: The network may draw from torch's global generators.

@@ -151,12 +151,12 @@ class FilterNoise(Pruner):
 
     @property
     def due(self) -> bool:
-        """Whether the pruner that chooses observes the pass that follows."""
+        """True if the pruner that chooses observes the pass that follows."""
         return self.pruner.due
 
     @property
     def busy(self) -> bool:
-        """Whether there is noise still to come."""
+        """True if noise is still to come."""
         return bool(self._spans)
 
     @torch.no_grad()

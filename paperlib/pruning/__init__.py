@@ -1,4 +1,4 @@
-"""Which filters or weights are pruned, and when: scores, targets, schedules and masks.
+"""Pruning of filters and weights: scores, targets, schedules and masks.
 
 arXiv 1906.03728 (filters) and arXiv 1805.01930 (single weights). A pruned parameter is set to zero
 and put back to zero by `hold()` after every optimizer step; the forward pass of a pruned network

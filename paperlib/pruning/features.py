@@ -1,4 +1,4 @@
-"""How large each tensor of a traced network is, and which channels each operation moves where.
+"""Sizes of the tensors of a traced network, and the channels that each operation moves.
 
 The features of a tensor are its entries along dimension 1: channels, or what a flattening has made
 of them. Sizes come from running the graph on the CPU, without its weights.
@@ -147,7 +147,7 @@ class Network(Traced):
         return [user for user in node.users if user not in self.plain]
 
     def share_memory(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether the tensors of two nodes are views of the same memory, or may be."""
+        """Return whether the tensors of two nodes are views of the same memory, or may be."""
         if {a, b} & self.plain:
             return False
         if not self.shape(a) or not self.shape(b):

@@ -27,7 +27,7 @@ def layer_type(module: nn.Module) -> type:
 
 
 def has_own_forward(module: nn.Module, base: type) -> bool:
-    """Whether a module replaces the forward pass of the layer that its class is made of."""
+    """Return whether a module replaces the forward pass of the layer that its class is made of."""
     same = all(
         getattr(type(module), name, None) is getattr(base, name, None)
         for name in ("forward", "_conv_forward")

@@ -51,12 +51,12 @@ class Pruner:
 
     @property
     def due(self) -> bool:
-        """Whether the next pass is observed."""
+        """True if the next pass is observed."""
         return False
 
     @property
     def busy(self) -> bool:
-        """Whether `before_pass` changes weights in the passes to come."""
+        """True if `before_pass` changes weights in the passes to come."""
         return False
 
     def prune(self, event: Events, events: Events) -> int:
@@ -171,7 +171,7 @@ class FilterPruner(Pruner):
 
     @property
     def due(self) -> bool:
-        """Whether the score "activation" observes the pass that follows."""
+        """True if the score "activation" observes the pass that follows."""
         return self.activation is not None and self.activation.due
 
     def before_pass(self, training: bool) -> None:

@@ -1,4 +1,4 @@
-"""How many filters or weights are pruned at an event, and which: schedules, scores, targets."""
+"""Schedules, scores and targets: the filters or weights that an event prunes."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Where the zeros of a pruned filter go: from its convolution to the next layers that mix channels.
+"""Follow the zeros of a pruned filter from its convolution to the next layers that mix channels.
 
 A pruned filter's weights and bias are zero, and so is its output. `Trail` follows that output
 through a traced network to every use. On the way it collects the further parameters that must be
@@ -102,7 +102,7 @@ class Trail:
             self._check_not_shared()
 
     def _follow(self, node: fx.Node) -> Zeros | None:
-        """Where the filters are in a node's output, None where its zeros are of no effect on it."""
+        """Return where the filters are in a node's output; None if their zeros do not affect it."""
         sources = self.network.operands[node] or node.all_input_nodes
         found = {source: self._at[source] for source in sources if source in self._at}
         state = None
@@ -146,7 +146,7 @@ class Trail:
     # Rules: from where the filters are in a node's inputs to where they are in its output
 
     def _followed(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> Zeros:
-        """What is not known of the other inputs is nan, and so is what an operation makes of it."""
+        """Unknown values of the other inputs are nan, and so are results that depend on them."""
         key, spoilt = self.network.key(node), [s.spoilt for s in found.values() if s.spoilt]
         if key in ops.MULTIPLY:
             if len(spoilt) < len(found):  # zero times anything is zero
@@ -240,12 +240,12 @@ class Trail:
         return node is not None and bool(self.network.operands[node])
 
     def _aligned(self, tensor: fx.Node) -> bool:
-        """Whether a tensor's channels are these filters, one for one, and it is not flattened."""
+        """Return whether a tensor's channels are these filters, one for one, and not flattened."""
         filters = tuple(range(self.network.shape(self.calls[0])[1]))
         return self._at[tensor].filters == filters and len(self.network.shape(tensor)) == 4
 
     def _can_mask(self, node: fx.Node, state: Zeros) -> bool:
-        """Whether a module returns this node, no more often than the convolution is called.
+        """Return whether a module returns this node, no more often than the convolution is called.
 
         Hooks of the network itself are none of its graph, so that it cannot mask.
         """

@@ -123,7 +123,7 @@ def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -
 
 
 def _is_wanted(path: Path, wanted: Callable[[Config], bool]) -> bool:
-    """Whether a checkpoint or a note of a failure is of a configuration of use."""
+    """Return whether a checkpoint or a note of a failure is of a run that is still wanted."""
     try:
         if path.parent.name == "failed":
             content = json.loads(path.read_text())

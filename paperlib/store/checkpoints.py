@@ -113,7 +113,7 @@ class Checkpoint:
 
     @property
     def _inputs(self) -> dict[str, object]:
-        """What a checkpoint has to agree with to be of this run."""
+        """Versions, identity and checksums that a checkpoint of this run must have."""
         return _versions() | {"run": self.config.identity} | self.made_of
 
     def restore(self, parts: Parts) -> tuple[Rows, Arrays] | None:

@@ -64,7 +64,7 @@ class RunRecord:
         return self.config.identity
 
     def same_numbers(self, other: "RunRecord") -> bool:
-        """Whether both hold the same numbers, apart from the seconds that an epoch took."""
+        """Return whether both hold the same numbers, apart from the seconds that an epoch took."""
         mine, theirs = (
             (digest(columns_of(each) | {"seconds": np.empty(0)}), digest(each.arrays))
             for each in (self, other)

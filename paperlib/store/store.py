@@ -68,7 +68,7 @@ class Store:
         return f"Store({str(self.path)!r})"
 
     def __contains__(self, run: str | Config) -> bool:
-        """Whether a run has a whole record. Raises Mismatch."""
+        """Return whether a run has a whole record. Raises Mismatch."""
         return bool(self.whole([run]))
 
     # Reading
@@ -180,8 +180,8 @@ class Store:
         """Take over a run of another store, but never in place of a better or different one.
 
         Returns:
-            The outcome: "new", "mended" (ours was damaged), "same", or
-             "different" (it has other numbers than ours, which stay).
+            The outcome: "new", "mended" (ours was damaged), "same", or "different" (it has other
+            numbers than ours, which stay).
         """
         ours = self.find([record.run]).get(record.run)
         if isinstance(ours, RunRecord):

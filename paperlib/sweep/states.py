@@ -43,7 +43,7 @@ class State:
 
     @property
     def left(self) -> int:
-        """How many epochs are not done."""
+        """Number of epochs that are not done."""
         return self.config.epochs - self.epochs
 
 

@@ -133,7 +133,7 @@ def assigned_device(asked: str) -> str:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether work failed because of the process that had it, not because of itself."""
+    """Return whether work failed because its process did, not because of itself."""
     killed = type(error).__name__ == "KilledWorker"  # Dask's, after several workers
     return killed or isinstance(error, WorkerDied | BrokenExecutor)
 

@@ -1,4 +1,4 @@
-"""Which channels of a network are noticed by nothing after them, and the cut itself."""
+"""Find the channels that nothing after them uses, and cut them out."""
 
 from typing import Any
 

@@ -1,6 +1,10 @@
-"""Small runs and networks that several tests use."""
+"""Small runs and networks that several tests use, and a small web server."""
 
 import math
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pandas as pd
@@ -8,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from paperlib import data
+from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.runs import RunRecord
 from paperlib.training import run
 
 torch.set_num_threads(1)
@@ -39,6 +46,34 @@ def numbers(config: Config, **options) -> pd.DataFrame:
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     return a.equals(b)
+
+
+def record(config: Config, arrays: dict | None = None, **columns) -> RunRecord:
+    """Of a run that was not done: each column is one number, or those given."""
+    constant = {"trained": True, "train_loss": 0.01, "pre": 80.0, "post": 70.0, "removed": 1}
+    rows = {"epoch": range(config.epochs), **constant, "seconds": 1.0, **columns}
+    return RunRecord(config, pd.DataFrame(rows), arrays or {})
+
+
+def images_of(config: Config, half: str) -> Batches:
+    """The "train" or "test" images of a run."""
+    chosen = data.load(config.data).subset(config.train_per_class, config.test_per_class)
+    images, labels = getattr(chosen, f"{half}_images"), getattr(chosen, f"{half}_labels")
+    return Batches(images, labels, chosen.mean, chosen.std, "cpu")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+@contextmanager
+def served(folder):
+    """The address at which a folder is served, on loopback."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 class Tiny(nn.Module):

@@ -77,22 +77,38 @@ def served(folder):
 
 
 class Tiny(nn.Module):
-    """Its loss is NaN from the `last`-th training pass on."""
+    """Its loss is NaN from the `last`-th training pass on; `wrap` is around its output."""
 
-    def __init__(self, num_classes: int, in_channels: int, last: float = math.inf) -> None:
+    def __init__(self, num_classes, in_channels, last=math.inf, wrap=lambda out: out):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, 8, 3, stride=4)
         self.fc = nn.Linear(8, num_classes)
-        self.passes, self.last = 0, last
+        self.passes, self.last, self.wrap = 0, last, wrap
 
     def forward(self, x):
         self.passes += self.training
         out = self.fc(F.relu(self.conv(x)).mean((2, 3)))
-        return out * (math.nan if self.passes >= self.last else 1)
+        return self.wrap(out * (math.nan if self.passes >= self.last else 1))
 
 
-def nan_at_pass_six(num_classes: int, in_channels: int) -> nn.Module:
-    return Tiny(num_classes, in_channels, 6)
+def nan_at_pass_six(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, last=6)
+
+
+def logits_in_an_object(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: SimpleNamespace(logits=out, other=0))
+
+
+def logits_in_a_dict(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: {"logits": out})
+
+
+def logits_in_a_pair(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: (out, out))
+
+
+def eight_outputs(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: out[:, :8])
 
 
 def largest_weight(conv: nn.Conv2d) -> torch.Tensor:
@@ -134,31 +150,3 @@ class PlusBlock(nn.Module):
     def forward(self, x):
         out = self.norm1(self.conv1(x)).relu()
         return (self.norm2(self.conv2(out)) + x).relu()
-
-
-class WithLogits(Tiny):
-    """Returns an object that has logits."""
-
-    def forward(self, x):
-        return SimpleNamespace(logits=super().forward(x), features=x)
-
-
-class InDict(Tiny):
-    """Returns a dict that has logits."""
-
-    def forward(self, x):
-        return {"logits": super().forward(x)}
-
-
-class Pair(Tiny):
-    """Returns logits, and something else."""
-
-    def forward(self, x):
-        return super().forward(x), x
-
-
-class Features(Tiny):
-    """Returns no logits but eight features."""
-
-    def forward(self, x):
-        return self.conv(x).mean((2, 3))

@@ -36,7 +36,6 @@ def paperlib(monkeypatch, capsys, tmp_path):
     return call
 
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 # A command, and what its error must name.
 WRONG = [
     *((f"{n} figure-9", "'figure-9' figure-2 table-F1") for n in ("status", "sweep", "figures")),
@@ -48,7 +47,6 @@ WRONG = [
     ("sweep figure-1 --profile smoke --precision float16", "'float16' float32 bfloat16"),
     ("sweep figure-1 --profile smoke --data images:/no/such.zip", "/no/such.zip"),
     ("sweep figure-1 --profile smoke --device tpu", "'tpu' auto cpu"),
-    pytest.param("sweep figure-1 --profile smoke --device cuda", "'cuda' auto", marks=NO_GPU),
     ("sweep figure-1 --profile smoke --runs FILE", "file"),
     ("sweep figure-1 --cluster there:1", "tcp://HOST:PORT local:N 'there:1'"),
     ("sweep --cluster local:2 --jobs 2", "--cluster"),

@@ -1,6 +1,7 @@
 """Networks whose measures are hard to get right: each is measured rightly, or refused."""
 
 import collections
+import itertools
 import random
 import types
 
@@ -61,16 +62,6 @@ def check_refused(model, which=(*BOTH, "sharpness"), named=""):
         assert named in str(error.value)
 
 
-class Counting(Net):
-    """Its output depends on how often it has been called."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x) * self.calls
-
-
 class Remembering(Net):
     """Its buffers change in evaluation mode, in place or by assignment."""
 
@@ -98,12 +89,14 @@ LOW = {
     "float16": lambda h: h.half().tanh().float(),
     "float8_e5m2": lambda h: h + h.detach().to(torch.float8_e5m2).float(),
 }
+CALLS = itertools.count(1)
 NO_FUNCTION = {
     "alpha dropout": lambda h: F.alpha_dropout(h, 0.5, training=True),
     "little noise": lambda h: h + 1e-3 * torch.randn_like(h),
     "random slopes": lambda h: F.rrelu(h, training=True),
     "Python's generator": lambda h: h * random.random(),
     "NumPy's generator": lambda h: h + np.random.default_rng().normal(),
+    "count of calls": lambda h: h * next(CALLS),
     "mean": lambda h: h - h.mean(0),
     "softmax": lambda h: h.softmax(0),
     "batch norm": nn.BatchNorm2d(2, track_running_stats=False),
@@ -117,22 +110,20 @@ NO_LOGITS = {
     "(12, 3, 1)": lambda o: o[..., None],
     "(36, 1)": lambda o: o.reshape(-1, 1),
 }
-REFUSED = (
-    [(name, "Net", Net(use)) for name, use in NO_FUNCTION.items()]
-    + [(name, name, Net(use)) for name, use in LOW.items()]
-    + [(name, name, Net(wrap=wrap)) for name, wrap in NO_LOGITS.items()]
-    + [
-        ("counts calls", "Counting", Counting()),
-        ("remembers a batch", "Remembering", Remembering("average")),
-        ("int8", "int8", with_parameter(torch.int8)),
-        ("complex64", "complex64", with_parameter(torch.complex64)),
-        ("no parameters", "None", nn.Flatten()),
-    ]
-)
+REFUSED = {  # and what the error names
+    **{name: (Net(use), "Net") for name, use in NO_FUNCTION.items()},
+    **{name: (Net(use), name) for name, use in LOW.items()},
+    **{name: (Net(wrap=wrap), name) for name, wrap in NO_LOGITS.items()},
+    "average of batches": (Remembering("average"), "Remembering"),
+    "int8": (with_parameter(torch.int8), "int8"),
+    "complex64": (with_parameter(torch.complex64), "complex64"),
+    "no parameters": (nn.Flatten(), "None"),
+}
 
 
-@pytest.mark.parametrize(("name", "named", "model"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_what_is_no_function_of_each_image_in_float32_is_refused(name, named, model):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_function_of_each_image_in_float32_is_refused(kind):
+    model, named = REFUSED[kind]
     check_refused(model, named=named)
 
 

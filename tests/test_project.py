@@ -69,7 +69,7 @@ def test_the_claims_tables_are_those_of_the_committed_runs(name, tmp_path):
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in (ROOT / "paperlib").rglob("*.py")
+    for path in sorted((ROOT / "paperlib").rglob("*.py"))
 }
 
 

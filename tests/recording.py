@@ -6,8 +6,9 @@ those without any Python between them. It refuses whatever a capture refuses.
 
 import pandas as pd
 import pytest
+import small
 import torch
-from small import numbers
+from small import SCRATCH, VGG, numbers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,16 +67,7 @@ def captured(monkeypatch):
     return Recording
 
 
-BASE = Config(
-    data="digits",
-    train_per_class=5,
-    test_per_class=6,
-    width=1 / 16,
-    epochs=5,
-    batch=16,
-    learning_rate=0.01,
-)
-CONV = BASE.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
+BASE, CONV = VGG.with_(epochs=5), small.CONV.with_(epochs=5)
 PRUNING = FilterPruning((0.3, 0.3, 0.3, 0.9), ((1,), (1, 2), (2,), (1, 2, 3)), target="largest")
 ALL = ((1, 2), (1, 2), (2,), (1, 3))
 PLAIN_NORM = FilterPruning(PRUNING.fractions, PRUNING.epochs, target="largest", norm=False)
@@ -84,7 +76,7 @@ SETTINGS = {
     "milestones": BASE.with_(milestones=(2, 3)),
     "sgd": BASE.with_(optimizer="sgd", momentum=0.9, weight_decay=0.01, augment=True),
     "filters": BASE.with_(pruning=PRUNING),
-    "scratch": BASE.with_(pruning=FilterPruning((0.3, 0.9), scratch=True)),
+    "scratch": BASE.with_(pruning=SCRATCH.pruning),
     "residual": BASE.with_(  # of 5 batches: the 10th pass, which is observed, ends an epoch
         model="resnet18",
         batch=10,

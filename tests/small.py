@@ -1,6 +1,10 @@
-"""Small runs and networks that several tests use."""
+"""Small runs and networks that several tests use, and a small web server."""
 
 import math
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pandas as pd
@@ -8,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from paperlib import data
+from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.runs import RunRecord
 from paperlib.training import run
 
 torch.set_num_threads(1)
@@ -41,23 +48,67 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     return a.equals(b)
 
 
-class Tiny(nn.Module):
-    """Its loss is NaN from the `last`-th training pass on."""
+def record(config: Config, arrays: dict | None = None, **columns) -> RunRecord:
+    """Of a run that was not done: each column is one number, or those given."""
+    constant = {"trained": True, "train_loss": 0.01, "pre": 80.0, "post": 70.0, "removed": 1}
+    rows = {"epoch": range(config.epochs), **constant, "seconds": 1.0, **columns}
+    return RunRecord(config, pd.DataFrame(rows), arrays or {})
 
-    def __init__(self, num_classes: int, in_channels: int, last: float = math.inf) -> None:
+
+def images_of(config: Config, half: str) -> Batches:
+    """The "train" or "test" images of a run."""
+    chosen = data.load(config.data).subset(config.train_per_class, config.test_per_class)
+    images, labels = getattr(chosen, f"{half}_images"), getattr(chosen, f"{half}_labels")
+    return Batches(images, labels, chosen.mean, chosen.std, "cpu")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+@contextmanager
+def served(folder):
+    """The address at which a folder is served, on loopback."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Tiny(nn.Module):
+    """Its loss is NaN from the `last`-th training pass on; `wrap` is around its output."""
+
+    def __init__(self, num_classes, in_channels, last=math.inf, wrap=lambda out: out):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, 8, 3, stride=4)
         self.fc = nn.Linear(8, num_classes)
-        self.passes, self.last = 0, last
+        self.passes, self.last, self.wrap = 0, last, wrap
 
     def forward(self, x):
         self.passes += self.training
         out = self.fc(F.relu(self.conv(x)).mean((2, 3)))
-        return out * (math.nan if self.passes >= self.last else 1)
+        return self.wrap(out * (math.nan if self.passes >= self.last else 1))
 
 
-def nan_at_pass_six(num_classes: int, in_channels: int) -> nn.Module:
-    return Tiny(num_classes, in_channels, 6)
+def nan_at_pass_six(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, last=6)
+
+
+def logits_in_an_object(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: SimpleNamespace(logits=out, other=0))
+
+
+def logits_in_a_dict(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: {"logits": out})
+
+
+def logits_in_a_pair(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: (out, out))
+
+
+def eight_outputs(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: out[:, :8])
 
 
 def largest_weight(conv: nn.Conv2d) -> torch.Tensor:
@@ -99,31 +150,3 @@ class PlusBlock(nn.Module):
     def forward(self, x):
         out = self.norm1(self.conv1(x)).relu()
         return (self.norm2(self.conv2(out)) + x).relu()
-
-
-class WithLogits(Tiny):
-    """Returns an object that has logits."""
-
-    def forward(self, x):
-        return SimpleNamespace(logits=super().forward(x), features=x)
-
-
-class InDict(Tiny):
-    """Returns a dict that has logits."""
-
-    def forward(self, x):
-        return {"logits": super().forward(x)}
-
-
-class Pair(Tiny):
-    """Returns logits, and something else."""
-
-    def forward(self, x):
-        return super().forward(x), x
-
-
-class Features(Tiny):
-    """Returns no logits but eight features."""
-
-    def forward(self, x):
-        return self.conv(x).mean((2, 3))

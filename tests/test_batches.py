@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 from paperlib.batches import Batches
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
 def generator(seed: int) -> torch.Generator:
@@ -20,36 +21,29 @@ def random_images(count: int, size: int = 32) -> torch.Tensor:
 def test_epoch_is_every_image_once_in_the_order_drawn():
     images, labels = random_images(10), torch.arange(10)
     batches = Batches(images, labels, MEAN, STD, "cpu", size=4)
-    (expected,) = batches.evaluation(10)
+    ((expected, _),) = batches.evaluation(10)
     found = list(batches.epoch(generator(5)))
-    assert len(found) == len(batches) == 3
+    assert len(batches) == 3
     assert [len(y) for _, y in found] == [4, 4, 2]
-    assert (
-        torch.cat([y for _, y in found]).tolist()
-        == torch.randperm(10, generator=generator(5)).tolist()
-    )
-    for x, y in found:
-        assert torch.equal(x, expected[0][y])
+    order = torch.randperm(10, generator=generator(5))
+    assert torch.equal(torch.cat([y for _, y in found]), order)
+    assert torch.equal(torch.cat([x for x, _ in found]), expected[order])
 
 
 @pytest.mark.parametrize("size", [32, 12])
 def test_augmentation_is_crop_then_flip_of_each_image(size):
     images, labels = random_images(50, size), torch.arange(50)
     batches = Batches(images, labels, MEAN, STD, "cpu", size=16, augment=True)
-    found = list(batches.epoch(generator(1), generator(2)))
-    drawn = generator(2)
+    found, drawn = batches.epoch(generator(1), generator(2)), generator(2)
     corners = torch.randint(9, (50, 2), generator=drawn).tolist()
     flips = torch.randint(2, (50,), generator=drawn).tolist()
-    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    order = torch.cat([y for _, y in found]).tolist()
-    for x, index, (top, left), flip in zip(
-        torch.cat([x for x, _ in found]), order, corners, flips, strict=True
-    ):
+    xs, order = (torch.cat(parts) for parts in zip(*found, strict=True))
+    for x, index, (top, left), flip in zip(xs, order, corners, flips, strict=True):
         image = torch.zeros(3, size + 8, size + 8, dtype=torch.uint8)
         image[:, 4:-4, 4:-4] = images[index]
         image = image[:, top : top + size, left : left + size]
         image = image.flip(2) if flip else image
-        assert torch.allclose(x, usual(image), atol=1e-5)
+        assert torch.allclose(x, NORMALISE(image), atol=1e-5)
     assert {0, 8} <= {corner for pair in corners for corner in pair}
     assert 10 < sum(flips) < 40
 
@@ -85,24 +79,20 @@ def test_same_generators_same_batches_whatever_else_is_drawn():
 IN_TURN, BY_CLASS = [2, 0, 1] * 4, [0] * 4 + [1] * 4 + [2] * 4
 
 
-@pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize(
     ("labels", "count", "chosen"),
     [
-        *((IN_TURN, count, [*range(count)]) for count in (1, 7, 12)),
+        (IN_TURN, 7, [*range(7)]),
         (IN_TURN, 99, [*range(12)]),
         # At even distances: of the first images all would be of one class.
-        (BY_CLASS, 1, [0]),
         (BY_CLASS, 3, [0, 4, 8]),
         (BY_CLASS, 5, [0, 2, 4, 7, 9]),
-        (BY_CLASS, 12, [*range(12)]),
     ],
 )
-def test_first_images(labels, count, chosen, augment):
+def test_first_images(labels, count, chosen):
     images, labels = random_images(12, size=8), torch.tensor(labels)
-    x, y = Batches(images, labels, MEAN, STD, "cpu", augment=augment).first(count)
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.allclose(x, normalise(images[chosen]), atol=1e-5)
+    x, y = Batches(images, labels, MEAN, STD, "cpu", augment=True).first(count)
+    assert torch.allclose(x, NORMALISE(images[chosen]), atol=1e-5)
     assert torch.equal(y, labels[chosen])
 
 

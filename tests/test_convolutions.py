@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small import VGG
 from torch import nn
 
 from paperlib import flatness, models
-from paperlib.config import Config, FilterPruning
+from paperlib.config import FilterPruning
 from paperlib.extras.fast import convolutions
 from paperlib.extras.fast.convolutions import convolve, quick
 from paperlib.training import run
@@ -39,14 +40,10 @@ SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (3, 3), (4, 4), (4, 2), (5, 4)]
 def test_against_the_convolution(size, biased, layout, narrow):
     x, weight, bias = tensors(3, 5, 4, *size, layout)
     inputs = [x, weight, bias] if biased else [x, weight]
-    ours, expected = convolve(*inputs), F.conv2d(*inputs, padding=1)
-    assert torch.allclose(ours, expected, atol=1e-12)
-    upstream = torch.randn_like(expected)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, upstream),
-        torch.autograd.grad(expected, inputs, upstream),
-        strict=True,
-    ):
+    outputs = convolve(*inputs), F.conv2d(*inputs, padding=1)
+    upstream = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad(out, inputs, upstream) for out in outputs]
+    for a, b in zip(*([out, *g] for out, g in zip(outputs, gradients, strict=True)), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
 
 
@@ -118,16 +115,8 @@ def test_hessian_products():
 
 
 def test_a_run_by_the_quick_and_the_plain_loop(monkeypatch):
-    config = Config(
-        data="digits",
-        train_per_class=5,
-        test_per_class=6,
-        width=1 / 4,
-        epochs=4,
-        batch=16,
-        learning_rate=0.001,
-        pruning=FilterPruning((0.3, 0.9), ((1,), (1, 2)), target="largest"),
-    )
+    pruning = FilterPruning((0.3, 0.9), ((1,), (1, 2)), target="largest")
+    config = VGG.with_(width=1 / 4, epochs=4, learning_rate=0.001, pruning=pruning)
     rows = run(config, device="cpu").epochs
     monkeypatch.setenv("PAPERLIB_PLAIN", "1")
     plain = run(config, device="cpu").epochs

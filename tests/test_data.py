@@ -6,15 +6,13 @@ import shutil
 import tarfile
 import unicodedata
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import served
 
 from paperlib import data, images
 from paperlib.data import DataError, Dataset
@@ -24,9 +22,8 @@ HALVES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def same(a: Dataset, b: Dataset) -> bool:
-    tensors = all(torch.equal(getattr(a, half), getattr(b, half)) for half in HALVES)
-    about = [(d.classes, d.mean, d.std, d.checksum) for d in (a, b)]
-    return tensors and about[0] == about[1]
+    about, other = ((d.classes, d.mean, d.std, d.checksum) for d in (a, b))
+    return about == other and all(torch.equal(getattr(a, h), getattr(b, h)) for h in HALVES)
 
 
 def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
@@ -36,15 +33,14 @@ def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
     return file.getvalue()
 
 
-def few_files() -> dict[str, bytes]:
-    """Two classes, 3 training images and 2 test images of each."""
-    names = [
-        f"{split}/{label}/{i}.png"
-        for split, count in (("test", 2), ("train", 3))
-        for label in ("dog", "cat")
-        for i in range(count)
-    ]
-    return {name: png(i) for i, name in enumerate(names)}
+# Two classes, 3 training images and 2 test images of each.
+NAMES = [
+    f"{split}/{label}/{i}.png"
+    for split, count in (("test", 2), ("train", 3))
+    for label in ("dog", "cat")
+    for i in range(count)
+]
+FEW = {name: png(i) for i, name in enumerate(NAMES)}
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:
@@ -82,18 +78,15 @@ def test_digits(tmp_path):
     assert len(digits.classes) == 10
     assert digits.test_labels.bincount().min() >= 74
     images = digits.train_images.double() / 255
-    assert torch.allclose(images.mean((0, 2, 3)), torch.tensor(digits.mean).double())
-    expected = images.std((0, 2, 3), correction=0)
-    assert torch.allclose(expected, torch.tensor(digits.std).double())
+    assert digits.mean == pytest.approx(images.mean((0, 2, 3)).tolist())
+    assert digits.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
     assert same(digits, data.load("digits", tmp_path))
     everything = torch.cat([digits.train_images, digits.test_images])[:, 0].flatten(1)
     assert len(everything.unique(dim=0)) == 1797  # no test image is a training image
     assert not list(tmp_path.iterdir())
     assert digits.checksum == digits.subset(3).checksum == data.known_checksum("digits")
-    digest = hashlib.sha256(digits.train_images.numpy().tobytes())
-    for half in HALVES[1:]:
-        digest.update(getattr(digits, half).numpy().tobytes())
-    assert digest.hexdigest()[:32] == digits.checksum
+    content = b"".join(getattr(digits, half).numpy().tobytes() for half in HALVES)
+    assert hashlib.sha256(content).hexdigest()[:32] == digits.checksum
 
 
 def test_subset_is_balanced_nested_and_always_the_same(tmp_path):
@@ -141,12 +134,8 @@ def web(tmp_path, monkeypatch):
     folder = tmp_path / "web"
     folder.mkdir()
     monkeypatch.setenv("no_proxy", "*")
-    handler = partial(SimpleHTTPRequestHandler, directory=folder)
-    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(folder) as address:
+        yield folder, address
 
 
 FILES = {
@@ -206,18 +195,22 @@ def test_cifar_without_a_network_or_damaged(web, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.xz"])
 @pytest.mark.parametrize("top", ["", "images/", "./"])
 def test_folder_and_archives_are_the_same(name, top, tmp_path):
-    files = few_files()
-    expected = load(write(tmp_path / "folder", files), tmp_path / "root")
+    """Archives are read, not extracted: members outside train/ and test/ are nothing."""
+    folder = tmp_path / "in"
+    expected = load(write(folder / "folder", FEW), folder / "root")
     noise = {"README.md": b"", "__MACOSX/train/cat/9.png": b"", "train/cat/._0.png": b""}
     noise |= {"train/.DS_Store": b"", "train/cat/list.txt": b"", ".git/x.png": b""}
-    content = {top + file: content for file, content in (files | noise).items()}
-    found = load(write(tmp_path / name, content), tmp_path / "root")
+    content = {top + file: content for file, content in (FEW | noise).items()}
+    content |= {"../evil.png": png(), "/evil.png": png(), "C:\\evil.png": png()}
+    content |= {"train/../../b.png": b""} if not top else {}
+    found = load(write(folder / name, content), folder / "root")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert same(found, expected)
     assert found.classes == ("cat", "dog")
     assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert found.test_labels.tolist() == [0, 0, 1, 1]
     for image, path in zip(found.train_images[3:], ("0", "1", "2"), strict=True):
-        with Image.open(io.BytesIO(files[f"train/dog/{path}.png"])) as file:
+        with Image.open(io.BytesIO(FEW[f"train/dog/{path}.png"])) as file:
             assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(file))
     assert found.mean == pytest.approx((found.train_images / 255).mean((0, 2, 3)).tolist())
 
@@ -225,14 +218,13 @@ def test_folder_and_archives_are_the_same(name, top, tmp_path):
 def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
     decode, calls = images.decode_image, []
     monkeypatch.setattr(images, "decode_image", lambda *a: calls.append(a[1]) or decode(*a))
-    files = few_files()
     for path in (tmp_path / "a.zip", tmp_path / "folder"):
         root = tmp_path / f"root-{path.stem}"  # one of their own: they share their content
-        first = load(write(path, files), root)
+        first = load(write(path, FEW), root)
         assert len(calls) == 10
         assert same(first, load(path, root))
         assert len(calls) == 10
-        changed = files | {"train/cat/0.png": png(99, (4, 4))}
+        changed = FEW | {"train/cat/0.png": png(99)}
         assert not same(first, load(write(path, changed), root))
         assert len(calls) == 20
         calls.clear()
@@ -240,7 +232,7 @@ def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
 
 
 def test_damaged_cache_is_decoded_afresh(tmp_path):
-    path, root = write(tmp_path / "a.zip", few_files()), tmp_path / "root"
+    path, root = write(tmp_path / "a.zip", FEW), tmp_path / "root"
     first = load(path, root)
     (cache,) = root.glob("images-*.npz")
     whole, pixel = cache.read_bytes(), first.test_images.flatten()[:8].numpy().tobytes()
@@ -254,33 +246,25 @@ def test_damaged_cache_is_decoded_afresh(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
-        (lambda f: {"notes.txt": b""}, "no images in train/"),
-        (lambda f: {k: v for k, v in f.items() if "test/" not in k}, "no images in test/"),
-        (lambda f: {k: v for k, v in f.items() if "train/" not in k}, "no images in train/"),
-        (
-            lambda f: {f"{i}/{k}": v for i in "ab" for k, v in f.items()},
-            "more than one folder: [ab], [ab]",
-        ),
-        (lambda f: f | {"train/0.png": png()}, "train/0.png is not at train/CLASS/FILE"),
-        (lambda f: f | {"train/cat/more/0.png": png()}, "train/cat/more/0.png is not at train/"),
-        (lambda f: f | {"other/train/cat/9.png": png()}, "more than one folder: ., other"),
-        (lambda f: f | {"test/cow/0.png": png()}, "'cow' is in test/ but not in train/: cat, dog"),
-        (
-            lambda f: f | {"train/cat/wide.png": png(size=(5, 4))},
-            "mixed size: test/cat/0.png is 4x4, train/cat/wide.png is 5x4",
-        ),
-        (
-            lambda f: f | {"train/cat/bad.png": b"not an image"},
-            "train/cat/bad.png cannot be decoded",
-        ),
-        (lambda f: f | {"train/cat/bad.png": png()[:-30]}, "train/cat/bad.png cannot be decoded"),
+        ({"notes.txt": b""}, "no images in train/"),
+        ({k: v for k, v in FEW.items() if "test/" not in k}, "no images in test/"),
+        ({k: v for k, v in FEW.items() if "train/" not in k}, "no images in train/"),
+        ({f"{i}/{k}": FEW[k] for i in "ab" for k in FEW}, "more than one folder: [ab], [ab]"),
+        (FEW | {"train/0.png": png()}, "train/0.png is not at train/CLASS/FILE"),
+        (FEW | {"train/cat/more/0.png": png()}, "train/cat/more/0.png is not at train/"),
+        (FEW | {"other/train/cat/9.png": png()}, "more than one folder: ., other"),
+        (FEW | {"test/cow/0.png": png()}, "'cow' is in test/ but not in train/: cat, dog"),
+        (FEW | {"train/cat/9.png": png(size=(5, 4))}, "t/cat/0.png is 4x4, train/cat/9.png is 5x4"),
+        (FEW | {"train/cat/bad.png": b"not an image"}, "train/cat/bad.png cannot be decoded"),
+        (FEW | {"train/cat/bad.png": png()[:-30]}, "train/cat/bad.png cannot be decoded"),
     ],
+    ids=range(11),
 )
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
-def test_bad_contents(change, message, name, tmp_path):
-    path = write(tmp_path / name, change(few_files()))
+def test_bad_contents(content, message, name, tmp_path):
+    path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message) as error:
         load(path, tmp_path / "root")
     assert name in str(error.value)
@@ -288,27 +272,9 @@ def test_bad_contents(change, message, name, tmp_path):
     assert not list((tmp_path / "root").glob("*.npz"))
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar.xz"])
-def test_nothing_leaves_the_folder(name, tmp_path):
-    """Archives are read, not extracted: members outside train/ and test/ are nothing."""
-    outside = {
-        "../evil.png": png(),
-        "/evil.png": png(),
-        "C:\\evil.png": png(),
-        "train/../../b.png": b"",
-    }
-    (tmp_path / "in").mkdir()
-    path = write(tmp_path / "in" / name, few_files() | outside)
-    found = load(path, tmp_path / "in" / "root")
-    assert same(
-        found, load(write(tmp_path / "in" / "folder", few_files()), tmp_path / "in" / "root")
-    )
-    assert [file.name for file in tmp_path.iterdir()] == ["in"]
-
-
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar"])
 def test_link_is_refused(name, tmp_path):
-    path = write(tmp_path / name, few_files())
+    path = write(tmp_path / name, FEW)
     if name == "folder":
         (path / "train" / "cow").symlink_to(tmp_path, target_is_directory=True)
     elif name == "a.zip":
@@ -327,7 +293,7 @@ def test_link_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
 def test_truncated_archive(name, tmp_path):
-    whole = write(tmp_path / name, few_files()).read_bytes()
+    whole = write(tmp_path / name, FEW).read_bytes()
     for share in (0, 0.1, 0.3, 0.45):
         cut = tmp_path / f"cut-{share}{name[1:]}"
         cut.write_bytes(whole[: int(share * len(whole)) // 512 * 512])  # between blocks of a .tar
@@ -369,18 +335,17 @@ def test_16_bits_become_8(suffix, factor):
 def test_pixels_without_a_range_are_refused(kind, mode, tmp_path):
     file = io.BytesIO()
     Image.fromarray(np.ones((4, 4), kind)).save(file, "tiff")
-    path = write(tmp_path / "a.zip", few_files() | {"train/cat/7.tif": file.getvalue()})
+    path = write(tmp_path / "a.zip", FEW | {"train/cat/7.tif": file.getvalue()})
     with pytest.raises(DataError, match=rf"train/cat/7\.tif .* mode {mode}\b"):
         load(path, tmp_path / "root")
 
 
 def test_backslashes_and_accents(tmp_path):
-    files = few_files()
-    expected = load(write(tmp_path / "folder", files), tmp_path / "root")
-    windows = {name.replace("/", "\\"): content for name, content in files.items()}
+    expected = load(write(tmp_path / "folder", FEW), tmp_path / "root")
+    windows = {name.replace("/", "\\"): content for name, content in FEW.items()}
     assert same(load(write(tmp_path / "a.zip", windows), tmp_path / "root"), expected)
     accented = {}
-    for name, content in files.items():
+    for name, content in FEW.items():
         form = "NFC" if name.startswith("test") else "NFD"
         accented[unicodedata.normalize(form, name.replace("cat", "café"))] = content
     for path in (tmp_path / "accents", tmp_path / "accents.tar"):
@@ -396,7 +361,7 @@ def test_home_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a.zip", few_files())
+    write(tmp_path / "a.zip", FEW)
     first = data.load("images:~/a.zip", "~/root")
     assert list((tmp_path / "root").glob("*.npz"))
     assert data.known_checksum("images:~/a.zip", "~/root") == first.checksum
@@ -419,30 +384,28 @@ def plain_checksum(files: dict[str, bytes]) -> str:
 
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
 def test_checksum_is_of_the_content_alone(name, tmp_path):
-    files, root = few_files(), tmp_path / "root"
-    orders = (sorted(files), sorted(files, reverse=True))
-    for i, (order, top) in enumerate(zip(orders, ("", "top/"), strict=True)):
-        (tmp_path / str(i)).mkdir()
-        content = {top + file: files[file] for file in order} | {top + "notes.txt": b"x"}
-        path = write(tmp_path / str(i) / name, content)
-        assert data.known_checksum(f"images:{path}", root) == plain_checksum(files)
-        found = load(path, root)
-        assert found.checksum == found.subset(1, 1).checksum == plain_checksum(files)
+    root, checksum = tmp_path / "root", plain_checksum(FEW)
+
+    def written(place: str, content: dict[str, bytes]) -> str:
+        (tmp_path / place).mkdir()
+        return f"images:{write(tmp_path / place / name, content)}"
+
+    for order, top in ((sorted(FEW), ""), (sorted(FEW, reverse=True), "top/")):
+        content = {top + file: FEW[file] for file in order} | {top + "notes.txt": b"x"}
+        spec = written(top or "no top", content)
+        assert data.known_checksum(spec, root) == checksum
+        found = data.load(spec, root)
+        assert found.checksum == found.subset(1, 1).checksum == checksum
     assert len(list(root.glob("*.npz"))) == 1
-    flipped = bytearray(files["train/cat/0.png"])
-    flipped[-1] ^= 1
-    changes = (
-        files | {"train/cat/0.png": bytes(flipped)},
-        files | {"train/cat/0.png": files["train/cat/1.png"], "train/cat/1.png": png(0)},
-        {("test/cat/9.png" if k == "test/cat/1.png" else k): v for k, v in files.items()},
-        {k: v for k, v in files.items() if k != "test/cat/1.png"},
-    )
-    seen = {plain_checksum(files)}
-    for i, changed in enumerate(changes):
-        folder = tmp_path / f"changed-{i}"
-        folder.mkdir()
-        seen.add(data.known_checksum(f"images:{write(folder / name, changed)}", root))
-    assert len(seen) == 5
+    first, second = FEW["train/cat/0.png"], FEW["train/cat/1.png"]
+    changes = {
+        "a bit": FEW | {"train/cat/0.png": first[:-1] + bytes([first[-1] ^ 1])},
+        "order": FEW | {"train/cat/0.png": second, "train/cat/1.png": first},
+        "name": {("test/cat/9.png" if k == "test/cat/1.png" else k): v for k, v in FEW.items()},
+        "fewer": {k: v for k, v in FEW.items() if k != "test/cat/1.png"},
+    }
+    changed = {data.known_checksum(written(*change), root) for change in changes.items()}
+    assert len(changed | {checksum}) == 5
 
 
 # CIFAR-10 as JPEG

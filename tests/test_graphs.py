@@ -3,6 +3,7 @@
 import gc
 import warnings
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -31,96 +32,77 @@ def test_same_as_the_plain_loop(name, captured):
 
 
 def test_few_graphs(captured):
-    """One for each size of a batch and one for the test images: not one an epoch or an event.
-
-    Nor one for each learning rate.
-    """
+    """One for each size of a batch and one for the test images: no more by epoch, rate or event."""
     numbers(BASE.with_(epochs=8, milestones=(2, 4)))
     assert captured.made == 3
     captured.made = 0
-    epochs = tuple(range(2, 10))
-    numbers(BASE.with_(epochs=12, pruning=FilterPruning((0.9,), (epochs,))))
+    numbers(BASE.with_(epochs=12, pruning=FilterPruning((0.9,), (tuple(range(2, 10)),))))
     assert captured.made <= 6
 
 
-def test_the_first_call_is_an_ordinary_one():
-    made, calls = [], []
+def test_the_first_call_is_an_ordinary_one(monkeypatch):
+    calls, replays = [], Replays(Recording)
+    monkeypatch.setattr(Recording, "replay", lambda graph: calls.append("replayed"))
 
-    class Counted:
-        def __init__(self, function):
-            made.append(function)
+    def function():
+        calls.append("called")
 
-        def replay(self):
-            calls.append("replayed")
-
-    replays = Replays(Counted)
     for _ in range(3):
-        replays(lambda: calls.append("called"), "a")
-    assert calls == ["called", "replayed", "replayed"]
-    assert len(made) == 1
+        replays(function, "a")
+    assert calls == ["called", "called", "replayed", "replayed"]  # captured at the second
+    replays(function, "b")
+    assert calls[4:] == ["called"]
     replays.forget()  # what is done by now may need kernels that were never launched
-    for _ in range(2):
-        replays(lambda: calls.append("called"), "a")
-    assert calls[3:] == ["called", "replayed"]
-    assert len(made) == 2
-    replays(lambda: calls.append("called"), "b")
+    replays(function, "a")
     assert calls[5:] == ["called"]
 
 
-class Event:
-    record = wait = lambda self: None
+@pytest.fixture
+def pools(monkeypatch):
+    """How many graphs each pool has: stands in for torch.cuda, with its rule for pools."""
+    uses = {}
 
-
-class Pools:
-    """torch.cuda's graphs and pools as far as `CudaGraphs` needs them, with PyTorch's own rules."""
-
-    def __init__(self, monkeypatch):
-        self.uses = {}
-        fakes = {"graph_pool_handle": lambda: 7, "CUDAGraph": lambda: Pools.OfOne(self)}
-        fakes |= {"current_stream": lambda: 1, "default_stream": lambda: 0}
-        fakes |= {"current_device": lambda: 0, "Event": Event}
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
-        monkeypatch.setattr(graphs, "_last_turn", {})
-
-    class OfOne:
-        pool = begun = None
-
-        def __init__(self, pools):
-            self.pools = pools
+    class Graph:
+        pool = None
 
         def capture_begin(self, pool, capture_error_mode):
-            if self.pools.uses.get(pool) == 0:
+            if uses.get(pool) == 0:
                 raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
             self.begun = pool
 
         def capture_end(self):
-            self.pool, self.begun = self.begun, None
-            self.pools.uses[self.pool] = self.pools.uses.get(self.pool, 0) + 1
+            self.pool = self.begun
+            uses[self.pool] = uses.get(self.pool, 0) + 1
+
+        def replay(self):
+            pass
 
         def __del__(self):
             if self.pool is not None:  # captured
-                self.pools.uses[self.pool] -= 1
+                uses[self.pool] -= 1
+
+    fakes = {"graph_pool_handle": lambda: 7, "CUDAGraph": Graph, "Event": Mock}
+    fakes |= {"current_stream": lambda: 1, "default_stream": lambda: 0, "current_device": lambda: 0}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+    monkeypatch.setattr(graphs, "_last_turn", {})
+    return uses
 
 
-def test_the_pool_outlives_forgotten_graphs(monkeypatch):
-    pools, made = Pools(monkeypatch), []
+def test_the_pool_outlives_forgotten_graphs(pools):
     replays = Replays(graphs.CudaGraphs())
-    monkeypatch.setattr(Pools.OfOne, "replay", lambda graph: made.append(graph.pool), raising=False)
-    for _ in range(3):
-        replays(lambda: None, "a")
-    replays.forget()
     for _ in range(2):
-        replays(lambda: None, "a")
-    assert made == [7, 7, 7]
-    assert pools.uses == {7: 2}
+        for _ in range(3):
+            replays(lambda: None, "a")
+        assert pools == {7: 2}
+        replays.forget()
+        assert pools == {7: 1}
     del replays
-    assert pools.uses == {7: 0}
+    assert pools == {7: 0}
 
 
-def test_no_garbage_is_collected_in_a_capture(monkeypatch):
-    Pools(monkeypatch)
+def test_no_garbage_is_collected_in_a_capture(pools, monkeypatch):
     capture, seen = graphs.CudaGraphs(), []
     for collects in (True, False):
         monkeypatch.setattr(gc, "isenabled", lambda collects=collects: collects)
@@ -134,14 +116,12 @@ def test_no_garbage_is_collected_in_a_capture(monkeypatch):
     ("error", "raised"),
     [(RuntimeError, graphs.CaptureError), (torch.OutOfMemoryError, torch.OutOfMemoryError)],
 )
-def test_captures_that_fail(error, raised, monkeypatch):
+def test_captures_that_fail(error, raised, pools):
     def fails():
         raise error("no such kernel")
 
-    Pools(monkeypatch)
-    capture = graphs.CudaGraphs()
     with pytest.raises(raised, match="no such kernel") as caught:
-        capture(fails)
+        graphs.CudaGraphs()(fails)
     assert type(caught.value) is raised
     assert gc.isenabled()
     assert together.is_fatal(caught.value) == (raised is graphs.CaptureError)
@@ -181,17 +161,14 @@ def test_only_dropout_takes_turns(name, turns, captured, monkeypatch):
 
 
 def test_a_run_that_was_stopped(captured, tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
-
     def stop(moment):
         if moment.epoch == 3:
-            raise Stopped
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
     monkeypatch.setattr(checkpoints, "SHARE", 1e9)
     config, store = SETTINGS["residual"], Store(tmp_path, tmp_path / "none")
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         numbers(config, store=store, callback=stop)
     record = run(config, store, "cpu")
     assert record.provenance["resumed"][0]["epochs"] == 3

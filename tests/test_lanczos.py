@@ -62,9 +62,3 @@ def test_solver_restarts_and_says_where_it_did_not_converge():
 def test_solver_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match="not finite"):
         lanczos.leading_eigenpairs(lambda v: v * float("nan"), 50, 3)
-
-
-@pytest.mark.parametrize("k", [0, -1, 51])
-def test_k_is_within_the_size(k):
-    with pytest.raises(ValueError, match=str(k)):
-        lanczos.leading_eigenpairs(lambda v: v, 50, k)

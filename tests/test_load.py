@@ -1,8 +1,8 @@
 """What `experiments.load` gives a figure, from records alone."""
 
 import numpy as np
-import pandas as pd
 import pytest
+import small
 
 from paperlib import experiments, sweep
 from paperlib.experiments import Scale
@@ -10,27 +10,13 @@ from paperlib.runs import RunRecord, Store
 
 
 def record(config, loss: float = 0.01) -> RunRecord:
-    count = config.epochs
-    epochs = {
-        "epoch": range(count),
-        "trained": True,
-        "train_accuracy": np.linspace(50, 100, count),
-        "train_loss": loss,
-        "pre": 80.0,
-        "post": 70.0,
-        "removed": 1,
-        "seconds": 1.0,
-    }
     arrays = {}
     if config.flatness is not None:
         epsilons = np.array(config.flatness.epsilons)
-        arrays = {
-            "eigenvalues": np.array([4, -1.0]),
-            "noise": np.array(7.0),
-            "epsilons": epsilons,
-            "losses": np.stack([0.5 + epsilons**2 * 40] * 2),
-        }
-    return RunRecord(config, pd.DataFrame(epochs), arrays)
+        arrays = {"eigenvalues": np.array([4, -1.0]), "noise": np.array(7.0)}
+        arrays |= {"epsilons": epsilons, "losses": np.stack([0.5 + epsilons**2 * 40] * 2)}
+    accuracy = np.linspace(50, 100, config.epochs)
+    return small.record(config, arrays, train_accuracy=accuracy, train_loss=loss)
 
 
 @pytest.fixture
@@ -44,7 +30,6 @@ def test_a_complete_figure(store):
         store.write(record(config))
     figure = experiments.load("figure-E1", "smoke", store=store)
     assert figure.complete
-    assert figure.scale == Scale("smoke")
     assert [r.run for r in figure.records] == figure.plan.run.tolist()
     assert figure.epochs.groupby("run").size().eq(12).all()
     assert figure.runs.run.tolist() == figure.plan.run.tolist()
@@ -52,8 +37,9 @@ def test_a_complete_figure(store):
     assert set(figure.runs.noise) == {7.0}
     assert figure.runs.tic.to_numpy() == pytest.approx(7 / 3)
     assert figure.runs.delta_w.between(0.01, 1).all()
-    assert set(figure.settings.loc["epochs"].loc["paper"]) == {325}
-    assert set(figure.settings.loc["epochs"].loc["smoke"]) == {12}
+    epochs = figure.settings.loc["epochs"]
+    assert set(epochs.loc["paper"]) == {325}
+    assert set(epochs.loc["smoke"]) == {12}
     assert set(figure.gates.gate) == {"G1", "G2", "G3", "G4"}
     assert figure.claims.claim.unique().tolist() == ["T4"]
     assert all(word in figure.stamp for word in ("smoke", "digits", "2 seeds", "G1"))
@@ -115,17 +101,12 @@ def test_small_is_shown_for_the_networks_that_are_complete(store):
 
 
 def test_what_is_missing_is_trained_if_asked(store, monkeypatch):
-    trained = []
-
     def execute(configs, store):
-        trained.extend(configs)
         for config in configs:
             store.write(record(config))
 
     monkeypatch.setattr(sweep, "execute", execute)
     assert experiments.load("figure-1", "smoke", seeds=1, store=store).complete
-    assert [config.identity for config in trained] == experiments.plan("figure-1", "smoke").run[
-        :1
-    ].tolist()
+    assert store.identities() == experiments.plan("figure-1", "smoke").run[:1].tolist()
     with pytest.raises(ValueError, match="'figure-9'"):
         experiments.load("figure-9", store=store)

@@ -1,6 +1,7 @@
 """Networks whose measures are hard to get right: each is measured rightly, or refused."""
 
 import collections
+import itertools
 import random
 import types
 
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from explicit import Explicit
+from explicit import Explicit, network
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import checkpoint
 
 from paperlib import flatness
 
@@ -61,16 +62,6 @@ def check_refused(model, which=(*BOTH, "sharpness"), named=""):
         assert named in str(error.value)
 
 
-class Counting(Net):
-    """Its output depends on how often it has been called."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x) * self.calls
-
-
 class Remembering(Net):
     """Its buffers change in evaluation mode, in place or by assignment."""
 
@@ -98,12 +89,14 @@ LOW = {
     "float16": lambda h: h.half().tanh().float(),
     "float8_e5m2": lambda h: h + h.detach().to(torch.float8_e5m2).float(),
 }
+CALLS = itertools.count(1)
 NO_FUNCTION = {
     "alpha dropout": lambda h: F.alpha_dropout(h, 0.5, training=True),
     "little noise": lambda h: h + 1e-3 * torch.randn_like(h),
     "random slopes": lambda h: F.rrelu(h, training=True),
     "Python's generator": lambda h: h * random.random(),
     "NumPy's generator": lambda h: h + np.random.default_rng().normal(),
+    "count of calls": lambda h: h * next(CALLS),
     "mean": lambda h: h - h.mean(0),
     "softmax": lambda h: h.softmax(0),
     "batch norm": nn.BatchNorm2d(2, track_running_stats=False),
@@ -117,40 +110,43 @@ NO_LOGITS = {
     "(12, 3, 1)": lambda o: o[..., None],
     "(36, 1)": lambda o: o.reshape(-1, 1),
 }
-REFUSED = (
-    [(name, "Net", Net(use)) for name, use in NO_FUNCTION.items()]
-    + [(name, name, Net(use)) for name, use in LOW.items()]
-    + [(name, name, Net(wrap=wrap)) for name, wrap in NO_LOGITS.items()]
-    + [
-        ("counts calls", "Counting", Counting()),
-        ("remembers a batch", "Remembering", Remembering("average")),
-        ("int8", "int8", with_parameter(torch.int8)),
-        ("complex64", "complex64", with_parameter(torch.complex64)),
-        ("no parameters", "None", nn.Flatten()),
-    ]
-)
+REFUSED = {  # and what the error names
+    **{name: (Net(use), "Net") for name, use in NO_FUNCTION.items()},
+    **{name: (Net(use), name) for name, use in LOW.items()},
+    **{name: (Net(wrap=wrap), name) for name, wrap in NO_LOGITS.items()},
+    "average of batches": (Remembering("average"), "Remembering"),
+    "int8": (with_parameter(torch.int8), "int8"),
+    "complex64": (with_parameter(torch.complex64), "complex64"),
+    "no parameters": (nn.Flatten(), "None"),
+}
 
 
-@pytest.mark.parametrize(("name", "named", "model"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_what_is_no_function_of_each_image_in_float32_is_refused(name, named, model):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_function_of_each_image_in_float32_is_refused(kind):
+    model, named = REFUSED[kind]
     check_refused(model, named=named)
 
 
 # Derivatives
 
 
-def custom(forward, backward, wrap=lambda f: f):
+def custom(forward, backward, wrap=lambda f: f, vmap=None):
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
+        def forward(x):
             return forward(x)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
 
         @staticmethod
         @wrap
         def backward(ctx, gradient):
             return backward(*ctx.saved_tensors, gradient)
 
+    if vmap is not None:
+        Function.vmap = staticmethod(vmap)
     return Function.apply
 
 
@@ -203,25 +199,19 @@ def test_a_part_without_gradients_is_right_when_it_is_held():
     check(model, held=held)
 
 
-def confident():
-    """Sure of every label: its loss is about 1e-6."""
+def test_derivatives_of_a_tiny_loss_are_not_refused():
+    """Of a network that is sure of every label: its loss is about 1e-6."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(25, 6), nn.ReLU(), nn.Linear(6, 3))
     with torch.no_grad():
         model[3].weight.mul_(1e-3)
         model[3].bias.copy_(torch.tensor([14.0, 0, 0]))
-    return model
-
-
-def test_derivatives_of_a_tiny_loss_are_not_refused():
-    model, labels = confident(), torch.zeros(12, dtype=torch.long)
+    labels = torch.zeros(12, dtype=torch.long)
     assert flatness.gradient_covariance_trace(model, IMAGES, labels) < 1e-8
     flatness.hessian_spectrum(model, IMAGES, labels, 1, tol=1e-2)
 
 
 def test_weights_that_pruning_set_to_zero_are_no_kinks():
-    model = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)
-    )
+    model = network(torch.float32)
     with torch.no_grad():
         for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
             tensor[1] = 0
@@ -232,20 +222,14 @@ def test_weights_that_pruning_set_to_zero_are_no_kinks():
 
 
 def lowered(dtype, where):
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)
-    )
-    torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, 0, 0.3)
-    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    model = network(torch.float32)
     for index in where:
         model[index].to(dtype)
-    return model.eval()
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("where", [(0, 1, 4), (0,), (1,)])
+@pytest.mark.parametrize("where", [range(9), (0,), (1,)])
 def test_weights_of_other_precisions_are_measured_in_one(dtype, where):
     """Low ones as float32; where one is float64, all are."""
     model = lowered(dtype, where)
@@ -273,21 +257,6 @@ class Attending(nn.Module):
         return self.head(self.attend(self.embed(x[:, 0])).mean(1))
 
 
-class Heads(nn.MultiheadAttention):
-    def forward(self, x):
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
-class Plain(nn.Module):
-    def forward(self, x):
-        return (x @ x.mT / 2).softmax(2) @ x
-
-
-class Function(nn.Module):
-    def forward(self, x):
-        return F.scaled_dot_product_attention(x, x, x)
-
-
 def encoder():
     layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, 2)
@@ -304,39 +273,16 @@ def by_index(h):
     return out
 
 
-class Doubled(torch.autograd.Function):
-    """Its rule for vmap is not its own."""
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.clone()
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return 2 * x, in_dims[0]
+DOUBLED = custom(  # under vmap, which is another function
+    torch.clone, lambda x, g: g.clone(), vmap=lambda info, dims, x: (2 * x, dims[0])
+)
 
 
 class Checkpointed(Net):
-    """Its layers run again in every backward pass."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.norm, self.run = nn.BatchNorm2d(2), run
+    """Its convolution is computed again in every backward pass."""
 
     def forward(self, x):
-        return self.dense(self.run(nn.Sequential(self.conv, self.norm), x).tanh().flatten(1))
-
-
-def recomputed(part, x):
-    return checkpoint(part, x, use_reentrant=False)
+        return self.dense(checkpoint(self.conv, x, use_reentrant=False).tanh().flatten(1))
 
 
 class Shared(nn.Module):
@@ -365,17 +311,15 @@ RIGHT = {  # and a network that is the same, if it takes another for the explici
     "differentiable twice": lambda: (Net(custom(F.silu, lambda x, g: g * slope(x))), Net(F.silu)),
     "kinks": lambda: (Net(lambda h: F.hardtanh(h) + h.abs() + F.max_pool2d(h, 3, 1, 1)), None),
     "dead": lambda: (Net(lambda h: F.relu(h - 100)), None),
-    "attention module": lambda: (Attending(lambda: Heads(4, 2, batch_first=True)), None),
-    "attention function": lambda: (Attending(Function), Attending(Plain)),
+    "attention": lambda: (
+        Attending(lambda: lambda x: F.scaled_dot_product_attention(x, x, x)),
+        Attending(lambda: lambda x: (x @ x.mT / 2).softmax(2) @ x),
+    ),
     "encoder": lambda: (Attending(encoder), None),
     "branch by value": lambda: (Net(by_value), None),
     "written by index": lambda: (Net(by_index), None),
-    "another vmap": lambda: (Net(Doubled.apply), Net()),
-    "checkpoint": lambda: (Checkpointed(recomputed), Checkpointed(lambda part, x: part(x))),
-    "sequence": lambda: (
-        Checkpointed(lambda part, x: checkpoint_sequential(part, 2, x, use_reentrant=False)),
-        Checkpointed(lambda part, x: part(x)),
-    ),
+    "another vmap": lambda: (Net(DOUBLED), Net()),
+    "checkpoint": lambda: (Checkpointed(), Net()),
     "shared": lambda: (Shared(), None),
     "tied": lambda: (Shared(tied=True), None),
     "frozen": lambda: (frozen(), Net()),

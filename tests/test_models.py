@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from paperlib.models import ResidualSum, build
+from paperlib.models import build
 
 torch.set_num_threads(1)
 
@@ -76,9 +76,7 @@ def test_parameter_free_shortcut(before, after, front):
     model = build("resnet20", width=before / 16)
     x = torch.randn(2, before, 8, 8)
     expected = torch.zeros(2, after, 4, 4)
-    for i in range(4):
-        for j in range(4):
-            expected[:, front : front + before, i, j] = x[:, :, 2 * i, 2 * j]
+    expected[:, front : front + before] = x[:, :, ::2, ::2]
     assert torch.equal(model.blocks[3].shortcut(x), expected)
     assert not list(model.blocks[3].shortcut.parameters())
 
@@ -104,9 +102,8 @@ def test_vgg19_is_torchvisions():
     ours = meta("vgg19_bn", num_classes=1000)
     with torch.device("meta"):
         theirs = torchvision.models.vgg19_bn()
-    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
-    assert shapes[0] == shapes[1]
-    assert list(shapes[0]) == list(shapes[1])
+    shapes = ([(k, v.shape) for k, v in m.state_dict().items()] for m in (ours, theirs))
+    assert next(shapes) == next(shapes)
 
 
 def test_vgg19_computes_what_torchvisions_does():
@@ -139,7 +136,6 @@ def test_dropout(name, dropout, rates):
     [
         ({"name": "vgg"}, "unknown model 'vgg': one of conv4, .*resnet56"),
         ({"width": 0}, "width must be positive, got 0"),
-        ({"width": -1.0}, "width must be positive, got -1.0"),
         ({"width": math.nan}, "width must be positive, got nan"),
         ({"dropout": 1.0}, r"\[0, 1\).*got 1.0"),
         ({"dropout": -0.1}, r"\[0, 1\).*got -0.1"),
@@ -149,19 +145,3 @@ def test_dropout(name, dropout, rates):
 def test_values_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         build(**{"name": "conv4"} | options)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_residual_sum(inplace):
-    add = ResidualSum(inplace)
-    branch, shortcut = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4, requires_grad=True)
-    assert torch.equal(add(branch.clone(), shortcut), branch + shortcut)
-    add.keep = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
-    given = branch.clone()
-    out = add(given, shortcut)
-    assert (out.data_ptr() == given.data_ptr()) == inplace
-    assert torch.equal(out[:, 1], branch[:, 1])
-    assert torch.allclose(out[:, [0, 2]], (branch + shortcut)[:, [0, 2]])
-    out.sum().backward()
-    assert not shortcut.grad[:, 1].any()
-    assert shortcut.grad[:, [0, 2]].eq(1).all()

@@ -1,4 +1,4 @@
-"""Every notebook runs, at profile smoke, from one store that all of them share."""
+"""Every notebook: as committed, and run at profile smoke from one store that all of them share."""
 
 import json
 from pathlib import Path
@@ -11,18 +11,14 @@ from filelock import FileLock
 from paperlib import experiments, sweep
 from paperlib.runs import Store
 
-ROOT = Path(__file__).parents[1] / "notebooks"
-NOTEBOOKS = {str(p.relative_to(ROOT).with_suffix("")): p for p in sorted(ROOT.rglob("*.ipynb"))}
-FIGURES = {figure.notebook: figure for figure in experiments.FIGURES.values()}
+ROOT = Path(__file__).parents[1]
+PATHS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+NOTEBOOKS = {str(p.relative_to(ROOT / "notebooks").with_suffix("")): p for p in PATHS}
+FIGURES = {figure.notebook for figure in experiments.FIGURES.values()}
 SECTIONS = ("Definition", "The paper's answer", "The picture", "The numbers", "What to make of it")
-ONE_SEED = {"profile": "smoke", "seeds": 1}
-# Those that take other parameters.
-PARAMETERS = {
-    "index": {"profile": "smoke"},
-    "claims": {"profile": "smoke"},
-    "explore": {"profiles": ["smoke"]},
-    "tour": {"profile": "smoke"},
-}
+# Of those that take other parameters than a profile and a number of seeds.
+PARAMETERS = {name: {"profile": "smoke"} for name in ("index", "claims", "tour")}
+PARAMETERS["explore"] = {"profiles": ["smoke"]}
 
 
 @pytest.fixture(scope="session")
@@ -32,30 +28,26 @@ def folder(tmp_path_factory, worker_id) -> Path:
     shared = (base if worker_id == "master" else base.parent) / "notebooks"
     shared.mkdir(exist_ok=True)
     with FileLock(shared / "lock"):
-        sweep.collect(
-            experiments.queue(experiments.Scale("smoke", seeds=1)), Store(shared / "runs")
-        )
+        runs = experiments.queue(experiments.Scale("smoke", seeds=1))
+        sweep.collect(runs, Store(shared / "runs"))
     return shared
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, folder, monkeypatch):
-    monkeypatch.setenv("PAPERLIB_RUNS", str(folder / "runs"))
-    monkeypatch.setenv("PAPERLIB_RESULTS", str(folder / "results"))
-    monkeypatch.setenv("PAPERLIB_FIGURES", str(folder / "figures"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT.parent))
+    for place in ("runs", "results", "figures"):
+        monkeypatch.setenv(f"PAPERLIB_{place.upper()}", str(folder / place))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     out = folder / f"{Path(name).name}.ipynb"
-    parameters = PARAMETERS.get(name, ONE_SEED)
+    parameters = PARAMETERS.get(name, {"profile": "smoke", "seeds": 1})
     papermill.execute_notebook(
         NOTEBOOKS[name], out, parameters, cwd=str(folder), progress_bar=False, log_output=False
     )
     executed = nbformat.read(out, as_version=4)
     assert "injected-parameters" in str(executed.cells)
-    shown = [
-        output for cell in executed.cells for output in cell.get("outputs", []) if "data" in output
-    ]
-    pictures = [output for output in shown if "image/png" in output.data]
+    shown = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in shown if "image/png" in output.get("data", {})]
     figures = [figure.name for figure in experiments.FIGURES.values() if figure.notebook == name]
     assert len(pictures) >= len(figures)
     for figure in figures:
@@ -65,21 +57,28 @@ def test_notebook_runs(name, folder, monkeypatch):
         assert all(picture.metadata["image/png"]["alt"] for picture in pictures)
 
 
+def test_every_figure_has_its_notebook():
+    assert FIGURES | {"index", "tour", "claims", "explore", "your-own"} == NOTEBOOKS.keys()
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_keeps_to_the_template(name):
-    content = json.loads(NOTEBOOKS[name].read_text())
-    cells = [("".join(c["source"]), c) for c in content["cells"]]
-    code = [(source, c) for source, c in cells if c["cell_type"] == "code"]
-    assert len({c["id"] for _, c in cells}) == len(cells)
-    headings = [source.partition("\n")[0] for source, _ in cells if source.startswith("#")]
-    assert headings[0].startswith("# ")
-    if name not in FIGURES:
-        return
-    for section in SECTIONS:
-        assert any(heading.startswith(f"## {section}") for heading in headings), section
-    text = "\n".join(source for source, c in cells if c["cell_type"] == "markdown")
-    assert "arxiv.org/abs/" in text
-    assert "$$" in text or "$" in text
-    for source, cell in code:
-        if "plots.save(" in source:
-            assert cell["metadata"]["mystnb"]["image"]["alt"]
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    for cell in code:
+        assert "execution" not in cell.metadata  # times of a run
+        assert str(ROOT) not in json.dumps(cell.outputs)
+        assert all(output.output_type != "error" for output in cell.outputs)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert text.startswith("# ")
+    if name in FIGURES:
+        for section in SECTIONS:
+            assert f"\n## {section}" in text
+        assert "arxiv.org/abs/" in text
+        assert "$" in text
+        for cell in code:
+            if "plots.save(" in cell.source:
+                assert cell.metadata["mystnb"]["image"]["alt"]

@@ -161,7 +161,7 @@ def _execute(
 @of_figures("small")
 @options(EXECUTION)
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
-    """Do the runs of figures (NAME ... in that order, or all by worth), without the notebooks."""
+    """Train the missing runs of figures: NAME ... in that order, or all in the order of worth."""
     configs = experiments.queue(Scale(**asked), names)
     done = _execute(configs, store, **how)
     left = len(sweep.missing(configs, store)) if how["minutes"] else 0
@@ -229,7 +229,7 @@ def claims_command(
 @click.argument("spec")
 @STORE
 def data_command(spec: str, store: runs.Store) -> None:
-    """Load a data set (digits, cifar10, cifar100, images:PATH) and say what is in it."""
+    """Load a data set (cifar10-jpeg, digits, cifar10, cifar100, images:PATH); say what it has."""
     from paperlib import data
 
     loaded = data.load(spec, store.path / "data")
@@ -259,7 +259,7 @@ def list_command(names: Names, asked: Asked, store: runs.Store) -> None:
 @click.argument("run")
 @STORE
 def show_command(run: str, store: runs.Store) -> None:
-    """Show one run, which the start of its identity names: configuration, origin, epochs."""
+    """Show one run, named by the start of its identity: configuration, origin, epochs."""
     about, epochs = archive.describe(store, run)
     for name, value in about.items():
         click.echo(f"{name}: {json.dumps(value)}")
@@ -279,7 +279,7 @@ def export_command(file: Path, names: Names, asked: Asked, store: runs.Store) ->
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|STORE...")
 @STORE
 def import_command(sources: tuple[str, ...], store: runs.Store) -> None:
-    """Take over the runs of exported files or other stores; none in place of a better one."""
+    """Copy runs from exported files or other stores. A whole record here is never replaced."""
     problems = 0
     for source in sources:
         frame = archive.merge(store, Path(source))
@@ -298,7 +298,7 @@ def import_command(sources: tuple[str, ...], store: runs.Store) -> None:
 @click.option("--yes", is_flag=True, help="do not ask")
 @STORE
 def clean_command(yes: bool, store: runs.Store) -> None:
-    """Remove records of no present setting, and what unfinished or failed runs left."""
+    """Remove records that no setting refers to, and leftovers of unfinished or failed runs."""
     unused = archive.leftovers(store, plans.is_setting)
     for path in unused:
         click.echo(path.relative_to(store.path))

@@ -26,6 +26,7 @@ def resolve(name: str, profile: str = "auto", store: Store | None = None, **chan
         name: of the figure.
         profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
             for those networks that have all their runs of the figure at that scale, else "demo".
+            Registered seeds count even if fewer are shown: no part of a comparison is shown early.
         store: the default store where None.
         change: data, seeds and precision, as for `Scale`.
     """
@@ -34,7 +35,7 @@ def resolve(name: str, profile: str = "auto", store: Store | None = None, **chan
     if profile != "auto":
         return Scale(profile, **change)
     small = Scale("small", **change)
-    runs = plan(name, small)
+    runs = pd.concat([plan(name, small), plan(name, replace(small, seeds=None))])
     missing = {config.identity for config in sweep.missing(runs.config, store or Store())}
     lacking = set(runs.network[runs.run.isin(missing)])
     if not lacking:

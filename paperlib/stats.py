@@ -99,9 +99,15 @@ def paired_differences(
     """Return the mean of `value` at `by == a` minus that at `by == b` of each pair, by "a - b".
 
     frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
+    There is no interval of fewer than `FEWEST` pairs.
     """
-    wide = frame.pivot(index="seed", columns=by, values=value)
-    return {f"{a} - {b}": fitted_mean((wide[a] - wide[b]).dropna().to_numpy()) for a, b in pairs}
+    wide, found = frame.pivot(index="seed", columns=by, values=value), {}
+    for a, b in pairs:
+        differences = (wide[a] - wide[b]).dropna().to_numpy()
+        mean = fitted_mean(differences)
+        enough = len(differences) >= FEWEST
+        found[f"{a} - {b}"] = mean if enough else mean._replace(error=np.nan)
+    return found
 
 
 def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:

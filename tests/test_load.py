@@ -76,6 +76,10 @@ def test_small_is_shown_where_it_is_complete_and_demo_else(store, monkeypatch):
         store.write(record(config))
     assert experiments.load("figure-1", store=store).scale == Scale("small")
     assert experiments.resolve("figure-1", data="cifar10", store=store) == Scale("demo", "cifar10")
+    # Fewer seeds than are registered: nothing is shown before all are there.
+    for config in experiments.plan("figure-R5", Scale("small", seeds=3)).config:
+        store.write(record(config))
+    assert experiments.resolve("figure-R5", seeds=3, store=store) == Scale("demo", seeds=3)
     monkeypatch.setenv("PAPERLIB_PROFILE", "paper")
     assert experiments.resolve("figure-1", store=store) == Scale("paper")
     assert experiments.resolve("figure-1", "smoke", store=store) == Scale("smoke")

@@ -83,6 +83,7 @@ def contrast(
     claim, estimate, low, high, kind="co-primary", outcome="accuracy", verdict="supported"
 ):
     values = {"estimate": estimate, "low": low, "high": high, "p": 0.03, "holm": np.nan, "n": 10}
+    values |= {"power": 0.876, "sign_flip": 0.02}
     names = {"contrast": f"a - b ({outcome})", "kind": kind, "outcome": outcome, "note": ""}
     return {"claim": claim, "verdict": verdict, "runs": "10 of 10", **values, **names}
 
@@ -312,7 +313,9 @@ def test_tables():
     estimates = verdict["estimate [95%]"]
     assert estimates.loc["R1"].tolist() == ["-1.40 [-1.90, -1.10]"]
     assert estimates.loc["T2"].tolist() == ["-3.00"]
-    none = verdict.loc[("T3", "incomplete", slice(None), "none tested")]
+    beside = verdict.reset_index(level="power").loc["R1", ["power", "p", "p (sign flip)"]]
+    assert beside.to_numpy().tolist() == [["0.88", "0.03", "0.02"]]
+    none = verdict.loc[("T3", "incomplete", slice(None), "", "none tested")]
     assert none[["estimate [95%]", "p"]].to_numpy().tolist() == [["", ""]]
     columns = ["gate", "network", "setting", "passed", "text"]
     rows = [

@@ -39,7 +39,7 @@ class R1(Rule):
 class R2(Rule):
     """Prune_L - the best dropout > 0. Seeds of their own choose it; on a tie the lower rates."""
 
-    statement = "So pruned, the network classifies more accurately than with dropout at its best."
+    statement = "Without its large weights, the network beats dropout at its best."
     figures = ("figure-R1", "figure-R4")
     network = CONV4
     shown: tuple[str, ...] = ("figure-R2",)
@@ -59,7 +59,7 @@ class R2(Rule):
 class R3(R2):
     """R2, at the size that is arithmetic: 84.9% fewer parameters at width 1."""
 
-    statement = "It does so with 85% fewer parameters."
+    statement = "The pruned network does this with 85% fewer parameters."
     shown = ("figure-R2", "figure-R6")
     settings = (*R2.settings, UNPRUNED)
 

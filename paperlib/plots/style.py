@@ -36,7 +36,7 @@ NAMES = {
     "mean_stability": "mean stability (%)",
     "best_accuracy": "best test accuracy (%)",
     "accuracy": "test accuracy near the end (%)",
-    "gap": "generalization gap (%)",
+    "gap": "generalization gap (points)",
     "curvature": "curvature, Tr(H)",
     "noise": "noise, Tr(C)",
     "tic": "TIC, Tr(C) / Tr(H)",

@@ -43,10 +43,13 @@ def gates(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(claims: pd.DataFrame) -> pd.DataFrame:
-    """Return the contrasts of claims for people: estimates with intervals, p and the verdict.
+    """Return the contrasts of claims for people: estimates with intervals, p, power and verdict.
 
     Args:
         claims: As `claims.to_frame` and `Loaded.claims` give it.
+
+    Returns:
+        A row a contrast; columns in which there is nothing to say are left out.
     """
 
     def text(values: pd.Series, form: str) -> list[str]:
@@ -66,9 +69,12 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
             "kind": claims.kind.fillna(""),
             "pairs": text(claims.n, ".0f"),
             "p": text(claims.p, ".2g"),
+            "p (sign flip)": text(claims.sign_flip, ".2g"),
             "p (Holm)": text(claims.holm, ".2g"),
             "note": claims.note.fillna(""),
         }
     )
-    about = claims[["claim", "verdict", "runs", "contrast"]].fillna("none tested")
-    return table.set_index(pd.MultiIndex.from_frame(about))
+    table = table.loc[:, (table != "").any() | (table.columns == "estimate [95%]")]
+    power = text(claims.power, ".2f")
+    about = claims[["claim", "verdict", "runs"]].assign(power=power, contrast=claims.contrast)
+    return table.set_index(pd.MultiIndex.from_frame(about.fillna("none tested")))

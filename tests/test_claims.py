@@ -15,7 +15,9 @@ from paperlib.claims import verdicts
 from paperlib.claims.gates import Gate
 from paperlib.claims.tradeoff_2020 import DOSE_AND_TARGET, NETWORKS, PERIODS, T2
 from paperlib.claims.verdicts import BELOW
+from paperlib.networks import events_of
 from paperlib.runs import RunRecord, Store
+from tests.store.helpers import file
 
 N = 10
 WOBBLE = np.array([0.3, -0.3, 0.2, -0.2, 0.1, -0.1, 0.25, -0.25, 0.05, -0.05])  # its mean is 0
@@ -45,6 +47,38 @@ def conv4_runs(large=80.0, small=80.0, none=80.0) -> pd.DataFrame:
     return registered("figure-R1", "conv4", accuracy)
 
 
+def noise_runs(figure: str, **accuracy: object) -> pd.DataFrame:
+    spans = [f"{kind} {span}" for kind in ("zeroing", "gaussian") for span in (0, 51, 1106)]
+    names = spans if figure == "figure-5" else ["restored 2480"]
+    settings = dict.fromkeys([*names, "none", "largest 40 weights"], 80.0)
+    given = {name.replace("_", " "): value for name, value in accuracy.items()}
+    return registered(figure, "VGG11", settings | given)
+
+
+def t3_runs(zeroing: float, gaussian: float) -> pd.DataFrame:
+    longest = {"zeroing_1106": zeroing + WOBBLE, "gaussian_1106": gaussian - WOBBLE}
+    return noise_runs("figure-5", **longest)
+
+
+def t5_runs(restored: float, weights: float) -> pd.DataFrame:
+    accuracy = {"restored_2480": restored + WOBBLE, "largest_40_weights": weights - WOBBLE}
+    return noise_runs("figure-D2", **accuracy)
+
+
+def t4_runs(fall: float = 0.3, by_loss: float = 0.0, sign: float = 1.0) -> pd.DataFrame:
+    """log Tr(H) and log Tr(C) fall by `fall` for L, apart from `by_loss` times its log loss."""
+    loss = 1 + np.random.default_rng(0).normal(0, 0.5, N)
+    logs = -fall - by_loss * loss + 0.2 * WOBBLE
+    columns = {
+        "curvature": {"largest 40": 300 * np.exp(logs), "_": 300.0},
+        "noise": {"largest 40": 2000 * np.exp(sign * logs), "_": 2000.0},
+        "train_loss": {"largest 40": 0.001 * np.exp(loss), "_": 0.001},
+        "delta_w": {"largest 40": 0.08 + 0.01 * WOBBLE, "_": 0.05},
+    }
+    accuracy = dict.fromkeys((*DOSE_AND_TARGET, "none"), 80.0)
+    return registered("figure-6", "VGG11", accuracy, mean_stability=STABILITY, **columns)
+
+
 def judged(name: str, runs: pd.DataFrame, gates=(), **how: bool) -> verdicts.Claim:
     rule = type(claims.CLAIMS[name])()
     if isinstance(rule, T2):
@@ -64,9 +98,9 @@ def contrasts(claim: verdicts.Claim, kind: str = "co-primary") -> list[verdicts.
     return [contrast for contrast in claim.contrasts if contrast.kind == kind]
 
 
-def spread(sd: float, n: int = N, seed: int = 0) -> pd.Series:
+def spread(sd: float, seed: int = 0) -> pd.Series:
     """Numbers of mean 0 and this standard deviation."""
-    values = np.random.default_rng(seed).normal(0, 1, n)
+    values = np.random.default_rng(seed).normal(0, 1, N)
     return pd.Series(sd * (values - values.mean()) / values.std(ddof=1))
 
 
@@ -78,14 +112,12 @@ def difference(mean: float, sd: float = 0.3, **how: object) -> verdicts.Contrast
 
 
 def test_contrasts_are_paired_t_tests():
-    rng = np.random.default_rng(0)
-    accuracy = {setting: rng.normal(80, 1, N) for setting in (*DOSE_AND_TARGET, "none")}
-    runs = registered("figure-2", "VGG11", accuracy, mean_stability=STABILITY)
-    claim = judged("T1", runs.sample(frac=1, random_state=0))
+    s4, s40, l40, none = np.random.default_rng(0).normal(80, 1, (4, N))
+    claim = judged("T1", t1_runs(s4, s40, l40, none).sample(frac=1, random_state=0))
     assert [c.name for c in contrasts(claim)] == ["LARGEST 40 - SMALLEST 4", "LARGEST 40 - NONE"]
-    for contrast, other in zip(contrasts(claim), ("smallest 4", "none"), strict=True):
-        result = scipy_stats.ttest_rel(accuracy["largest 40"], accuracy[other])
-        differences = accuracy["largest 40"] - accuracy[other]
+    for contrast, other in zip(contrasts(claim), (s4, none), strict=True):
+        differences = l40 - other
+        result = scipy_stats.ttest_1samp(differences, 0)
         flips = scipy_stats.permutation_test(
             (differences,), np.mean, permutation_type="samples", n_resamples=np.inf
         )
@@ -211,6 +243,46 @@ def test_a_gate_that_fails_voids_its_claims_only(name):
     assert (claim.verdict, claim.contrasts) == ("not testable", ())
 
 
+L40 = {"s40": 81.0, "l40": 82 + WOBBLE}
+ONE_AT_CHANCE = np.where(np.arange(N), 82 + WOBBLE, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "verdict"),
+    [
+        ("T1", t1_runs(**L40), "supported"),
+        ("T1", t1_runs(**L40, none=81.9), "undecided"),
+        ("T1", t1_runs(**L40, none=84.0), "mixed"),
+        ("T1", t1_runs(**L40, none=84.0, s4=84.0), "contradicted"),
+        ("T1", t1_runs(), "negligible"),
+        ("T3", t3_runs(81, 81), "supported"),
+        ("T3", t3_runs(81, 80), "undecided"),
+        ("T3", t3_runs(81, 79), "mixed"),
+        ("T3", t3_runs(80, 80), "negligible"),
+        ("T4", t4_runs(), "supported"),
+        ("T4", t4_runs(fall=-0.3), "contradicted"),
+        ("T4", t4_runs(sign=-1), "mixed"),
+        ("T4", t4_runs(fall=0), "undecided"),  # never negligible
+        ("T4", t4_runs(fall=0, by_loss=1), "not apart from training loss"),
+        ("T5", t5_runs(81, 81), "supported"),
+        ("T5", t5_runs(81, 80), "no premise"),
+        ("T5", t5_runs(81, 79), "no premise"),
+        ("T5", t5_runs(80, 81), "contradicted"),  # worse than Prune_L by more than delta
+        ("T5", t5_runs(81, 83), "mixed"),
+        ("T5", t5_runs(80.5, 80.9), "undecided"),
+        ("R1", conv4_runs(81 + WOBBLE), "supported"),
+        ("R1", conv4_runs(80.8 + WOBBLE, none=80.75), "negligible"),
+        ("R1", conv4_runs(81 + WOBBLE, none=82), "mixed"),
+        ("R1", conv4_runs(ONE_AT_CHANCE), "undecided"),
+        *[("R4", conv4_runs(small=mean + WOBBLE), "supported") for mean in (80.0, 80.8)],
+        *[("R4", conv4_runs(small=mean + WOBBLE), "undecided") for mean in (79.0, 81.0)],
+        *[("R4", conv4_runs(small=mean + WOBBLE), "contradicted") for mean in (78.7, 81.3)],
+    ],
+)
+def test_verdicts_of_each_claim(name, runs, verdict):
+    assert judged(name, runs).verdict == verdict
+
+
 # T1
 
 
@@ -234,20 +306,9 @@ def test_t1_needs_stabilities_that_differ():
     assert noted in (["SMALLEST 40 - SMALLEST 4"], ["SMALLEST 4 - SMALLEST 40"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({"none": 80.0}, "supported"),
-        ({"none": 81.9}, "undecided"),
-        ({"none": 84.0}, "mixed"),
-        ({"none": 84.0, "s4": 84.0}, "contradicted"),
-        ({"l40": 80.0, "s40": 80.0}, "negligible"),  # the mixed model has no fit
-    ],
-)
-def test_t1_verdicts(changes, verdict):
-    claim = judged("T1", t1_runs(**{"l40": 82 + WOBBLE, "s40": 81.0} | changes))
-    assert claim.verdict == verdict
-    assert sum("on mean stability" in c.name for c in contrasts(claim, "secondary")) == 2
+def test_t1_has_slopes_where_the_mixed_model_has_no_fit():
+    secondary = contrasts(judged("T1", t1_runs()), "secondary")
+    assert sum("on mean stability" in contrast.name for contrast in secondary) == 2
 
 
 # T2
@@ -326,25 +387,6 @@ def test_t2_leaves_out_networks_before_their_accuracies_are_read(kept, verdict):
 # T3, T5
 
 
-def noise_runs(figure: str, **accuracy: object) -> pd.DataFrame:
-    spans = [f"{kind} {span}" for kind in ("zeroing", "gaussian") for span in (0, 51, 1106)]
-    names = spans if figure == "figure-5" else ["restored 2480"]
-    settings = dict.fromkeys([*names, "none", "largest 40 weights"], 80.0)
-    given = {name.replace("_", " "): value for name, value in accuracy.items()}
-    return registered(figure, "VGG11", settings | given)
-
-
-@pytest.mark.parametrize(
-    ("zeroing", "gaussian", "verdict"),
-    [(81, 81, "supported"), (81, 80, "undecided"), (81, 79, "mixed"), (80, 80, "negligible")],
-)
-def test_t3_is_of_both_kinds_of_noise(zeroing, gaussian, verdict):
-    longest = {"zeroing_1106": zeroing + WOBBLE, "gaussian_1106": gaussian - WOBBLE}
-    claim = judged("T3", noise_runs("figure-5", **longest))
-    assert claim.verdict == verdict
-    assert sum(c.null == -0.5 for c in contrasts(claim, "secondary")) == 2
-
-
 def test_t3_trend_over_spans():
     """The least-squares slope on log10(1 + span), of each seed that has all three."""
     rng = np.random.default_rng(0)
@@ -357,57 +399,17 @@ def test_t3_trend_over_spans():
     assert trend.fitted.value == pytest.approx(np.mean(slopes))
     assert trend.n == trend.registered == 5
     assert trend.p == pytest.approx(scipy_stats.ttest_1samp(slopes, 0).pvalue)
+    not_worse = [c for c in contrasts(claim, "secondary") if c.null == -0.5]
+    assert len(not_worse) == 2
 
 
-@pytest.mark.parametrize(
-    ("restored", "weights", "verdict"),
-    [
-        (81, 81, "supported"),
-        (81, 80, "no premise"),
-        (81, 79, "no premise"),
-        (80, 81, "contradicted"),  # worse than Prune_L by more than delta
-        (81, 83, "mixed"),
-        (80.5, 80.9, "undecided"),
-    ],
-)
-def test_t5_verdicts(restored, weights, verdict):
-    accuracy = {"restored_2480": restored + WOBBLE, "largest_40_weights": weights - WOBBLE}
-    claim = judged("T5", noise_runs("figure-D2", **accuracy))
-    assert claim.verdict == verdict
-    (premise,) = contrasts(claim, "premise")
+def test_t5_has_the_premise_that_pruning_is_better():
+    (premise,) = contrasts(judged("T5", t5_runs(81, 83)), "premise")
     assert premise.name == "LARGEST 40 WEIGHTS - NONE"
-    assert premise.fitted.value == pytest.approx(weights - 80)
+    assert premise.fitted.value == pytest.approx(3)
 
 
 # T4
-
-
-def t4_runs(fall: float = 0.3, by_loss: float = 0.0, sign: float = 1.0) -> pd.DataFrame:
-    """log Tr(H) and log Tr(C) fall by `fall` for L, apart from `by_loss` times its log loss."""
-    loss = 1 + np.random.default_rng(0).normal(0, 0.5, N)
-    logs = -fall - by_loss * loss + 0.2 * WOBBLE
-    columns = {
-        "curvature": {"largest 40": 300 * np.exp(logs), "_": 300.0},
-        "noise": {"largest 40": 2000 * np.exp(sign * logs), "_": 2000.0},
-        "train_loss": {"largest 40": 0.001 * np.exp(loss), "_": 0.001},
-        "delta_w": {"largest 40": 0.08 + 0.01 * WOBBLE, "_": 0.05},
-    }
-    accuracy = dict.fromkeys((*DOSE_AND_TARGET, "none"), 80.0)
-    return registered("figure-6", "VGG11", accuracy, mean_stability=STABILITY, **columns)
-
-
-@pytest.mark.parametrize(
-    ("how", "verdict"),
-    [
-        ({}, "supported"),
-        ({"fall": -0.3}, "contradicted"),
-        ({"sign": -1}, "mixed"),
-        ({"fall": 0}, "undecided"),  # never negligible
-        ({"fall": 0, "by_loss": 1}, "not apart from training loss"),
-    ],
-)
-def test_t4_verdicts(how, verdict):
-    assert judged("T4", t4_runs(**how)).verdict == verdict
 
 
 def test_t4_adjusts_for_training_loss():
@@ -474,22 +476,6 @@ def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):
     assert any("84.9" in note for note in r3.notes)
 
 
-@pytest.mark.parametrize(
-    ("name", "accuracy", "verdict"),
-    [
-        ("R1", {"large": 81 + WOBBLE}, "supported"),
-        ("R1", {"large": 80.8 + WOBBLE, "none": 80.75}, "negligible"),
-        ("R1", {"large": 81 + WOBBLE, "none": 82}, "mixed"),
-        ("R1", {"large": 82 + np.where(np.arange(N), WOBBLE, -72)}, "undecided"),  # one at chance
-        *[("R4", {"small": mean + WOBBLE}, "supported") for mean in (80.0, 80.8)],
-        *[("R4", {"small": mean + WOBBLE}, "undecided") for mean in (79.0, 81.0)],
-        *[("R4", {"small": mean + WOBBLE}, "contradicted") for mean in (78.7, 81.3)],
-    ],
-)
-def test_r1_and_r4_verdicts(name, accuracy, verdict):
-    assert judged(name, conv4_runs(**accuracy)).verdict == verdict
-
-
 # Frames, JSON and the store
 
 
@@ -512,11 +498,9 @@ def test_one_row_a_contrast_and_json():
 
 def record(config, accuracy: float) -> RunRecord:
     """A run that learns everything, of constant test accuracy."""
-    last = getattr(config.pruning, "epochs", ())
-    events = last if last and isinstance(last[0], int) else last[-1] if last else ()
     epochs = pd.DataFrame({"epoch": range(config.epochs), "trained": True, "learning_rate": 0.001})
     epochs = epochs.assign(train_loss=0.001, train_accuracy=100.0, test_loss=1.0, seconds=0.1)
-    removed = epochs.epoch.isin(events).astype(int)
+    removed = epochs.epoch.isin(list(events_of(config.pruning))).astype(int)
     epochs = epochs.assign(pre=accuracy, post=accuracy, removed=removed)
     arrays = {}
     if config.flatness is not None:
@@ -540,11 +524,6 @@ def store(tmp_path) -> Store:
     return store
 
 
-def remove(store: Store, run: str) -> None:
-    for kind in ("parquet", "npz"):
-        (store.path / "records" / f"{run}.{kind}").unlink(missing_ok=True)
-
-
 def test_judged_from_a_store(store):
     found = {claim.name: claim for claim in claims.judge("demo", store=store)}
     assert list(found) == list(claims.CLAIMS)
@@ -563,12 +542,12 @@ def test_runs_that_are_missing_damaged_or_failed(store):
     def r1() -> verdicts.Claim:
         return claims.judge("demo", store=store, names=["R1"])[0]
 
-    (store.path / "records" / f"{small.run}.parquet").write_bytes(b"damaged")
+    file(store, small.run).write_bytes(b"damaged")
     shown = claims.to_dict(r1())  # no gate, contrast, interval, p or power before all are there
     assert (shown["verdict"], shown["done"], shown["registered"]) == ("incomplete", 9, 10)
     assert not any(shown[name] for name in ("contrasts", "gates", "notes", "effect", "power"))
     store.write(record(small.config, 80.0))
-    remove(store, large.run)
+    file(store, large.run).unlink()
     store.fail(large.config, "out of memory")
     assert r1().n == "9 of 10"
     store.fail(large.config, f"the loss of {large.config.title} is nan at epoch 3")
@@ -581,7 +560,7 @@ def test_flatness_of_t4(store):
     expected = {"curvature": 3.0, "noise": 7.0, "train_loss": 0.001}
     assert (runs[list(expected)] == expected).all(axis=None)
     assert runs.delta_w.to_numpy() == pytest.approx(config.reach + config.step)  # never reached
-    remove(store, runs.run[0])
+    file(store, runs.run[0]).unlink()
     assert claims.judge("demo", store=store, names=["T4"])[0].n == "11 of 12"
 
 

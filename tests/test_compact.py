@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from small import Plus
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -11,8 +12,7 @@ from paperlib import models
 from paperlib.compact import CompactError, compact, cost, cost_table
 from paperlib.extras.compact import cut
 from paperlib.pruning import FilterPruner, WeightPruner, prunable_layers
-
-torch.set_num_threads(1)
+from tests.pruning.pruned_networks import generator, unchanged
 
 NETWORKS = {
     "conv4": 0.25,
@@ -22,10 +22,6 @@ NETWORKS = {
     "resnet56": 0.5,
     "vgg19_bn": 1 / 32,
 }
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -56,19 +52,14 @@ def pruned(network: nn.Module, fraction: float, **options) -> FilterPruner:
     return pruner
 
 
-def images(count: int = 3, size: int = 32) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=generator(3))
-
-
 @torch.no_grad()
-def outputs(network: nn.Module, x: Tensor) -> Tensor:
-    return network.eval()(x)
-
-
-def assert_same(a: nn.Module, b: nn.Module, x: Tensor | None = None) -> None:
-    x = images() if x is None else x
-    expected = outputs(a, x)
-    assert (outputs(b, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+def compacted(network: nn.Module, *pruners, size: int = 32) -> nn.Module:
+    """The compact network, which computes the same."""
+    x = torch.randn(3, 3, size, size, generator=generator(3))
+    small = compact(network, *pruners, example=(2, 3, size, size))
+    expected = network.eval()(x)
+    assert (small.eval()(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    return small
 
 
 def parameters(network: nn.Module) -> int:
@@ -91,8 +82,7 @@ def widths(network: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_outputs_as_masked(name, fraction, norm):
     network = build(name)
-    small = compact(network, pruned(network, fraction, norm=norm))
-    assert_same(network, small)
+    small = compacted(network, pruned(network, fraction, norm=norm))
     assert (parameters(small) < parameters(network)) == (fraction > 0)
 
 
@@ -104,8 +94,7 @@ def test_vgg_has_as_many_parameters_as_one_built_that_narrow(fractions, target):
     pruner.prune(1, 1)
     small = compact(network, pruner)
     filters = [8, 16, 32, 32, 64, 64, 64, 64]
-    for i, mask in enumerate(reversed(pruner.masks.values()), 1):
-        filters[-i] = int(mask.sum())
+    filters[-len(fractions) :] = [int(mask.sum()) for mask in pruner.masks.values()]
     assert list(widths(small).values()) == filters
     convolutions = sum(
         (9 * before + 3) * after for before, after in zip([3, *filters], filters, strict=False)
@@ -120,10 +109,8 @@ def test_channels_of_a_residual_stage_are_cut_where_all_that_writes_to_them_is_z
         if name == "conv1" or name.endswith("conv2"):
             pruner.masks[name][:3] = False
             pruner.masks[name][3 + i // 2 % 2] = False  # and one that is not the same everywhere
-    pruner._refresh()
-    pruner.hold()
-    small = compact(network, pruner)
-    assert_same(network, small)
+    pruner.load_state_dict(pruner.state_dict())
+    small = compacted(network, pruner)
     filters = widths(small)
     assert filters["conv1"] == 5
     assert [filters[f"blocks.{i}.conv2"] for i in range(8)] == [5, 5, 13, 13, 29, 29, 61, 61]
@@ -141,10 +128,8 @@ def test_zero_channels_of_a_shortcut_are_cut_with_those_they_are_added_to():
             pruner.masks[name][[0, 1, 15]] = False
         elif name.startswith(("blocks.6", "blocks.7", "blocks.8")) and name.endswith("conv2"):
             pruner.masks[name][[8, 9, 23]] = False  # where the stage before pads to
-    pruner._refresh()
-    pruner.hold()
-    small = compact(network, pruner)
-    assert_same(network, small)
+    pruner.load_state_dict(pruner.state_dict())
+    small = compacted(network, pruner)
     assert small.blocks[3].conv2.out_channels == 13
     assert small.blocks[3].shortcut[1].padding == (0, 0, 0, 0, 2, 3)
     assert small.blocks[6].conv2.out_channels == 29
@@ -155,9 +140,8 @@ def test_original_is_left_as_it_was_and_modes_are_carried_on():
     network = build("vgg11_bn").train()
     network.features[1].eval()
     pruner = pruned(network, 0.5)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    small = compact(network, pruner)
-    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
+    with unchanged(network):
+        small = compact(network, pruner)
     assert small.training
     assert not small.features[1].training
     assert small.features[2].training
@@ -170,27 +154,20 @@ def test_paper_network_with_90_percent_of_its_dense_layer_gone():
     network = models.build("conv4")
     pruner = WeightPruner(network, "dense", 0.9, target="largest")
     pruner.prune(1, 1)
-    counts = cost(compact(network, pruner))
+    counts = cost(compacted(network, pruner))
     assert counts["parameters"] == 1_250_858  # no unit is gone as a whole
     assert counts["nonzero"] == 189_175
-    assert_same(network, compact(network, pruner))
 
 
-def with_gone_units() -> nn.Module:
+def test_units_without_weights_are_cut_and_constants_folded():
     network = build("conv4")  # 16 * 36 inputs, 128 dense units
     with torch.no_grad():
         network.dense.weight[:20] = 0  # constant: relu(bias), of both signs
         network.fc.weight[:, 10:30] = 0  # not read
         network.dense.weight[:, :36] = 0  # a filter that is not read
-    return network
-
-
-def test_units_without_weights_are_cut_and_constants_folded():
-    network = with_gone_units()
     assert (network.dense.bias[:10] > 0).any()
     assert (network.dense.bias[:10] < 0).any()
-    small = compact(network)
-    assert_same(network, small)
+    small = compacted(network)
     assert small.dense.weight.shape == (98, 15 * 36)
     assert small.fc.weight.shape == (10, 98)
     assert small.features[8].out_channels == 15
@@ -199,64 +176,27 @@ def test_units_without_weights_are_cut_and_constants_folded():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_constant_filters_are_folded_into_convolutions_without_padding_only(bias):
-    def network(padding: int) -> nn.Module:
-        torch.manual_seed(0)
-        layers = nn.Sequential(
-            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=padding, bias=bias)
-        )
-        layers[0].weight.data[:3] = 0
-        layers[0].bias.data[:3] = torch.tensor([1.0, 0.5, -1.0])
-        return layers
-
-    small = compact(network(0))
-    assert small[0].out_channels == 3
-    assert small[2].bias is not None
-    assert_same(network(0), small)
-    small = compact(network(1))
-    assert small[0].out_channels == 5  # two of them constants, which end at the border
-    assert_same(network(1), small)
+@pytest.mark.parametrize(("padding", "filters"), [(0, 3), (1, 5)])
+def test_constant_filters_are_folded_into_convolutions_without_padding_only(padding, filters, bias):
+    """With padding the two that are not 0 stay, as they end at the border."""
+    torch.manual_seed(0)
+    last = nn.Conv2d(6, 4, 3, padding=padding, bias=bias)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), last)
+    network[0].weight.data[:3] = 0
+    network[0].bias.data[:3] = torch.tensor([1.0, 0.5, -1.0])
+    small = compacted(network)
+    assert small[0].out_channels == filters
+    assert (small[2].bias is not None) == (bias or not padding)
 
 
 # Networks of one's own
 
 
-class PlainBlock(nn.Module):
-    def __init__(self, filters: int) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(filters, filters, 3, padding=1)
-        self.norm = nn.BatchNorm2d(filters)
-        self.b = nn.Conv2d(filters, filters, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.b(self.norm(self.a(x)).relu()) + x)
-
-
-class PlainResidual(nn.Module):
-    """Adds with a plain `+`, pools and flattens by functions and methods."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3)
-        self.one, self.two = PlainBlock(6), PlainBlock(6)
-        self.out = nn.Linear(6 * 15 * 15, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.two(self.one(F.relu(self.stem(x))))
-        x = F.max_pool2d(x, 2)
-        return self.out(x.view(x.size(0), -1))
-
-
-def plain() -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(PlainResidual())
-
-
 def test_plain_residual_network_with_the_same_channels_pruned_everywhere():
-    network = plain()
-    small = compact(network, pruned(network, 0.5, target="largest", score=first_filters))
-    assert_same(network, small)
-    assert set(widths(small).values()) == {3}
+    torch.manual_seed(0)
+    network = randomised(Plus(10, 3))
+    small = compacted(network, pruned(network, 0.5, target="largest", score=first_filters))
+    assert set(widths(small).values()) == {4}
     assert not any(layer._forward_hooks for layer in small.modules())
     assert not any(hasattr(layer, "kept_channels") for layer in small.modules())
 
@@ -268,6 +208,22 @@ def first_filters(conv: nn.Conv2d) -> Tensor:
 def sequential(*layers: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *layers)
+
+
+class Apply(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_pools_and_flattening_by_functions():
+    flat = Apply(lambda x: F.max_pool2d(x, 2).view(x.size(0), -1))
+    network = randomised(sequential(flat, nn.Linear(8 * 15 * 15, 3)))
+    small = compacted(network, pruned(network, 0.5))
+    assert (widths(small), small[4].in_features) == ({"0": 4}, 4 * 15 * 15)
 
 
 class Depthwise(nn.Module):
@@ -293,8 +249,7 @@ def test_depthwise_convolutions_and_slopes_of_each_channel_are_cut(norm):
     network = randomised(sequential(Depthwise(), nn.Flatten(), nn.Linear(6 * 15 * 13, 3)))
     nn.init.uniform_(network[3].slopes.weight, -0.5, 0.5)
     layers = ["0", "3.expand.0", "3.project"]
-    small = compact(network, pruned(network, 0.5, layers=layers, norm=norm))
-    assert_same(network, small)
+    small = compacted(network, pruned(network, 0.5, layers=layers, norm=norm))
     if norm:
         cut_block = small[3]
         assert widths(small) == {
@@ -321,12 +276,11 @@ def test_a_mask_on_a_layer_of_torch_is_cut():
     network = sequential(Block(), nn.Conv2d(8, 4, 3))
     pruner = pruned(network, 0.5, target="largest", score=first_filters, layers=["0", "3.b"])
     assert network[3].relu.kept_channels.shape == (1, 8, 1, 1)
-    small = compact(network, pruner)
-    assert_same(network, small)
+    small = compacted(network, pruner)
     assert widths(small) == {"0": 4, "3.a": 8, "3.b": 4, "4": 4}
     assert not hasattr(small[3].relu, "kept_channels")
     pruner = pruned(network, 0.25, target="smallest", score=first_filters, layers=["3.b"])
-    assert_same(network, compact(network, pruner))
+    compacted(network, pruner)
 
 
 @pytest.mark.parametrize(
@@ -342,18 +296,8 @@ def test_networks_of_torchvision(name, share):
     torch.manual_seed(0)
     network = randomised(torchvision.models.get_model(name, weights=None, num_classes=5))
     layers = [n for n, layer in prunable_layers(network).items() if not layer.masks]
-    small = compact(network, pruned(network, 0.5, layers=layers), example=(2, 3, 64, 64))
-    assert_same(network, small, images(2, 64))
+    small = compacted(network, pruned(network, 0.5, layers=layers), size=64)
     assert parameters(small) < share * parameters(network)
-
-
-class Apply(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class Twice(nn.Module):
@@ -399,8 +343,7 @@ def test_networks_that_are_not_understood(layer, named):
 
 def test_what_is_not_understood_is_left_alone_where_nothing_pruned_reaches_it():
     network = sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    small = compact(network, pruned(network, 0.5, layers=["4"]))
-    assert_same(network, small)
+    small = compacted(network, pruned(network, 0.5, layers=["4"]))
     assert widths(small) == {"0": 8, "4": 4, "6": 4}
 
 

@@ -12,8 +12,7 @@ from paperlib.noise import KINDS, FilterNoise
 from paperlib.papers import tradeoff_2020
 from paperlib.papers.noise_spans import training_batches, with_noise
 from paperlib.pruning import FilterPruner, PruningError
-
-torch.set_num_threads(1)
+from tests.pruning.pruned_networks import OPTIMIZERS, with_varied_norms
 
 # T: a training batch; E: an evaluation batch; 0, 1: an event of the first or second convolution.
 # The second 0 comes 12 passes after the first: its noise is just over with N = 11, not with 15.
@@ -26,26 +25,9 @@ FRACTIONS = (0.8, 0.5)
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     a, b = FILTERS
-    model = nn.Sequential(
-        nn.Conv2d(2, a, 3),
-        nn.BatchNorm2d(a),
-        nn.ReLU(),
-        nn.Conv2d(a, b, 3),
-        nn.BatchNorm2d(b),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * b, 3),
-    )
-    for norm in (model[1], model[4]):
-        nn.init.normal_(norm.weight, 1, 0.2)
-        nn.init.normal_(norm.bias, 0, 0.2)
-    return model
-
-
-def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=0.01)
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    layers = [nn.Conv2d(2, a, 3), nn.BatchNorm2d(a), nn.ReLU()]
+    layers += [nn.Conv2d(a, b, 3), nn.BatchNorm2d(b), nn.ReLU()]
+    return with_varied_norms(nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * b, 3)))
 
 
 def batch(i: int) -> tuple[Tensor, Tensor]:
@@ -70,16 +52,16 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def noised(model: nn.Module, kind: str, passes: int, seed: int = 7) -> FilterNoise:
+def noised(model: nn.Module, kind: str, passes: int) -> FilterNoise:
     pruner = FilterPruner(model, FRACTIONS, target="largest", norm=False)
-    return FilterNoise(model, pruner, kind, passes, torch.Generator().manual_seed(seed))
+    return FilterNoise(model, pruner, kind, passes, torch.Generator().manual_seed(7))
 
 
 def steps(
-    model: nn.Module, noise: FilterNoise, optimizer: torch.optim.Optimizer, start: int = 0
+    model: nn.Module, noise: FilterNoise, optimizer: torch.optim.Optimizer
 ) -> Iterator[dict[str, Tensor]]:
     """The program with `FilterNoise`, the network's state after every step of it."""
-    for i, step in list(enumerate(PROGRAM))[start:]:
+    for i, step in enumerate(PROGRAM):
         if step == "T":
             train_on(model, optimizer, i)
             noise.hold()
@@ -94,45 +76,42 @@ def steps(
 
 
 def by_hand(kind: str, n: int, name: str) -> Iterator[dict[str, Tensor]]:
-    """The same, with nothing but loops."""
+    """The same, by counting the passes since each layer's event."""
     model = network()
-    optimizer = optimizer_of(name, model)
-    convs, norms = (model[0], model[3]), (model[1], model[4])
+    optimizer = OPTIMIZERS[name](model.parameters())
+    tensors = [
+        (conv.weight.data, norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var)
+        for conv, norm in ((model[0], model[1]), (model[3], model[4]))
+    ]
     never = [list(range(filters)) for filters in FILTERS]
     latest, passes, saved = [[], []], [math.inf, math.inf], [{}, {}]
     chance = torch.Generator().manual_seed(7)
     for i, step in enumerate(PROGRAM):
         if step in "01":
             layer = int(step)
-            weight = convs[layer].weight.data
+            weight = tensors[layer][0]
             by_norm = sorted(never[layer], key=lambda k: -float(weight[k].norm()))
             latest[layer] = by_norm[: CHOSEN[layer][PROGRAM[:i].count(step)]]
             never[layer] = [k for k in never[layer] if k not in latest[layer]]
             passes[layer] = 0
-            values = (convs[layer].weight.data, *norm_tensors(norms[layer]))
-            saved[layer] = [value.clone() for value in values]
+            saved[layer] = [tensor.clone() for tensor in tensors[layer]]
         else:
             for layer in (0, 1):
                 passes[layer] += 1
-                weight = convs[layer].weight.data
-                values = (weight, *norm_tensors(norms[layer]))
+                weight, *_ = values = tensors[layer]
                 every = [k for k in range(FILTERS[layer]) if k not in never[layer]]
                 if kind == "zeroing" and passes[layer] <= n + 1:
-                    for k in latest[layer]:
-                        weight[k] = 0
+                    weight[latest[layer]] = 0
                 if kind == "gaussian" and passes[layer] <= n + 1:
                     deviation = weight[never[layer][0]].std()
                     drawn = torch.randn(len(latest[layer]), *weight[0].shape, generator=chance)
-                    for k, normal in zip(latest[layer], drawn, strict=True):
-                        weight[k] += normal * deviation
+                    weight[latest[layer]] += drawn * deviation
                 if kind == "restored" and passes[layer] <= n:
-                    for k in every:
-                        for value in values[:3]:
-                            value[k] = 0
+                    for value in values[:3]:
+                        value[every] = 0
                 if kind == "restored" and passes[layer] == n + 1:
-                    for k in every:
-                        for value, old in zip(values, saved[layer], strict=True):
-                            value[k] = old[k]
+                    for value, old in zip(values, saved[layer], strict=True):
+                        value[every] = old[every]
             if step == "T":
                 train_on(model, optimizer, i)
             else:
@@ -142,72 +121,29 @@ def by_hand(kind: str, n: int, name: str) -> Iterator[dict[str, Tensor]]:
         yield snapshot(model)
 
 
-def norm_tensors(norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
-    return norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var
-
-
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("passes", [0, 1, 11, 15])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_batch_is_as_by_hand(kind, passes, optimizer):
     model = network()
     noise = noised(model, kind, passes)
-    with_noise = steps(model, noise, optimizer_of(optimizer, model))
-    for i, (state, expected) in enumerate(
-        zip(with_noise, by_hand(kind, passes, optimizer), strict=True)
-    ):
+    states = steps(model, noise, OPTIMIZERS[optimizer](model.parameters()))
+    pairs = zip(states, by_hand(kind, passes, optimizer), strict=True)
+    for i, (state, expected) in enumerate(pairs):
         assert same(state, expected), f"step {i} ({PROGRAM[i]})"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("start", [8, 14, 20])
-def test_goes_on_from_its_state_in_the_middle_of_a_span(kind, start, tmp_path):
+def test_removal_is_for_good_and_leaves_batch_norm_alone(kind):
     model = network()
-    noise, optimizer = noised(model, kind, 15), optimizer_of("adam", model)
-    whole = steps(model, noise, optimizer)
-    for _ in range(start):
-        next(whole)
-    assert any(key.startswith("noise.passes") for key in noise.state_dict())
-    state = {
-        "model": model.state_dict(),
-        "noise": noise.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    torch.save(state, tmp_path / "checkpoint")
-    noise.generator.manual_seed(11)
-    expected = list(whole)
-
-    state = torch.load(tmp_path / "checkpoint", weights_only=True)
-    model = network()
-    noise, optimizer = noised(model, kind, 15, seed=11), optimizer_of("adam", model)
-    model.load_state_dict(state["model"])
-    noise.load_state_dict(state["noise"])
-    assert same(model.state_dict(), state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    resumed = list(steps(model, noise, optimizer, start))
-    assert all(same(a, b) for a, b in zip(resumed, expected, strict=True))
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_removal_is_for_good_and_leaves_batch_norm_alone(kind, resumed):
-    model = network()
-    noise, optimizer = noised(model, kind, 2), optimizer_of("adam", model)
+    noise, optimizer = noised(model, kind, 2), OPTIMIZERS["adam"](model.parameters())
     for _ in zip(range(18), steps(model, noise, optimizer), strict=False):
         pass
-    if resumed:
-        state = noise.state_dict()
-        noise = noised(model, kind, 2)
-        noise.load_state_dict(state)
-    before = snapshot(model)
+    expected = snapshot(model)
+    for name, mask in noise.masks.items():
+        expected[f"{name}.weight"][~mask] = 0
     noise.remove()
-    for name, tensor in model.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer in noise.masks:
-            assert not tensor[~noise.masks[layer]].any()
-            assert torch.equal(tensor[noise.masks[layer]], before[name][noise.masks[layer]])
-        else:
-            assert torch.equal(tensor, before[name])
+    assert same(model.state_dict(), expected)
     assert noise.held().keys() == {"0.weight", "3.weight"}
     for i in range(3):
         train_on(model, optimizer, i)
@@ -221,18 +157,6 @@ def test_removal_is_for_good_and_leaves_batch_norm_alone(kind, resumed):
     assert same(again.state_dict(), model.state_dict())
     assert other.prune([2, None], 2) == 2
     assert not again[0].weight[~other.masks["0"]].any()
-
-
-def test_measurements_in_a_pause_are_no_passes():
-    model = network().eval()
-    noise = noised(model, "gaussian", 0)
-    noise.prune(1, 2)
-    before = snapshot(model)
-    with noise.by_hand():
-        model(batch(0)[0])
-    assert same(before, model.state_dict())
-    model(batch(0)[0])
-    assert not same(before, model.state_dict())
 
 
 class Late(nn.Module):
@@ -259,23 +183,19 @@ def test_restored_noise_reaches_norms_wherever_they_are():
     noise.prune(1, 1)
     before, reads = snapshot(model), []
     model.head.register_forward_pre_hook(lambda module, inputs: reads.append(inputs[0]))
-    lost = torch.cat([torch.zeros(4, dtype=torch.bool), ~noise.masks["b"]])
+    gone = ~noise.masks["b"]
+    lost = torch.cat([torch.zeros(4, dtype=torch.bool), gone])
+    zero = {"b.weight": gone, "groups.weight": gone, "groups.bias": gone}
+    zero |= {"joined.weight": lost, "joined.bias": lost}
     with torch.no_grad():
         for passes in range(1, 5):
             model(batch(0)[0])
-            zero = {
-                "b.weight": ~noise.masks["b"],
-                **{f"groups.{key}": ~noise.masks["b"] for key in ("weight", "bias")},
-                **{f"joined.{key}": lost for key in ("weight", "bias")},
-            }
             for name, tensor in model.state_dict().items():
+                expected = before[name].clone()
                 if name in zero and passes <= 2:
-                    assert not tensor[zero[name]].any()
-                    assert torch.equal(tensor[~zero[name]], before[name][~zero[name]])
-                else:
-                    assert torch.equal(tensor, before[name])
-            biased = model.b.bias[~noise.masks["b"]].any()
-            assert biased
+                    expected[zero[name]] = 0
+                assert torch.equal(tensor, expected)
+            assert model.b.bias[gone].any()
             assert bool(reads[-1][:, lost].any()) == (passes > 2)
     state = noise.state_dict()
     again = FilterNoise(model, pruner, "restored", 2)

@@ -1,17 +1,23 @@
 """Records with known numbers, for the tests of the store."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
 from paperlib.config import Config, FilterPruning
-from paperlib.runs import RunRecord
+from paperlib.runs import RunRecord, Store
+from paperlib.store import archive
 
 PRUNED = Config(pruning=FilterPruning((0.3, 0.9), ((3, 7), (4, 8, 12))), seed=2)
 CIFAR10 = "c32a1d4ab5d03f1284b67883e8d87530"  # the md5 of its archive, as its page gives it
 
 
-def record(config: Config = PRUNED, arrays: bool = True, **provenance: object) -> RunRecord:
-    rng = np.random.default_rng(config.seed)
+def record(
+    config: Config = PRUNED, arrays: bool = True, numbers: int | None = None, **provenance: object
+) -> RunRecord:
+    """A record of random numbers: those of the configuration's seed, or others."""
+    rng = np.random.default_rng(config.seed if numbers is None else numbers)
     count = 20
     epochs = pd.DataFrame(
         {
@@ -36,6 +42,16 @@ def record(config: Config = PRUNED, arrays: bool = True, **provenance: object) -
     }
     about = {"device": "cpu", "threads": 2, "commit": None, "torch": "2.8.0"} | provenance
     return RunRecord(config, epochs, measured if arrays else {}, about)
+
+
+def file(store: Store, run: str, kind: str = "parquet") -> Path:
+    return store.path / "records" / f"{run}.{kind}"
+
+
+def exported(store: Store, folder: Path) -> Store:
+    """A store with nothing of its own, above a file of another store's runs."""
+    archive.export(store, folder / "results" / "all.parquet")
+    return Store(folder / "none", folder / "results")
 
 
 def same(a: RunRecord, b: RunRecord) -> bool:

@@ -18,18 +18,9 @@ from paperlib.runs import Store, StoreError
 from paperlib.store import checkpoints
 from paperlib.store.checkpoints import Checkpoint, UnusableCheckpoint
 from paperlib.training import TrainingError, run
+from tests import small
 
-torch.set_num_threads(1)
-
-VGG = Config(
-    data="digits",
-    train_per_class=3,
-    test_per_class=3,
-    width=1 / 16,
-    epochs=5,
-    batch=8,
-    learning_rate=0.01,
-)
+VGG = small.VGG.with_(train_per_class=3, test_per_class=3, epochs=5, batch=8)
 CONV = VGG.with_(model="conv4", optimizer="sgd", momentum=0.9, weight_decay=0.01)
 EVENTS = ((1, 3), (1, 2, 3))
 
@@ -46,13 +37,10 @@ def noisy(kind: str, passes: int) -> Config:
 
 CONFIGS = {
     "adam": VGG,
-    "sgd": VGG.with_(optimizer="sgd"),
     "momentum": CONV,
     "dropout": CONV.with_(dropout=(0.25, 0.5), augment=True, milestones=(2,)),
     "l1": pruned("l1", "largest", optimizer="sgd", momentum=0.9),
     "l2": pruned("l2", weight_decay=0.01, milestones=(1, 3)),
-    "ebn": pruned("ebn", "largest"),
-    "ebn_signed": pruned("ebn_signed"),
     "activation": pruned("activation", histograms=True),
     "random": pruned("l2", "random"),
     "residual": pruned("activation", model="resnet20", width=1 / 4),
@@ -143,25 +131,15 @@ def test_stopped_in_every_epoch(name, store, always):
 
 def test_tensors_keep_their_memory_format(store, always):
     """Fused optimizers go through weights and averages in order of memory."""
-    config, seen = pruned("activation"), []
-
-    def look(moment):
-        seen.append(moment.model)
-        if moment.epoch == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(config, store, "cpu", look)
-    model = training.build(config).to(memory_format=torch.channels_last)
-    optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
-    parts = model, optimizer, pruner
-    rows, _ = Checkpoint(store.path, config, None, {}).restore(parts)
+    config = pruned("activation")
+    stop(config, store, 2)
+    rows, model, optimizer, pruner = restored(config, store)
     assert [row["epoch"] for row in rows] == [0, 1]
     assert pruner.activation.passes == 2 * 4
-    for parameter, before in zip(model.parameters(), seen[0].parameters(), strict=True):
+    for parameter in model.parameters():
         step, *averages = (optimizer.state[parameter][k] for k in ("step", "exp_avg", "exp_avg_sq"))
         assert step == 2 * 4
-        assert parameter.stride() == before.stride()
+        assert parameter.dim() < 4 or parameter.is_contiguous(memory_format=torch.channels_last)
         assert all(average.stride() == parameter.stride() and average.any() for average in averages)
 
 
@@ -188,17 +166,14 @@ def test_not_due_yet(store, monkeypatch):
 
 KILLED = """
 import os, random, signal, sys, time
-import torch
 from paperlib import training
 from paperlib.store import checkpoints
 from paperlib.runs import Store
-from tests.store.test_checkpoints import CONFIGS
+from tests.store.test_checkpoints import CONFIGS  # it sets one thread
 
-torch.set_num_threads(1)
 checkpoints.SECONDS, checkpoints.SHARE = 0.0, float("inf")
-path, name, epochs, seed = sys.argv[1:]
-config = CONFIGS[name].with_(epochs=int(epochs))
-store, chance = Store(path), random.Random(int(seed))
+path, config = sys.argv[1], CONFIGS["gaussian"].with_(epochs=60)
+store, chance = Store(path), random.Random(7)
 training.run(config, Store(path + "-unbroken"), "cpu")
 for _ in range(10):
     before = checkpoints.progress(path, config.identity) or 0
@@ -218,13 +193,13 @@ training.run(config, store, "cpu")
 
 
 def test_ten_kills_at_random_moments(tmp_path):
-    store, name, epochs, seed = Store(tmp_path / "runs"), "gaussian", 60, 7
-    command = [sys.executable, "-c", KILLED, str(store.path), name, str(epochs), str(seed)]
+    store = Store(tmp_path / "runs")
+    command = [sys.executable, "-c", KILLED, str(store.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (record,) = store.records()
     assert same(record, Store(tmp_path / "runs-unbroken").read(record.run))
-    assert len(record.epochs) == epochs
+    assert len(record.epochs) == 60
     assert len({part["epochs"] for part in record.provenance["resumed"]}) > 4
     assert not list((store.path / "checkpoints").iterdir())
 
@@ -242,9 +217,11 @@ def test_killed_between_record_and_removal(store, always, monkeypatch):
 
 
 def restored(config: Config, store: Store, **made_of: str):
-    model = training.build(config)
-    optimizer, pruner = training.make_optimizer(config, model), training.make_pruner(config, model)
-    return Checkpoint(store.path, config, None, made_of).restore((model, optimizer, pruner))
+    """The rows of a checkpoint, and the parts of a run as it has them."""
+    model = training.build(config).to(memory_format=torch.channels_last)
+    parts = model, training.make_optimizer(config, model), training.make_pruner(config, model)
+    rows, _ = Checkpoint(store.path, config, None, made_of).restore(parts)
+    return rows, *parts
 
 
 def afresh(config: Config, store: Store, reason: str) -> None:
@@ -270,7 +247,7 @@ def test_cut_or_changed_anywhere(store, always):
     epochs = content.index(b'epochs\\": 2') + len(b'epochs\\": ')
     for place in [epochs, *random.Random(3).sample(range(head + 8, len(content)), 10)]:
         changed = bytearray(content)
-        changed[place] = changed[place] ^ 1
+        changed[place] ^= 1
         path.write_bytes(changed)
         with pytest.raises(UnusableCheckpoint, match="checksum"):
             restored(VGG, store)
@@ -290,7 +267,7 @@ def test_of_another_run_version_data_or_code(name, store, always, monkeypatch):
         patch.setattr(Checkpoint, "_inputs", theirs)
         stop(VGG, store, 2)
     if name == "source":  # VGG names no code, so it has none to compare
-        assert restored(VGG, store) is not None
+        restored(VGG, store)
         with pytest.raises(UnusableCheckpoint, match=r"source.*99.*abc"):
             restored(VGG, store, source="abc")
     else:

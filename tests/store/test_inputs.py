@@ -10,7 +10,7 @@ from paperlib.config import Config, FilterPruning
 from paperlib.runs import Mismatch, Store, StoreError
 from paperlib.store import archive, provenance
 from paperlib.store.store import by_identity
-from tests.store.helpers import CIFAR10, PRUNED, record, same
+from tests.store.helpers import CIFAR10, PRUNED, exported, record, same
 
 
 @pytest.fixture
@@ -131,10 +131,9 @@ def test_records_that_were_imported(store, tmp_path):
     """An import keeps the checksums, and no folder of the machine it comes from."""
     config = photos(tmp_path / "a" / "photos", 50)
     store.write(record(config, **checksums(config)))
-    archive.export(store, tmp_path / "results" / "all.parquet")
-    below = Store(tmp_path / "none", tmp_path / "results")
+    below = exported(store, tmp_path)
     assert config in below
     assert refused(below, photos(tmp_path / "b" / "photos", 60), str(tmp_path / "b"))
     mine = Store(tmp_path / "mine")
-    archive.merge(mine, tmp_path / "results" / "all.parquet")
+    archive.merge(mine, below.results / "all.parquet")
     assert mine.read(config).config == config.portable

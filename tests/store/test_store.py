@@ -13,7 +13,7 @@ import pytest
 from paperlib import measures, runs
 from paperlib.config import Config, Flatness, Noise
 from paperlib.runs import DamagedRecord, Store, StoreError
-from tests.store.helpers import PRUNED, record, same
+from tests.store.helpers import PRUNED, file, record, same
 
 RUN = PRUNED.identity
 
@@ -97,7 +97,7 @@ def refused(store: Store, run: str = RUN) -> bool:
 
 @pytest.mark.parametrize("kind", ["parquet", "npz"])
 def test_cut_or_overwritten_anywhere(written, kind):
-    path = written.path / "records" / f"{RUN}.{kind}"
+    path = file(written, RUN, kind)
     content = path.read_bytes()
     for length in [*(len(content) * np.arange(10) // 10), len(content) - 1]:
         for damage in {content[:length], content[:length].ljust(len(content), b"\0")} - {content}:
@@ -110,7 +110,7 @@ def test_cut_or_overwritten_anywhere(written, kind):
 
 
 def test_a_changed_byte_changes_nothing(written):
-    path, refusals = written.path / "records" / f"{RUN}.parquet", 0
+    path, refusals = file(written, RUN), 0
     content = path.read_bytes()
     for place in range(0, len(content), 31):
         changed = bytearray(content)
@@ -128,7 +128,7 @@ def test_files_of_two_runs_mixed_up(written, kinds):
     other = record(PRUNED.with_(seed=9))
     written.write(other)
     for kind in kinds:
-        a, b = (written.path / "records" / f"{run}.{kind}" for run in (RUN, other.run))
+        a, b = (file(written, run, kind) for run in (RUN, other.run))
         swapped = a.read_bytes(), b.read_bytes()
         b.write_bytes(swapped[0])
         a.write_bytes(swapped[1])
@@ -137,7 +137,7 @@ def test_files_of_two_runs_mixed_up(written, kinds):
 
 
 def test_foreign_files_and_another_provenance(written):
-    path = written.path / "records" / f"{RUN}.parquet"
+    path = file(written, RUN)
     whole = path.read_bytes()
     pd.DataFrame({"epoch": [0], "post": [50.0]}).to_parquet(path)
     assert refused(written)
@@ -154,16 +154,14 @@ def test_foreign_files_and_another_provenance(written):
 KILLED = """
 import os, signal, sys
 from paperlib.runs import Store
-from tests.store.helpers import record, PRUNED
-calls, function, at, seed = [], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+from tests.store.helpers import record
+calls, function, at = [], sys.argv[2], int(sys.argv[3])
 real = getattr(os, function)
 def dies(*arguments):
     calls.append(arguments)
     return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == at else real(*arguments)
 setattr(os, function, dies)
-new = record(PRUNED.with_(seed=seed))
-new.config = PRUNED
-Store(sys.argv[1]).write(new)
+Store(sys.argv[1]).write(record(numbers=7))
 """
 
 
@@ -174,7 +172,7 @@ def test_a_killed_writer(store, function, at, again):
     """The old record or none, or one that is known to be damaged; never a mixture."""
     if again:
         store.write(record())
-    command = [sys.executable, "-c", KILLED, str(store.path), function, str(at), "7"]
+    command = [sys.executable, "-c", KILLED, str(store.path), function, str(at)]
     assert subprocess.run(command, check=False).returncode == -9
     if not again:
         assert store.identities() == []
@@ -182,10 +180,8 @@ def test_a_killed_writer(store, function, at, again):
         assert same(record(), store.read(RUN))
     else:
         assert refused(store)
-    new = record(PRUNED.with_(seed=7))
-    new.config = PRUNED
-    store.write(new)
-    assert same(new, store.read(RUN))
+    store.write(record(numbers=7))
+    assert same(record(numbers=7), store.read(RUN))
 
 
 @pytest.mark.parametrize("below", ["runs", "a/b"])

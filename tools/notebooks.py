@@ -26,6 +26,7 @@ def rewrite(path: Path) -> None:
         timeout=CELL_SECONDS,
         kernel_manager_class=ThisKernel,
         resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True,
         record_timing=False,
         store_widget_state=False,
     ).execute()

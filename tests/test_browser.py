@@ -266,3 +266,4 @@ def test_pages_of_the_site(browser, site):
 def test_the_first_page_is_that_of_the_documentation(page, site):
     page.goto(site)
     page.wait_for_url("**/docs/index.html")
+    assert page.locator("h1").inner_text().startswith("Two papers on pruning")

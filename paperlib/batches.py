@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PADDING = 4  # pixels of black on each side, before the random crop
+PADDING = 4  # black pixels on each side, before the random crop
 
 
 class Batches:
@@ -18,12 +18,15 @@ class Batches:
     Args:
         images: uint8 (N, C, H, W).
         labels: (N,).
-        mean: Per channel, of pixels scaled to 0..1.
-        std: The same.
-        device: Where the batches are made.
+        mean: The mean of each channel, of pixels scaled to 0..1.
+        std: The standard deviation of each channel, of the same.
+        device: The device on which batches are made.
         size: Images of a training batch.
         augment: Whether training images are padded with black, cropped and flipped at random.
         layout: The memory format of x.
+
+    Raises:
+        ValueError: `size` is below 1.
     """
 
     def __init__(
@@ -42,16 +45,16 @@ class Batches:
         self.size, self.augment, self.layout = size, augment, layout
         self.height, self.width = images.shape[2:]
         self.padding = PADDING if augment else 0
-        # Images lie NHWC, so that a selection of them is channels-last without a copy.
+        # Images are stored as NHWC, so that a selection of them is channels-last without a copy.
         pixels = F.pad(images.to(device), 4 * (self.padding,)).permute(0, 2, 3, 1).contiguous()
         self.pixels, self.labels = pixels, labels.to(device, torch.int64)
-        # Repeated along the width: broadcasting over three channels is 20 times slower on a CPU.
+        # These repeat along the width: broadcasting over 3 channels is 20 times slower on a CPU.
         middle, spread = (torch.tensor(x, dtype=torch.float64) for x in (mean, std))
         self.scale = (1 / (255 * spread)).float().repeat(self.width, 1).to(device)
         self.shift = (-middle / spread).float().repeat(self.width, 1).to(device)
 
     def __len__(self) -> int:
-        """Return the number of batches an epoch; the last one may be smaller."""
+        """Return the number of batches an epoch. The last one may be smaller."""
         return math.ceil(len(self.labels) / self.size)
 
     def epoch(
@@ -64,15 +67,18 @@ class Batches:
     def draw(
         self, order: torch.Generator, augmentation: torch.Generator | None = None
     ) -> list[Tensor]:
-        """Draw everything random of one epoch, on the CPU: every device sees the same batches.
+        """Draw all random numbers of one epoch, on the CPU: every device sees the same batches.
 
         Args:
             order: A CPU generator.
             augmentation: A CPU generator; needed if the batches augment.
 
         Returns:
-            A permutation (N,). If the batches augment, also each image's corner of the crop, row
-            and column in 0..8 (N, 2), and its flip (N,), in the order of the permutation.
+            A permutation (N,). If the batches augment, also for each image the corner of its crop,
+            row and column in 0..8 (N, 2), and its flip (N,), in the order of the permutation.
+
+        Raises:
+            ValueError: The batches augment, and there is no generator for it.
         """
         count, device = len(self.labels), self.labels.device
         drawn = [torch.randperm(count, generator=order)]
@@ -95,8 +101,8 @@ class Batches:
     def first(self, count: int) -> tuple[Tensor, Tensor]:
         """Return `count` images, or all if there are fewer, without augmentation, for measurements.
 
-        They are the first ones. Of a set sorted by class, such as a folder, they are images at even
-        distances instead.
+        These are the first ones. In a set sorted by class, such as a folder, they are images at
+        even distances instead.
         """
         number = len(self.labels)
         indices = torch.arange(min(count, number))
@@ -130,9 +136,9 @@ def crop_and_flip(
     Args:
         padded: All images (N, H, W, C).
         size: Height and width of a crop.
-        indices: (B,), which of them.
+        indices: (B,), the images to crop.
         corners: (B, 2), row and column of each crop's upper left corner.
-        flips: bool (B,).
+        flips: bool (B,), True for the images to flip.
 
     Returns:
         (B, height, width, C), gathered pixel by pixel in one pass.

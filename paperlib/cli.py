@@ -1,4 +1,4 @@
-"""The command line: `paperlib`, or `python -m paperlib`. Nothing but arguments."""
+"""The command line: `paperlib`, or `python -m paperlib`. It only reads arguments and prints."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from paperlib.experiments import Scale
 from paperlib.store import archive
 from paperlib.sweep.states import table
 
-FAILED, WRONG = 1, 2  # exit codes: a run, a notebook or a record is wrong; the command is
+FAILED, WRONG = 1, 2  # exit codes: a run, notebook or record failed; the command is wrong
 Asked = dict[str, Any]
 Names = tuple[str, ...]
 
@@ -29,12 +29,12 @@ STORE = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="as JSON")
 COUNT, MINUTES = click.IntRange(1), click.FloatRange(0, min_open=True)
-SCALE = {  # by option, its type and what it is
+SCALE = {  # option -> its type and its help
     "data": (str, "a data set in place of the profile's, as for `paperlib data`"),
     "seeds": (int, "how many, in place of the profile's"),
     "precision": (str, "float32 or bfloat16, in place of the profile's"),
 }
-ASKED = ("profile", *SCALE)  # of `Scale`
+ASKED = ("profile", *SCALE)  # arguments of `Scale`
 EXECUTION = {
     "jobs": (COUNT, "processes  [default: one a core, or one a GPU]"),
     "device": (str, "auto, cpu, cuda, mps  [default: auto]"),
@@ -62,7 +62,11 @@ def options(table: dict[str, tuple[Any, str]]) -> Callable:
 def of_figures(profile: str | None) -> Callable:
     """Decorate a command that is about runs of figures.
 
-    It is given names (of figures), asked (what `Scale` takes; the profile may be None) and store.
+    The command takes names (of figures), asked (arguments of `Scale`; the profile may be None) and
+    store.
+
+    Args:
+        profile: The default profile.
     """
     text = "smoke, demo, small, paper" + (f"  [default: {profile}]" if profile else "")
     names = click.argument("names", nargs=-1, metavar="[NAME]...")
@@ -127,7 +131,7 @@ def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, 
 
 
 def _queue(scales: dict[str, Scale]) -> list[Config]:
-    """Return the runs of figures; in the order of worth if they are all figures."""
+    """Return the runs of figures, in the order of worth if these are all figures."""
     ordered: list[Config] = []
     for scale in dict.fromkeys(scales.values()):
         names = [name for name in scales if scales[name] == scale]
@@ -138,7 +142,7 @@ def _queue(scales: dict[str, Scale]) -> list[Config]:
 def _execute(
     configs: list[Config], store: runs.Store, cluster: str | None, send_back: bool, **how: Any
 ) -> int:
-    """Do runs as the options of `EXECUTION` say. Fail on wrong ones before any work."""
+    """Do runs by the options of `EXECUTION`. Wrong options fail before any work."""
     if send_back and not cluster:
         raise click.UsageError("--send-back is for a --cluster")
     if cluster and (how["jobs"] or how["per_device"]):
@@ -229,7 +233,7 @@ def claims_command(
 @click.argument("spec")
 @STORE
 def data_command(spec: str, store: runs.Store) -> None:
-    """Load a data set (cifar10-jpeg, digits, cifar10, cifar100, images:PATH); say what it has."""
+    """Load a data set (cifar10-jpeg, digits, cifar10, cifar100, images:PATH); describe it."""
     from paperlib import data
 
     loaded = data.load(spec, store.path / "data")
@@ -315,7 +319,7 @@ def _megabytes(paths: Iterable[Path]) -> str:
 
 
 def _chosen(store: runs.Store, names: Names, asked: Asked) -> list[str] | None:
-    """Return the runs that are there of those asked for; None where all are."""
+    """Return the runs asked for that are in the store; None if all are asked for."""
     if not (names or any(asked.values())):
         return None
     scale = Scale(**asked | {"profile": asked["profile"] or "small"})
@@ -327,7 +331,7 @@ def _print(frame: pd.DataFrame, number: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error is one line and exit code 2, or 1 where a run failed."""
+    """Run the command line. An error is one line and exit code 2, or 1 if a run failed."""
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

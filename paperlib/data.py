@@ -1,7 +1,7 @@
 """Data sets as tensors in memory.
 
-Data sets and their normalisation are those of arXiv 1906.03728 (the networks' training settings);
-other images come from a folder or an archive (`images`).
+CIFAR and its normalisation are those of arXiv 1906.03728 (the networks' training settings). Other
+images come from scikit-learn's digits, a folder or an archive (`images`).
 """
 
 import hashlib
@@ -41,14 +41,14 @@ class Dataset:
     """Training and test images in memory.
 
     Attributes:
-        name: Of the data set.
+        name: The name of the data set.
         train_images: uint8 (N, C, H, W).
         train_labels: int64 (N,), indices into `classes`.
         test_images: uint8 (M, C, H, W).
-        test_labels: int64 (M,).
-        classes: Their names.
-        mean: Per channel, of pixels scaled to 0..1.
-        std: The same.
+        test_labels: int64 (M,), indices into `classes`.
+        classes: The names of the classes.
+        mean: The mean of each channel, of pixels scaled to 0..1.
+        std: The standard deviation of each channel, of the same.
         checksum: 32 hex digits of the content, the same on every machine; empty if the tensors did
             not come from `load`. A subset keeps the checksum of the whole.
     """
@@ -71,11 +71,11 @@ class Dataset:
         A smaller subset is part of a larger one. `mean` and `std` stay those of the whole.
 
         Args:
-            train_per_class: How many training images; None keeps all.
-            test_per_class: How many test images; None keeps all.
+            train_per_class: Training images of each class; None keeps all.
+            test_per_class: Test images of each class; None keeps all.
 
         Raises:
-            DataError: A number is below 1 or above that of a class.
+            DataError: A number is below 1, or a class has fewer images.
         """
         train = _first_of_each(self.train_labels, train_per_class, self.classes, "training")
         test = _first_of_each(self.test_labels, test_per_class, self.classes, "test")
@@ -99,10 +99,10 @@ def load(spec: str, root: str | os.PathLike | None = None) -> Dataset:
       verified by checksum, decoded once, then cached.
     - "images:PATH": a folder, .zip, .tar, .tar.gz, .tgz or .tar.xz of train/CLASS/* and
       test/CLASS/* (possibly under one common top folder), all of one size; decoded once, then
-      cached in `root`. Hidden files and files that are not images are ignored; links are refused.
+      cached in `root`. Hidden files and files that are not images are ignored. Links are refused.
 
-    `mean` and `std` of CIFAR are the paper's (arXiv 1906.03728), otherwise measured on the training
-    images; images whose classes are CIFAR-10's ten names are CIFAR-10's and get its constants.
+    `mean` and `std` of CIFAR are the paper's (arXiv 1906.03728). For other data they are measured
+    on the training images. Images whose classes have CIFAR-10's ten names get its constants, too.
 
     Args:
         spec: One of the above; `~` in a path is the home folder.
@@ -111,6 +111,7 @@ def load(spec: str, root: str | os.PathLike | None = None) -> Dataset:
 
     Raises:
         DataError: `spec` is unknown, or its images are missing, damaged or not as described.
+        StoreError: A downloaded file or decoded images cannot be written.
     """
     kind, _, name = spec.partition(":")
     folders = data_folders(root)
@@ -130,7 +131,7 @@ def load(spec: str, root: str | os.PathLike | None = None) -> Dataset:
 
 
 def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel of pixels scaled to 0..1.
+    """Return the mean and standard deviation of each channel, of pixels scaled to 0..1.
 
     The sums are exact integers, so the results are the same on every machine. A channel of one
     value gets a standard deviation of 1.
@@ -185,7 +186,7 @@ def _digits() -> Dataset:
 
 @dataclass(frozen=True)
 class Cifar:
-    """The address and the files of a CIFAR data set; `mean` and `std` are the paper's."""
+    """The address and the files of a CIFAR data set. `mean` and `std` are the paper's."""
 
     url: str
     md5: str
@@ -241,7 +242,7 @@ def _md5(content: bytes) -> str:
 
 
 def _download(name: str, url: str, archive: Path, md5: str | None = None) -> Path:
-    """Download a file completely or not at all; verify it if its md5 is given."""
+    """Download a file completely or not at all. Verify it if its md5 is given."""
     try:
         with urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
             content = answer.read()
@@ -265,7 +266,7 @@ def _jpeg_source(folders: Sequence[Path]) -> Path:
 
 
 def _images(name: str, checksum: str, find: Callable[[], Path], folders: Sequence[Path]) -> Dataset:
-    """Return the images with a checksum; of CIFAR-10's classes, with CIFAR-10's constants."""
+    """Return the images with a checksum. If their classes are CIFAR-10's, so are the constants."""
     tensors, classes = images.decoded(checksum, find, folders)
     cifar = CIFARS["cifar10"]
     of_cifar = (cifar.mean, cifar.std) if classes == CIFAR10_CLASSES else None

@@ -52,7 +52,8 @@ def normalised_outputs(model: nn.Module, images: Tensor) -> np.ndarray:
         images: (B, C, H, W).
 
     Returns:
-        (8, 200) densities over all channels and pixels in [-5, 5], the deepest layer last.
+        (8, 200) densities over all channels and pixels in [-5, 5], the deepest layer last. A
+        network with fewer batch norms gives fewer rows.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-8:]
     densities = {}
@@ -94,8 +95,8 @@ def histograms(
 
     Returns:
         Arrays for the record. If single weights are pruned, `magnitudes` of every pruned layer as
-        "before.LAYER", "after.LAYER" and "end.LAYER", their `edges`, and as "kept.LAYER" which
-        weights are not pruned, as bits. Otherwise `normalised_outputs`, "untrained" and "trained".
+        "before.LAYER", "after.LAYER" and "end.LAYER"; their "edges"; and "kept.LAYER", a bit a
+        weight, 1 if it is not pruned. Otherwise `normalised_outputs` as "untrained" and "trained".
     """
     if not config.histograms:
         return {}
@@ -117,18 +118,19 @@ def histograms(
 def measured_flatness(
     model: nn.Module, test: Batches, flatness: Flatness, held: dict[str, Tensor]
 ) -> Arrays:
-    """Measure how flat the minimum is (figures 6 and E1 to E5); the network stays as it is.
+    """Measure the flatness of the minimum (figures 6 and E1 to E5). The network stays as it is.
 
     Args:
         model: The network.
         test: The test images.
-        flatness: How many images, eigenvalues, directions and steps.
+        flatness: The numbers of images, eigenvalues and directions, and the steps along these.
         held: Parameter name -> bool tensor, True where pruning holds it at zero.
 
     Returns:
-        eigenvalues (k,) by magnitude and noise, Tr(C), on the first test images; epsilons (E,);
-        losses and accuracies (D, E) along the eigenvectors of the D algebraically largest
-        eigenvalues, on the test set (arXiv 1906.03728, section 3 and appendix E).
+        eigenvalues (k,) by magnitude and noise, Tr(C), both on `images` of the test images;
+        epsilons (E,); losses and accuracies (D, E) along the eigenvectors of the D algebraically
+        largest eigenvalues, on `test_images` of them or all (arXiv 1906.03728, section 3 and
+        appendix E).
     """
     images, labels = test.first(flatness.images)
     eigenvalues, vectors = hessian_spectrum(model, images, labels, flatness.eigenvalues, held)
@@ -148,7 +150,7 @@ def measured_flatness(
 
 @torch.no_grad()
 def distance(model: nn.Module, initial: nn.Module) -> float:
-    """Return the L2 distance of all parameters from initial ones, relative to the norm of these."""
+    """Return the L2 distance of all parameters from the initial ones, relative to their norm."""
     moved = norm = torch.zeros((), dtype=torch.float64)
     for parameter, start in zip(model.parameters(), initial.parameters(), strict=True):
         before = start.cpu().double()
@@ -162,7 +164,7 @@ def training_loss(model: nn.Module, loop: PlainLoop, train: Batches, size: int) 
 
     Args:
         model: A replica of the run's network.
-        loop: The run's, for its precision and kernels.
+        loop: The run's loop, for its precision and kernels.
         train: The training images.
         size: Images of a batch.
     """
@@ -181,8 +183,8 @@ def recalibrated(
     last batch of one image is left out, because some batch norms cannot train on it.
 
     Args:
-        model: A replica of the run's network; its statistics are replaced.
-        loop: The run's, for its precision and kernels.
+        model: A replica of the run's network. Its statistics are replaced.
+        loop: The run's loop, for its precision and kernels.
         train: The training images.
         size: Images of a batch of evaluation.
         test: The test images.

@@ -1,7 +1,7 @@
 """The experiments of both papers: their figures, as a reader draws them.
 
-`load` gives everything that a figure's notebook shows. The plans behind it are those of `plans`:
-`plan`, `table`, `queue` and `Scale` are found here, too. Imports no torch where nothing is trained.
+`load` gives everything that a figure's notebook shows. `plan`, `table`, `queue` and `Scale` are
+those of `plans`. Imports no torch unless something is trained.
 """
 
 import os
@@ -16,19 +16,24 @@ from paperlib.claims import gates
 from paperlib.plans import FIGURES, PROFILES, Scale, annotate, figure, plan, queue, table  # noqa: F401
 from paperlib.runs import RunRecord, Store
 
-NAMED = 3  # settings whose gates fail, on a figure's face
+NAMED = 3  # at most so many settings with a failed gate are named on a figure's face
 
 
 def resolve(name: str, profile: str = "auto", store: Store | None = None, **change: Any) -> Scale:
     """Return the scale at which a figure is drawn.
 
     Args:
-        name: of the figure.
-        profile: of `PROFILES`, or "auto": the variable PAPERLIB_PROFILE if it is set, else "small"
-            for those networks that have all their runs of the figure at that scale, else "demo".
-            Registered seeds count even if fewer are shown: no part of a comparison is shown early.
-        store: the default store where None.
-        change: data, seeds and precision, as for `Scale`.
+        name: The name of the figure.
+        profile: A name of `PROFILES`, or "auto". "auto" is the variable PAPERLIB_PROFILE if it is
+            set. Else it is "small" for the networks that have all their runs of the figure at that
+            scale, or "demo" if none has. All registered seeds count even if fewer are shown: no
+            part of a comparison is shown early.
+        store: The store; None for the default one.
+        change: Values for data, seeds and precision, as for `Scale`.
+
+    Raises:
+        ValueError: The figure or the profile is unknown.
+        Mismatch: A record was made with other data or code.
     """
     if profile == "auto":
         profile = os.environ.get("PAPERLIB_PROFILE") or "auto"
@@ -53,20 +58,21 @@ def load(
     store: Store | None = None,
     train: bool = True,
 ) -> "Loaded":
-    """Load all that a figure shows.
+    """Load everything that a figure shows.
 
     Args:
-        name: of the figure.
-        profile: as for `resolve`.
-        data: as for `Scale`.
-        seeds: as for `Scale`.
-        precision: as for `Scale`.
-        store: the default store where None.
-        train: first train the runs that are missing, in worker processes.
+        name: The name of the figure.
+        profile: As for `resolve`.
+        data: As for `Scale`.
+        seeds: As for `Scale`.
+        precision: As for `Scale`.
+        store: The store; None for the default one.
+        train: First train the missing runs, in worker processes.
 
     Raises:
-        ValueError: the figure or profile is unknown.
-        sweep.SweepError: a run failed.
+        ValueError: The figure or the profile is unknown, or data cannot be loaded.
+        StoreError: The store cannot be written, or has records of other data or code.
+        sweep.SweepError: A run failed.
     """
     figure(name)
     store = store or Store()
@@ -80,7 +86,7 @@ def load(
 def frames(runs: pd.DataFrame, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the epochs and runs of a plan that a store has, with the plan's columns.
 
-    Runs have the measures of flatness, too, if the plan has any that are measured.
+    If flatness was measured in any run, the frame of runs has its measures, too.
     """
     there = store.whole(runs.config)
     epochs, frame = (annotate(frame, runs) for frame in store.frames(there))
@@ -96,10 +102,10 @@ class Loaded:
     """A figure's runs at a scale.
 
     Attributes:
-        name: of the figure.
-        scale: at which it is shown.
-        plan: its runs, as `experiments.plan` returns them.
-        store: where the records are.
+        name: The name of the figure.
+        scale: The scale at which it is shown.
+        plan: Its runs, as `experiments.plan` returns them.
+        store: The store that holds the records.
     """
 
     name: str
@@ -109,7 +115,7 @@ class Loaded:
 
     @property
     def complete(self) -> bool:
-        """True where all runs are there."""
+        """Whether the store has all runs."""
         return len(self.runs) == len(self.plan)
 
     @cached_property
@@ -130,7 +136,7 @@ class Loaded:
     def runs(self) -> pd.DataFrame:
         """One row a run, with the plan's columns.
 
-        If the figure measures flatness, with columns curvature, noise, tic and delta_w, too.
+        If flatness was measured, there are also columns curvature, noise, tic and delta_w.
         """
         return self._frames[1]
 
@@ -150,13 +156,13 @@ class Loaded:
 
     @cached_property
     def claims(self) -> pd.DataFrame:
-        """The claims that the figure carries, one row a contrast, with the registered seeds."""
+        """The figure's claims by their registered seeds, one row a contrast."""
         names = claims.carried(self.name)
         return claims.to_frame(claims.judge(self.scale, store=self.store, names=names))
 
     @property
     def stamp(self) -> str:
-        """One line for the figure's face: profile, data, seeds, and where gates fail."""
+        """One line for the figure's face: profile, data, seeds, missing runs and failed gates."""
         counts = self.plan[~self.plan.choosing].groupby(["network", "setting"]).size()
         seeds = " to ".join(str(count) for count in sorted({counts.min(), counts.max()}))
         data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))

@@ -1,6 +1,6 @@
 """Widgets to look at runs: any two measures of a network at a profile, and a run's history.
 
-The picture is an image that widgets show, so that nothing is drawn by the kernel into a page.
+The picture is an image in a widget. The kernel draws nothing into the page.
 """
 
 import io
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from paperlib import experiments, plots
 from paperlib.runs import Store
 
-MOST_NAMES = 10  # of settings in a legend; methods where there are more
+MOST_NAMES = 10  # settings in a legend; with more, the legend has methods
 
 
 def frames(
@@ -23,11 +23,11 @@ def frames(
 
     Args:
         profiles: The profiles to look for.
-        store: The default one where None.
+        store: The store; None for the default one.
 
     Returns:
-        (epochs, runs), each with the columns of `experiments.plan` and profile; runs with the
-        measures of flatness where they were measured.
+        (epochs, runs), each with the columns of `experiments.plan` and profile. If flatness was
+        measured in any run, runs has its measures, too.
     """
     plans = [
         experiments.plan(name, profile).assign(profile=profile)
@@ -42,9 +42,12 @@ class Explorer(widgets.VBox):
     """A scatter of two measures that are chosen, and the history of the run that is chosen.
 
     Attributes:
-        place, x, y, run: The choices, each with a `value`; a place is (profile, network).
+        place: The choice of a (profile, network). All choices have a `value`.
+        x: The choice of the measure on the x axis.
+        y: The choice of the measure on the y axis.
+        run: The choice of a run.
         picture: The image.
-        words: The same in words.
+        words: A description of the picture.
     """
 
     def __init__(self, epochs: pd.DataFrame, runs: pd.DataFrame) -> None:
@@ -69,7 +72,7 @@ class Explorer(widgets.VBox):
 
     @property
     def shown(self) -> pd.DataFrame:
-        """The runs of the network and profile that are chosen."""
+        """The runs of the chosen network and profile."""
         profile, network = self.place.value or ("", "")
         return self._runs[(self._runs.profile == profile) & (self._runs.network == network)]
 

@@ -45,24 +45,25 @@ Decoded = tuple[dict[str, Tensor], tuple[str, ...]]  # tensors by their name in 
 
 
 class DataError(ValueError):
-    """A data set that cannot be had as asked for; one line that says what and why."""
+    """A data set cannot be loaded. The message is one line that names it and the reason."""
 
 
 def decoded(checksum: str, find: Callable[[], Path], folders: Sequence[Path]) -> Decoded:
     """Return the images with a checksum, from a cache or from their source.
 
     Args:
-        checksum: What `images_checksum` gives for them.
-        find: Returns the folder or archive; called only if there is no cache.
-        folders: Where caches may be; a new one is written to the first.
+        checksum: The result of `images_checksum` for these images.
+        find: Returns the folder or archive. It is called only if no cache can be read.
+        folders: Folders that may hold caches. A new cache is written to the first.
 
     Raises:
         DataError: The source is damaged, or its images are others or cannot be decoded.
+        StoreError: The new cache cannot be written.
     """
     caches = [folder / f"images-{checksum}.npz" for folder in folders]
     for cache in filter(Path.exists, caches):
         try:
-            with np.load(cache) as file:  # which compares the checksums of all arrays
+            with np.load(cache) as file:  # this compares the checksums of all arrays
                 arrays = dict(file)
             classes = tuple(arrays.pop("classes").tolist())
             return {name: torch.from_numpy(array) for name, array in arrays.items()}, classes
@@ -83,15 +84,16 @@ def decoded(checksum: str, find: Callable[[], Path], folders: Sequence[Path]) ->
 def read_images(path: Path, checksum: str | None = None) -> dict[str, bytes]:
     """Return the image files of a folder or archive, by SPLIT/CLASS/FILE.
 
-    A backslash separates like /, and accents are composed (Unicode NFC). Hidden files and images
-    outside train/ and test/ are left out.
+    A backslash counts as a slash, and accents are composed (Unicode NFC). Hidden files, other files
+    and images outside train/ and test/ are left out.
 
     Args:
         path: A folder or an archive.
         checksum: The expected checksum; None accepts every content.
 
     Raises:
-        DataError: There is no such layout, the archive is damaged, or the checksum differs.
+        DataError: The layout is another, there are links, the archive is damaged, or the checksum
+            differs.
     """
     files: dict[str, bytes] = {}
     tops: set[str] = set()
@@ -176,7 +178,7 @@ def _decode(files: dict[str, bytes], source: Path) -> Decoded:
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode an image file.
 
-    Of 16 bits the upper 8 are kept, as Pillow does for colour images.
+    Of 16 bits the upper 8 are kept, as Pillow keeps them of colour images.
 
     Args:
         data: The file's bytes.
@@ -206,10 +208,13 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
 
 def members(path: Path) -> Iterator[tuple[str, bool, Callable[[], bytes]]]:
-    """Iterate over a folder or an archive, in its own order: a compressed one has no other.
+    """Iterate over a folder or an archive in its own order. A compressed one allows no other.
 
     Yields:
         A member's name, whether it is a plain file or folder, and a function that reads it.
+
+    Raises:
+        DataError: The path is neither.
     """
     if path.is_dir():
         for file in files_below(path):
@@ -224,7 +229,7 @@ def members(path: Path) -> Iterator[tuple[str, bool, Callable[[], bytes]]]:
             for info in tar:
                 plain = info.isreg() or info.isdir()
                 yield info.name + "/" * info.isdir(), plain, partial(_content, tar, info)
-            # tarfile ends at a damaged or missing header as at the real end, a block of zeros.
+            # tarfile stops at a damaged or missing header as at the real end, a block of zeros.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it breaks off")

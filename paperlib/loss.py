@@ -1,8 +1,8 @@
 """The mean cross-entropy of a network as a function of its weights, and its derivatives.
 
 `flatness` measures this function: in evaluation mode, in float32 or float64, without randomness. A
-network for which it is not such a function, or whose derivatives by autograd are not those of the
-loss, is refused by a ValueError before any long work.
+ValueError is raised before any long work if a network is not such a function, or if autograd does
+not give the derivatives of its loss.
 """
 
 import copy
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 PROBED = 2  # images that derivatives are checked on
 STEPS = (1e-8, 1e-9, 1e-6, 1e-5, 1e-4)  # relative steps of finite differences, in float64
 COARSE = (1e-2, 1e-3)  # the same in float32
-AGREEMENT = 1e-3  # largest relative difference between two ways to a derivative
+AGREEMENT = 1e-3  # largest relative difference between two computations of a derivative
 
 Held = Mapping[str, Tensor]  # by name of parameter
 Weights = Mapping[str, Tensor]
@@ -45,9 +45,9 @@ class Loss:
         held: Parameter name -> bool tensor, True where pruning holds the parameter at zero.
         images: (N, ...) floats, on the network's device.
         labels: (N,) integers.
-        chunk: Images that go through the network at once; by default 64 on the CPU, where larger
-            ones leave the caches, and 512 elsewhere.
-        size: P, how many numbers the parameters are, held or not.
+        chunk: Images in one batch; by default 64 on the CPU, where larger ones leave the caches,
+            and 512 elsewhere.
+        size: P, the number of all parameters, held or not.
         free: (F,) indices of the coordinates that are not held.
 
     Raises:
@@ -88,7 +88,7 @@ class Loss:
 
     @property
     def pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """Images and labels, by chunks."""
+        """The images and labels, in chunks."""
         chunks = self.images.split(self.chunk), self.labels.split(self.chunk)
         return list(zip(*chunks, strict=True))
 
@@ -108,13 +108,13 @@ class Loss:
         return whole.index_copy_(-1, self.free, vectors)
 
     def picked(self, vectors: Tensor) -> Tensor:
-        """Return vectors (..., P) at the free coordinates (..., F)."""
+        """Return the free coordinates (..., F) of vectors (..., P)."""
         return vectors[..., self.free]
 
     def within(self, weights: Weights, function: Callable[[], T]) -> T:
         """Return function() while the network has these weights, and a fresh copy of its buffers.
 
-        A checkpointed part runs again in a backward pass, so that also takes place in here.
+        A backward pass must also run in here, because it runs checkpointed parts again.
         """
         buffers = {name: b.clone() for name, b in self.buffers.items()}
         tensors = {f"model.{name}": t for name, t in (dict(weights) | buffers).items()}
@@ -142,8 +142,8 @@ class Loss:
     def measuring(self) -> Iterator[None]:
         """Compute in evaluation mode and full float32, by repeatable kernels with derivatives.
 
-        Attention is computed by the plain kernel: the other ones have no second derivative. All is
-        as it was afterwards.
+        Attention uses the plain kernel, because the others have no second derivative. Afterwards
+        all settings are as before.
         """
         attention = torch.backends.mha
         contexts: list[AbstractContextManager] = [
@@ -162,14 +162,14 @@ class Loss:
             yield
 
     def few(self, dtype: torch.dtype) -> "Loss":
-        """Return the loss of the first `PROBED` images alone, in a precision."""
+        """Return the loss of the first `PROBED` images alone, in at least this precision."""
         few = copy.copy(self)
         few.weights, few.buffers = _raised(self.weights, dtype), _raised(self.buffers, dtype)
         few.images, few.labels = self.images[:PROBED].to(dtype), self.labels[:PROBED]
         return few
 
     def _check(self) -> None:
-        """Raise ValueError unless the network is a function of each image, and labels classes."""
+        """Raise ValueError unless logits depend on their image alone and labels are classes."""
         x, _ = self.pieces[0]
         with self.measuring(), torch.no_grad():
             with _FullPrecision():
@@ -194,11 +194,11 @@ class Loss:
     def check_derivatives(self, order: int) -> None:
         """Check on two images that u.Hv = v.Hu, and derivatives against finite differences.
 
-        Differences are taken in float64; in float32 they are too coarse beside the kinks of ReLU.
-        For a network that cannot compute in float64 a warning is logged, and its gradient alone is
-        compared with coarse differences. Derivatives are wrong where a custom autograd function has
-        a wrong backward, or none that can be differentiated again, and where a part of the network
-        runs without gradients.
+        Differences are taken in float64. In float32 they are too coarse beside the kinks of ReLU.
+        If a network cannot compute in float64, a warning is logged, and only its gradient is
+        compared, with coarse differences. Derivatives are wrong if a custom autograd function has a
+        wrong backward, or none that can be differentiated again, or if a part of the network runs
+        without gradients.
 
         Args:
             order: 1 checks the gradient; 2 checks the Hessian, too.
@@ -252,7 +252,7 @@ class _Within(nn.Module):
 
 
 class _FullPrecision(TorchFunctionMode):
-    """Refuses a network that computes in lower precision than float32, where it does."""
+    """Raises ValueError at the operation where a network computes in less than float32."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
@@ -267,7 +267,7 @@ class _FullPrecision(TorchFunctionMode):
 
 
 def _raised(tensors: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors, with floats of lower precision than `dtype` raised to it."""
+    """Return the tensors, with floats of lower precision than `dtype` raised to it."""
     raised = {}
     for name, tensor in tensors.items():
         low = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
@@ -287,7 +287,7 @@ def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:
 def _match(
     loss: Loss, step: float, order: int, agreement: float = AGREEMENT, floor: float = 0.0
 ) -> bool:
-    """Return whether derivatives along random directions are those of central differences."""
+    """Return whether derivatives along random directions agree with central differences."""
     seed = round(1 / step)
     down, up = (_along(loss, at, 1, seed) for at in (-step, step))
     here = _along(loss, 0.0, order, seed)
@@ -302,7 +302,7 @@ def _close(a: float, b: float, scale: float, agreement: float = AGREEMENT) -> bo
 
 
 def _along(loss: Loss, step: float, order: int, seed: int = 0) -> list[float]:
-    """Return the total loss at w + step * u, g.u and g.v, and of order 2 uHu, uHv, vHu and vHv.
+    """Return the total loss at w + step * u, g.u and g.v; for order 2 also uHu, uHv, vHu, vHv.
 
     u and v are random relative changes of the weights, so that pruned weights stay zero.
     """

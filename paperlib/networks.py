@@ -19,11 +19,15 @@ from paperlib.pruning import FilterPruner, Pruner, WeightPruner
 from paperlib.runs import RunRecord
 from paperlib.streams import seeded
 
-SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 224)  # of square images, to name some that fit
+SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 224)  # sizes of square images that an error may suggest
 
 
 def resolve(spec: str) -> Callable:
-    """Return the object that "package.module:name" names; raise ValueError if there is none."""
+    """Return the object that "package.module:name" names.
+
+    Raises:
+        ValueError: There is none.
+    """
     module, _, name = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -54,7 +58,7 @@ def make_pruner(config: Config, model: nn.Module) -> Pruner:
 
 
 def events_of(pruning: FilterPruning | WeightPruning | None) -> dict[int, tuple]:
-    """Return, by epoch, the event and the number of events as pruners take them."""
+    """Return by epoch the event and the number of events, in the form that pruners take."""
     if pruning is None:
         return {}
     if isinstance(pruning, WeightPruning):
@@ -89,7 +93,8 @@ def check_images(
         device: Where the run trains.
 
     Raises:
-        ValueError: The network does not take these images, or returns no (images, classes).
+        ValueError: The network does not take these images, or its logits are not
+            (images, classes).
     """
     channels, height, width = shape
     model = build(config, classes, channels).to(device).eval()
@@ -122,11 +127,11 @@ def initial_network(record: RunRecord) -> nn.Module:
 def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
     """Return a network at its initial weights, and its pruner with the record's final masks.
 
-    A record with histograms keeps the masks of single weights, not the weights. Whatever depends
-    on the masks alone, such as sizes and times, is that of the trained network.
+    A record with histograms keeps the masks of single weights, not the weights. Quantities that
+    depend on the masks alone, such as sizes and times, are those of the trained network.
 
     Raises:
-        ValueError: The record has no such masks, or those of another network.
+        ValueError: The record has no such masks, or masks of another size.
     """
     model = initial_network(record)
     pruner, title = make_pruner(record.config, model), record.config.title
@@ -147,10 +152,13 @@ def pruned_network(record: RunRecord) -> tuple[nn.Module, WeightPruner]:
 
 
 def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
-    """Return `normalised_outputs` of VGG19 on a run's first training images (figure B1).
+    """Return `normalised_outputs` of VGG19 on training images of a run's data set (figure B1).
+
+    The images are the first of the whole data set, or spread over one sorted by class, even if the
+    run takes a subset.
 
     Returns:
-        "untrained", and "trained" with torchvision's ImageNet weights.
+        The histograms by name: "untrained", and "trained" with torchvision's ImageNet weights.
 
     Raises:
         RuntimeError: The weights cannot be downloaded.

@@ -1,4 +1,4 @@
-"""All claims at a glance: their verdicts, their gates and the figures that carry them. No torch."""
+"""All claims at a glance: their verdicts, their gates and their figures. Imports no torch."""
 
 import math
 import os
@@ -21,9 +21,9 @@ class Judged:
     """The claims of both papers, judged by the runs that are there.
 
     Attributes:
-        scale: Of the runs.
-        claims: With verdict, contrasts and gates.
-        name: Of the files that `plots.save` writes.
+        scale: The scale of the runs.
+        claims: The claims, with verdict, contrasts and gates.
+        name: The name of the files that `plots.save` writes.
     """
 
     scale: experiments.Scale
@@ -58,7 +58,7 @@ class Judged:
         return table.set_index("claim")[columns]
 
     def index(self, folder: str = "") -> str:
-        """Return the way in, as Markdown: each claim with links to its figures, and its verdict.
+        """Return a table in Markdown: each claim with links to its figures, and its verdict.
 
         Args:
             folder: The notebooks' folder as seen from the page, with a slash at its end.
@@ -82,10 +82,11 @@ def judged(
     """Judge every claim by the runs that are there. Nothing is trained.
 
     Args:
-        profile: "auto" is PAPERLIB_PROFILE, or else "small", the scale that claims are tested at.
-        data: Replaces the profile's data set.
-        precision: Replaces the profile's.
-        store: The default one where None.
+        profile: As for `Scale`, or "auto": PAPERLIB_PROFILE, or else "small", the scale at which
+            claims are tested.
+        data: As for `Scale`.
+        precision: As for `Scale`.
+        store: The store; None for the default one.
     """
     asked = os.environ.get("PAPERLIB_PROFILE", "auto") if profile == "auto" else profile
     scale = experiments.Scale("small" if asked == "auto" else asked, data, precision=precision)

@@ -1,7 +1,7 @@
-"""A pruning method, a network or images of one's own, put to the test of claim T1.
+"""Test claim T1 on a pruning method, a network or images of one's own.
 
-`settings` takes Figure 2's settings of VGG11, on any network and with one more score; `judge` gives
-the verdict by the rules that the papers' figures are judged by.
+`settings` takes Figure 2's settings of VGG11, on any network and with one more score. `judge` gives
+the verdict, by the same rules as for the papers' figures.
 """
 
 from dataclasses import replace
@@ -38,16 +38,16 @@ def settings(
 
     Args:
         profile: The scale.
-        score: "module:function", a function of a convolution that gives a value a filter. It
-            prunes as often as Prune_L does. None: no such setting.
-        target: Which of its values go: "smallest" or "largest".
-        model: "module:function" of a network, in place of VGG11. Its last four convolutions that
-            can be pruned are.
-        data: In place of the profile's images.
-        seeds: In place of the profile's number.
+        score: "module:function", a function of a convolution that gives a value a filter. Its
+            events are those of Prune_L. None leaves this setting out.
+        target: The filters that are pruned, by the score's values: "smallest" or "largest".
+        model: "module:function" of a network, in place of VGG11. The last four convolutions that
+            can be pruned are pruned.
+        data: A data set in place of the profile's.
+        seeds: The number of seeds, in place of the profile's.
 
     Returns:
-        Columns as `experiments.plan` returns them.
+        The columns of `experiments.plan`.
     """
     plan = experiments.plan(FIGURE, experiments.Scale(profile, data, seeds))
     plan = plan[(plan.network == "VGG11") & plan.setting.isin(SHOWN)]
@@ -72,13 +72,13 @@ def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> Claim
     """Judge whether the least stable setting beats the most stable one, and no pruning.
 
     Args:
-        plan: As `settings` returns it, of one network.
+        plan: A plan of one network, as `settings` returns it.
         epochs: Its epochs, keyed by run.
         runs: Its runs, keyed by run.
 
     Returns:
-        The claim, with gates, contrasts and a verdict. Two seeds are enough for none but a clear
-        one.
+        The claim, with gates, contrasts and a verdict. Two seeds are enough only for a clear
+        difference.
     """
     columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
     frame = plan.merge(runs[columns].drop_duplicates("run"), "left", on="run")

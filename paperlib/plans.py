@@ -1,7 +1,7 @@
-"""Plans: which runs a figure needs at a scale, and how its settings compare with the paper's.
+"""Plans: the runs that a figure needs at a scale, and its settings beside the paper's.
 
-`plan` lists a figure's runs, `table` shows its settings beside the paper's, and `queue` puts all
-runs of a scale in the order in which they are worth having. Users find them in `experiments`.
+`plan` lists a figure's runs, `table` compares its settings with the paper's, and `queue` sorts all
+runs of a scale by the worth of their evidence. Users find them in `experiments`.
 """
 
 import math
@@ -31,12 +31,16 @@ TIERS = (
     ("figure-2:ResNet18", "figure-B2:ResNet18", "table-C1", "figure-4", "figure-C3"),
     ("table-F1",),
 )
-# Filters of the last layer that is pruned, at full width.
+# The number of filters of the last pruned layer, at full width.
 LAST_FILTERS = {"vgg11_bn": 512, "resnet18": 512, "resnet20": 64, "resnet56": 64}
 
 
 def figure(name: str) -> Figure:
-    """Return the figure of that name; raise ValueError with the valid names otherwise."""
+    """Return the figure of that name.
+
+    Raises:
+        ValueError: There is none. The message lists the valid names.
+    """
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}: one of {', '.join(FIGURES)}")
     return FIGURES[name]
@@ -44,17 +48,17 @@ def figure(name: str) -> Figure:
 
 @dataclass(frozen=True)
 class Scale:
-    """A profile, and what replaces parts of it.
+    """A profile, and replacements for parts of it.
 
     Attributes:
         profile: "smoke", "demo", "small" or "paper".
-        data: a data set in place of the profile's, such as "cifar10" or "images:PATH".
-        seeds: how many, in place of the profile's number.
+        data: A data set in place of the profile's, such as "cifar10" or "images:PATH".
+        seeds: The number of seeds, in place of the profile's.
         precision: "float32" or "bfloat16", in place of the papers' float32.
-        networks: only settings of these networks; None for all.
+        networks: Only settings of these networks; None for all.
 
     Raises:
-        ValueError: the profile is unknown, or there are no seeds.
+        ValueError: The profile is unknown, or `seeds` is below 1.
     """
 
     profile: str = "small"
@@ -71,7 +75,7 @@ class Scale:
 
     @classmethod
     def of(cls, scale: "Scale | str") -> "Scale":
-        """Return the scale itself, or that of a profile that is named."""
+        """Return the scale itself, or the scale of a named profile."""
         return scale if isinstance(scale, Scale) else cls(scale)
 
     def settings(self, shown: Figure) -> list[Setting]:
@@ -81,17 +85,22 @@ class Scale:
 
 
 def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
-    """Return the runs of a figure, one row each; settings that a profile makes equal appear once.
+    """Return the runs of a figure, one row each.
+
+    Settings that a profile makes equal, measurements apart, appear once.
 
     Args:
-        name: of the figure.
-        scale: a `Scale`, or the name of a profile.
+        name: The name of the figure.
+        scale: A `Scale`, or the name of a profile.
 
     Returns:
         Columns network, method, setting (its name, the same at every profile), label, rate
         (percent an event, NaN if nothing is pruned in training), fraction (percent of the layer
         that loses most, 0 if nothing is pruned), seed, choosing (True for a seed on which the best
         of several settings is chosen), run (the identity) and config.
+
+    Raises:
+        ValueError: The figure or the profile is unknown.
     """
     shown, scale = figure(name), Scale.of(scale)
     at = PROFILES[scale.profile]
@@ -119,7 +128,10 @@ def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
 def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Config]:
     """Return every run of a scale once, by tier of `TIERS`, then by seed, then by setting.
 
-    names: only the runs of these figures, in the order of the names instead of the tiers.
+    Args:
+        scale: A `Scale`, or the name of a profile.
+        names: If given, only the runs of these figures, in the order of the names instead of the
+            tiers.
     """
     ordered: dict[str, Config] = {}
     for tier in [(name,) for name in names] or TIERS:
@@ -133,7 +145,7 @@ def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Confi
 
 
 def is_setting(config: Config) -> bool:
-    """Return whether a figure has this setting, in any profile and with any seed."""
+    """Return whether any figure has this setting, at any profile and with any seed."""
     return config.with_(seed=0).identity in _settings(config.data, config.precision)
 
 
@@ -149,8 +161,8 @@ def annotate(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     A run that serves several settings appears once for each.
 
     Args:
-        frame: with a column `run`.
-        runs: a `plan`.
+        frame: A frame with a column `run`.
+        runs: A plan, as `plan` returns it.
     """
     about = runs.drop(columns="config")
     new = [column for column in frame if column == "run" or column not in about]
@@ -167,8 +179,9 @@ def _rate(config: Config) -> float:
 def label(method: str, config: Config) -> str:
     """Return a setting's name in a legend.
 
-    Examples are "Prune_S 13%" (of filters, an event), "Prune_L 90%" (of weights, in all),
-    "Zeroing 51" (training batches) and "Dropout 0.25/0.5" (after pools, after the dense layer).
+    Examples are "Prune_S 13%" (of the filters, in an event), "Prune_L 90%" (of the weights, in
+    all), "Zeroing 51" (training batches) and "Dropout 0.25/0.5" (rates after pools and after the
+    dense layer).
     """
     if config.dropout:
         after_pool, after_dense = np.broadcast_to(config.dropout, 2)
@@ -184,8 +197,13 @@ def label(method: str, config: Config) -> str:
 def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     """Return every setting of a figure at the paper's scale and at another one, side by side.
 
-    One row a setting; the columns have two levels, "paper" and the profile's name. The rows on
-    steps and doses are the numbers that make a miniature faithful (docs/evidence.md).
+    Args:
+        name: The name of the figure.
+        scale: A `Scale`, or the name of a profile.
+
+    Returns:
+        One row a setting. The columns have two levels: the quantity, and "paper" or the profile's
+        name. Steps and doses decide whether a miniature is faithful (docs/evidence.md).
     """
     shown, scale = figure(name), Scale.of(scale)
     settings = scale.settings(shown)
@@ -203,7 +221,7 @@ def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
 
 
 def _described(config: Config, seeds: int) -> dict[str, object]:
-    """Describe a configuration in the words of the papers."""
+    """Describe a configuration in the papers' words."""
     train_images, test_images = images_of(config)
     described = {
         "data": config.data,

@@ -1,8 +1,9 @@
 """The profiles: the papers' experiments at four scales.
 
-A profile changes scale only, never which settings are compared. One rule shortens every schedule by
-a factor. It keeps the optimizer steps between events, the ratio of doses between settings and the
-steps after the last event as large as the scale allows (docs/evidence.md).
+A profile changes the scale only, never the settings that are compared, though it may leave some
+out. One rule shortens every schedule by a factor. It keeps the optimizer steps between events, the
+ratio of doses between settings and the steps after the last event as large as the scale allows
+(docs/evidence.md).
 """
 
 import math
@@ -13,7 +14,7 @@ from paperlib.config import Config, FilterPruning, Flatness
 from paperlib.papers.noise_spans import steps, training_batches, with_noise
 from paperlib.papers.settings import METHODS, Figure, Schedule, Setting
 
-TRADEOFF_EPOCHS = 325  # of all networks that the 2020 paper trains with Adam, but Table F1
+TRADEOFF_EPOCHS = 325  # of all networks that the 2020 paper trains with Adam, except Table F1's
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,21 @@ class Profile:
 
     Attributes:
         name: "smoke", "demo", "small" or "paper".
-        data: the data set.
-        train_per_class, test_per_class: images of each class.
-        batch: images of a training step.
-        epochs: length of a run, by the paper's length.
-        factors: what the epochs of a schedule are divided by, by the paper's length. Where it is
-            not listed, as a run is shortened.
-        first: the first event of every layer of VGG11 and of the ResNet18 trained with Adam.
-        widths: by network.
-        seeds: how many; None takes the paper's, 0 the number registered with each setting.
-        choosing: how many of a setting's choosing seeds.
-        left_out: settings that this scale does not show, as (network, name) pairs.
-        flatness: where and how it is measured.
+        data: The data set.
+        train_per_class: Training images of each class.
+        test_per_class: Test images of each class.
+        batch: Images of a training step.
+        epochs: The length of a run, by the paper's length.
+        factors: The divisor of a schedule's epochs, by the paper's length of a run. By default, a
+            schedule is shortened as its run is.
+        first: The epoch of the first event in every layer of the networks trained with Adam for
+            325 epochs.
+        widths: The width, by the network's name in a configuration.
+        seeds: The number of seeds, at most the paper's; None takes the paper's, 0 the number
+            registered for each setting.
+        choosing: The number of a setting's choosing seeds; None takes all.
+        left_out: Settings that this scale does not show, as (network, name) pairs.
+        flatness: The measurement of flatness, for settings that have one.
     """
 
     name: str
@@ -55,14 +59,14 @@ class Profile:
         return tuple(s for s in figure.settings if (s.network, s.name) not in self.left_out)
 
     def seeds_of(self, figure: Figure, setting: Setting, count: int | None = None) -> range:
-        """Return the seeds of a setting; `count` replaces the profile's number."""
+        """Return the seeds that compare a setting; `count` replaces the profile's number."""
         if count is None:
             limit = figure.seeds
             count = setting.seeds if self.seeds == 0 else min(self.seeds or limit, limit)
         return range(count)
 
     def factor(self, length: int) -> float:
-        """Return what the epochs of a schedule are divided by, by the paper's length of a run."""
+        """Return the divisor of a schedule's epochs, from the paper's length of the run."""
         return self.factors.get(length, length / self.epochs.get(length, length))
 
     def scale(
@@ -71,9 +75,9 @@ class Profile:
         """Return a setting's configuration at this scale.
 
         Args:
-            setting: at the paper's scale.
-            data: replaces the profile's data set.
-            precision: replaces the paper's, "float32".
+            setting: A setting at the paper's scale.
+            data: A data set in place of the profile's.
+            precision: "bfloat16" or "float32", in place of the paper's float32.
         """
         config, paper = setting.config, setting.schedule
         pruning, noise = config.pruning, config.noise
@@ -104,10 +108,15 @@ class Profile:
         return with_noise(small, noise.kind, batches, noise.evaluation_batch)
 
     def schedule(self, paper: Schedule, length: int) -> Schedule:
-        """Return a schedule at this scale: its period, first and last epochs shortened.
+        """Return a schedule at this scale: its period, first and last epochs are shortened.
 
-        A period is at least 1 epoch. Where the profile says so, all layers of the networks trained
-        by Adam for 325 epochs start together, as the paper's stagger is short against its periods.
+        A period is at least 1 epoch. If the profile sets `first`, all layers of the networks
+        trained with Adam for 325 epochs start together, because the paper's stagger is short
+        against its periods.
+
+        Args:
+            paper: The schedule at the paper's scale.
+            length: The paper's length of the run, in epochs.
         """
         factor = self.factor(length)
         together = self.first if length == TRADEOFF_EPOCHS else None
@@ -150,10 +159,10 @@ PROFILES = {
             choosing=1,
             flatness=Flatness(11, images=20, eigenvalues=5, directions=3, step=0.1),
         ),
-        # Chosen from some thirty trial runs of one seed: the narrowest and shortest scale at which
-        # VGG11's pruned networks learn the training images again, with doses a factor of 5.7 apart.
-        # Their loss stays above G3's, and ResNet18 trained with Adam, which keeps 4 of 64 filters,
-        # does not recover (G2). ResNet56 is left out because it falls apart in batches of 8.
+        # Chosen from some thirty trial runs of one seed. This is the narrowest and shortest scale
+        # at which VGG11's pruned networks learn the training images again, with doses a factor of
+        # 5.7 apart. Their loss stays above G3's limit. ResNet18 trained with Adam, which keeps 4 of
+        # 64 filters, does not recover (G2). ResNet56 is left out: it falls apart in batches of 8.
         Profile(
             "demo",
             data="digits",

@@ -1,6 +1,6 @@
 """The claims of both papers, judged by the runs that are there.
 
-`judge` reads a store; `load` gives it the registered runs, a row each, with the columns of
+`judge` reads a store. `load` gives it the registered runs, a row each, with the columns of
 `experiments.plan` and
 
     figure                       a run that serves several figures has a row for each
@@ -10,10 +10,10 @@
     mean_stability               percent
     parameters                   left at the end, for R3
     curvature, noise, delta_w    Tr(H), Tr(C) and delta_w, for T4
-    train_loss                   of the epoch at whose end these were measured, for T4
+    train_loss                   of the epoch at whose end these three were measured, for T4
 
-The claims are in `tradeoff_2020` and `regularization_2018`. `gates` says if they can be tested, and
-`verdicts` has the rules for their verdicts. No torch.
+The claims are in `tradeoff_2020` and `regularization_2018`. `gates` decides whether they can be
+tested, and `verdicts` has the rules for their verdicts. Imports no torch.
 """
 
 import json
@@ -35,7 +35,7 @@ from paperlib.runs import Store
 CLAIMS = {rule.name: rule for rule in (*tradeoff_2020.RULES, *regularization_2018.RULES)}
 SUMMARY = ["run", "accuracy", "best_accuracy", "mean_stability", "parameters"]
 FLATNESS = ["run", "curvature", "noise", "delta_w", "train_loss"]
-# What the failure of a run says whose loss was not finite.
+# The failure note of a run whose loss was not finite matches this.
 NOT_FINITE = re.compile(r"loss of .* is (nan|inf|-inf) at epoch")
 # Columns of a contrast in frames and JSON.
 ROW = (
@@ -52,15 +52,16 @@ def carried(figure: str) -> list[str]:
 def judge(
     scale: Scale | str = "small", store: Store | None = None, names: Iterable[str] | None = None
 ) -> list[Claim]:
-    """Judge claims by the runs that a store has; nothing is trained.
+    """Judge claims by the runs that a store has. Nothing is trained.
 
     Args:
         scale: As for `experiments.plan`, but the registered seeds of all networks count.
-        store: The default one where None.
-        names: Of the claims; all where None.
+        store: The store; None for the default one.
+        names: The names of the claims; None for all.
 
     Raises:
-        ValueError: A claim is unknown; the message names the valid ones.
+        ValueError: A claim is unknown. The message names the valid ones.
+        Mismatch: A record was made with other data or code.
     """
     names = list(CLAIMS if names is None else names)
     if unknown := set(names) - set(CLAIMS):
@@ -76,12 +77,16 @@ def judge(
 def load(
     scale: Scale | str, store: Store | None, figures: Iterable[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the registered runs, as the module's docstring says, and the epochs of those done.
+    """Return the registered runs and the epochs of those done.
 
     Args:
         scale: As for `judge`.
         store: As for `judge`.
-        figures: Those that the claims read.
+        figures: The figures that the claims read.
+
+    Returns:
+        The runs, one row each for a figure, with the columns in the module's docstring; and the
+        epochs, keyed by run.
     """
     store, scale = store or Store(), replace(Scale.of(scale), seeds=None, networks=None)
     found = [plans.plan(figure, scale).assign(figure=figure) for figure in figures]
@@ -98,7 +103,7 @@ def load(
 def _flatness(runs: Iterable[str], store: Store) -> pd.DataFrame:
     """Return T4's columns, a row a run.
 
-    delta_w that is never reached counts as one step beyond the last point.
+    If no loss rises as far as delta_w needs, delta_w is one step beyond the last point.
     """
     records = store.records(runs)
     frame = measures.flatness(records)
@@ -122,7 +127,7 @@ def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
 
 
 def to_dict(claim: Claim) -> dict[str, Any]:
-    """Return all about a claim in JSON's types; None for numbers that there are not."""
+    """Return everything about a claim in JSON's types; None for numbers that are not finite."""
     content = vars(claim) | {
         "contrasts": [_row(contrast) for contrast in claim.contrasts],
         "gates": [vars(gate) for gate in claim.gates],

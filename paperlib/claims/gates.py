@@ -1,6 +1,6 @@
-"""Gates: can a scale test a claim at all? From the records, and not from a comparison.
+"""Gates decide from the records whether a scale can test a claim at all.
 
-| gate | what must hold |
+| gate | condition |
 | --- | --- |
 | G1 | the unpruned network learns its training images |
 | G2 | networks recover from their events before the next one, or have stopped improving |
@@ -9,8 +9,8 @@
 | G5 | the mean stabilities of two pruned settings that are compared differ |
 | share | noise lasts for the paper's share of the time between events |
 
-G1 to G4 are computed for each network of a figure from means over seeds, G5 by `verdicts.Part`. No
-gate compares the accuracy of two settings. No torch.
+G1 to G4 and share are computed for each network of a figure from means over seeds, G5 by
+`verdicts.Part`. No gate compares the accuracies of two settings. Imports no torch.
 """
 
 from collections.abc import Iterable
@@ -27,12 +27,12 @@ LEARNED = 99.9  # percent training accuracy
 LEARNED_BY = 0.55  # of the epochs
 LEARNED_WITHOUT_MILESTONES = 98.0  # percent, in the mean of the last `LAST_EPOCHS`
 LAST_EPOCHS = 3
-RECOVERED = 0.3  # points that `pre` may lack
+RECOVERED = 0.3  # points by which `pre` may stay lower
 RECOVERED_EVENTS = 90.0  # percent of the events
 STILL_RISING = 0.5  # points from three epochs to the next three
 LOW_LOSS = 0.02  # nats
 DOSES = 5.0
-DIGITS = 9  # of means over seeds, after the point
+DIGITS = 9  # digits after the point to which means over seeds are rounded
 PAPER_STEPS = 40 * 391  # of the paper's training, from one event of noise to the next
 
 UNPRUNED = "none"
@@ -46,13 +46,13 @@ class Gate:
     """One gate's result.
 
     Attributes:
-        gate: Its name.
-        network: Of the runs.
-        figure: Of the runs.
-        setting: Empty where the gate is about all settings.
-        passed: None where the gate does not apply.
-        number: The measured one, in the unit that `text` says; NaN where nothing was measured.
-        text: For people.
+        gate: The gate's name.
+        network: The network of the runs.
+        figure: The figure of the runs.
+        setting: The setting of the runs; empty if the gate is about all settings.
+        passed: None if the gate does not apply.
+        number: The measured number, in the unit given in `text`; NaN if nothing was measured.
+        text: The result in words.
     """
 
     gate: str
@@ -65,7 +65,7 @@ class Gate:
 
 
 def table(results: Iterable[Gate]) -> pd.DataFrame:
-    """Return one row a result, for people: columns as the fields of `Gate`, passed in words."""
+    """Return one row a result, for people: the fields of `Gate`, with `passed` in words."""
     words = {True: "passed", False: "failed", None: "not applicable"}
     rows = [asdict(gate) | {"passed": words[gate.passed]} for gate in results]
     return pd.DataFrame(rows, columns=list(Gate.__dataclass_fields__))
@@ -75,9 +75,9 @@ def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
     """Evaluate G1 to G4 and the share of noise, for each network of each figure.
 
     Args:
-        runs: One row a run that a figure has: figure, network, setting, run, config and choosing
-            (seeds that only choose dropout are left out).
-        epochs: One row an epoch, keyed by run; runs that are not there are left out of the means.
+        runs: One row a run of a figure, with columns figure, network, setting, run, config and
+            choosing. Runs of seeds that only choose dropout are left out.
+        epochs: One row an epoch, keyed by run. The means are over the runs that it has.
     """
     epochs = epochs.reindex(columns=["run", "epoch", *CURVES]).drop_duplicates(["run", "epoch"])
     results = []
@@ -110,15 +110,15 @@ def _of_setting(setting: str, config: Config, curves: pd.DataFrame) -> dict[str,
 def _fits_training_set(config: Config) -> bool:
     """Return whether a network must learn its training images exactly: G3 and G2's first form.
 
-    That is vgg11_bn, and resnet18 by Adam, without augmentation: all but the networks of SGD,
-    Table F1 and conv4.
+    This holds for vgg11_bn and resnet18 if they are trained with Adam and without augmentation. So
+    it leaves out conv4, the networks trained with SGD, and Table F1.
     """
     network = config.model in ("vgg11_bn", "resnet18")
     return network and config.optimizer == "adam" and not config.augment
 
 
 def _learned(config: Config, curves: pd.DataFrame) -> Result:
-    """G1, of the unpruned network."""
+    """Evaluate G1 of the unpruned network."""
     if config.augment:
         return None, np.nan, "the training images are augmented"
     if config.milestones:
@@ -134,7 +134,7 @@ def _learned(config: Config, curves: pd.DataFrame) -> Result:
 
 
 def _recovered(config: Config, curves: pd.DataFrame) -> Result:
-    """G2, of one pruned setting of a network that learns its training images exactly."""
+    """Evaluate G2 of one pruned setting of a network that must learn its images exactly."""
     if isinstance(config.pruning, FilterPruning) and config.pruning.scratch:
         return None, np.nan, "pruned before training"
     milestone = min(config.milestones, default=0)
@@ -157,7 +157,7 @@ def _recovered(config: Config, curves: pd.DataFrame) -> Result:
 
 
 def _settled(curves: pd.DataFrame) -> Result:
-    """G2 where training images are not learned exactly: test accuracy no longer rises."""
+    """Evaluate G2 of one setting of any other network: test accuracy no longer rises."""
     late = curves.post.iloc[-1 - 2 * OUTCOME_EPOCHS : -1]
     rise = late.iloc[OUTCOME_EPOCHS:].mean() - late.iloc[:OUTCOME_EPOCHS].mean()
     number = round(float(rise), DIGITS)
@@ -169,7 +169,7 @@ def _settled(curves: pd.DataFrame) -> Result:
 
 
 def _fitted(curves: pd.DataFrame) -> Result:
-    """G3, of one pruned setting."""
+    """Evaluate G3 of one pruned setting."""
     accuracy, loss = curves.train_accuracy.iloc[-1], curves.train_loss.iloc[-1]
     text = (
         f"ends at {accuracy:.2f}% training accuracy, at least {LEARNED:g}% needed, and a training "
@@ -179,7 +179,7 @@ def _fitted(curves: pd.DataFrame) -> Result:
 
 
 def _doses(configs: Iterable[Config]) -> Result:
-    """G4, of those settings that prune filters in training."""
+    """Evaluate G4 over the settings that prune filters in training, without noise."""
     doses = []
     for config in configs:
         pruning = config.pruning
@@ -196,9 +196,13 @@ def _doses(configs: Iterable[Config]) -> Result:
 
 
 def _noise_share(paper: int, config: Config) -> Result:
-    """The share: noise lasts for the paper's share of the steps from one event to the next.
+    """Check that noise lasts for the paper's share of the steps from one event to the next.
 
-    paper: the paper's span in training batches. To the nearest batch, and at least one.
+    The share is met to the nearest batch, and by at least one batch.
+
+    Args:
+        paper: The paper's span in training batches.
+        config: The configuration of the setting.
     """
     batches = training_batches(config)
     if paper == 0:

@@ -1,4 +1,4 @@
-"""The claims of arXiv 1805.01930, R1 to R4: as `claims.tradeoff_2020`. No torch."""
+"""The claims of arXiv 1805.01930, R1 to R4, in the form of `tradeoff_2020`. Imports no torch."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ DROPOUTS = ("dropout 0.25/0", "dropout 0/0.5", "dropout 0.25/0.5")  # the lowest
 
 
 class R1(Rule):
-    """Prune_L - Prune_S > 0 and Prune_L - No Pruning > 0; then each fraction of R-3."""
+    """Prune_L - Prune_S > 0 and Prune_L - No Pruning > 0. Secondary: each fraction of R-3."""
 
     statement = "Pruning large weights instead of small ones improves generalization."
     figures = ("figure-R1",)
@@ -37,7 +37,7 @@ class R1(Rule):
 
 
 class R2(Rule):
-    """Prune_L - the best dropout > 0. Seeds of their own choose it; on a tie the lower rates."""
+    """Prune_L - the best dropout > 0. It is chosen on other seeds; on a tie by the lower rates."""
 
     statement = "Without its large weights, the network beats dropout at its best."
     figures = ("figure-R1", "figure-R4")
@@ -57,7 +57,7 @@ class R2(Rule):
 
 
 class R3(R2):
-    """R2, at the size that is arithmetic: 84.9% fewer parameters at width 1."""
+    """R2, with the size noted beside it: arithmetic gives 84.9% fewer parameters at width 1."""
 
     statement = "The pruned network does this with 85% fewer parameters."
     shown = ("figure-R2", "figure-R6")
@@ -70,7 +70,7 @@ class R3(R2):
 
 
 class R4(Rule):
-    """Prune_S and No Pruning are equivalent, within delta (a point)."""
+    """Prune_S and No Pruning are equivalent within delta, a point."""
 
     statement = "Pruning 90% of the weights, the small ones, leaves accuracy about unchanged."
     figures = ("figure-R1",)

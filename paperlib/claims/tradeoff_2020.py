@@ -1,6 +1,6 @@
-"""The claims of arXiv 1906.03728, T1 to T5, as they are registered in docs/evidence.md. No torch.
+"""The claims of arXiv 1906.03728, T1 to T5, as registered in docs/evidence.md. Imports no torch.
 
-`_findings` yields what a claim compares: first what decides, then what stands beside it.
+`_findings` yields the contrasts of a claim: first those that decide, then the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,8 @@ NOISE = ("zeroing", "gaussian")
 SPANS = (0, 51, 1106)
 PERIODS = (4, 20, 40, 60, 100, 200, 300)
 TARGETS = ("smallest", "random", "largest")
-# T2's networks by figure; the settings whose least and most stable are compared, or a pair.
+# T2's networks: figure, network and settings. T2 compares the least with the most stable setting,
+# or the two of a pair in this order.
 NETWORKS = (
     ("figure-2", RESNET18, DOSE_AND_TARGET),
     ("figure-B2", VGG, DOSE_AND_TARGET),
@@ -44,7 +45,7 @@ class Tradeoff(Rule):
 class T1(Tradeoff):
     """The least stable setting - the most stable > 0, and the least stable - No Pruning > 0.
 
-    Then the other pairs, and accuracy on mean stability between and within settings.
+    Secondary: the other pairs, and accuracy on mean stability between and within settings.
     """
 
     statement = "Pruning's benefit to generalization grows with its instability."
@@ -70,7 +71,7 @@ class T1(Tradeoff):
 
 
 def _slopes(part: Part, settings: Sequence[str]) -> Iterator[Contrast]:
-    """Accuracy on mean stability between and within settings, and Kendall's tau of their means."""
+    """Yield slopes of accuracy on mean stability, and Kendall's tau of the settings' means."""
     frame = part.runs[part.runs.setting.isin(settings) & ~part.runs.choosing]
     registered, frame = len(frame), frame[frame.finite]
     for kind, slope in stats.mixed_slopes(frame, "accuracy", "mean_stability").items():
@@ -84,9 +85,9 @@ def _slopes(part: Part, settings: Sequence[str]) -> Iterator[Contrast]:
 
 
 class T2(Tradeoff):
-    """Figure 3 by permutation, and the networks of other figures by random effects.
+    """Figure 3 is tested by permutation, and the networks of other figures by random effects.
 
-    Supported if both are.
+    T2 is supported if both tests support it.
     """
 
     statement = "The tradeoff holds across a wide variety of pruning settings."
@@ -106,8 +107,9 @@ class T2(Tradeoff):
     def power(self, part: Part, contrasts: Sequence[Contrast]) -> float:
         """Return the chance that both of T2's tests, which share no run, find an effect of 1 point.
 
-        In Figure 3, between the least and the most stable target of each rate, with the deviation
-        observed; in the other networks in the mean, with the standard error observed.
+        In Figure 3 the effect is between the least and the most stable target of each rate, with
+        the deviation observed. In the other networks it is their mean, with the standard error
+        observed.
         """
         stability, accuracy = _by_rate(part, "mean_stability"), _by_rate(part, "accuracy")
         rates, _, targets = accuracy.shape
@@ -124,7 +126,7 @@ class T2(Tradeoff):
 
 
 def _by_rate(part: Part, column: str) -> np.ndarray:
-    """Return Figure 3 as (rates, seeds, targets), of the rates that all targets have."""
+    """Return a column of Figure 3 as (rates, seeds, targets), for the rates of all targets."""
     of_rates = [[f"{target} {period}" for target in TARGETS] for period in PERIODS]
     rates = [
         pd.concat([part.values(setting, column) for setting in settings], axis=1)
@@ -135,7 +137,7 @@ def _by_rate(part: Part, column: str) -> np.ndarray:
 
 
 def _permuted(part: Part, draws: int, column: str, kind: Kind) -> Contrast:
-    """Compare Figure 3's targets; the co-primary test is one-sided at half of 5%."""
+    """Compare Figure 3's targets. The co-primary test is one-sided at half of 5%."""
     stability, accuracy = _by_rate(part, "mean_stability"), _by_rate(part, column)
     statistic, lower, higher = stats.permuted_tau(stability, accuracy, draws)
     whole = ~np.isnan(accuracy).any(-1)
@@ -145,7 +147,7 @@ def _permuted(part: Part, draws: int, column: str, kind: Kind) -> Contrast:
 
 
 def _together(networks: Sequence[Part], column: str, kind: Kind) -> list[Contrast]:
-    """Return the networks' summary, then each network's contrast as description."""
+    """Return the summary of the networks, then the contrast of each as description."""
     each = []
     for part in networks:
         order = part.settings if len(part.settings) == 2 else part.by_stability(part.settings)
@@ -163,7 +165,7 @@ def _together(networks: Sequence[Part], column: str, kind: Kind) -> list[Contras
 class T3(Tradeoff):
     """Longest zeroing - No Pruning > 0, and longest Gaussian - No Pruning > 0.
 
-    Then the trend over spans, and whether noise is not worse than Prune_L by delta.
+    Secondary: the trend over spans, and noise - Prune_L above -delta.
     """
 
     statement = "Pruning regularizes like noise injection."
@@ -186,16 +188,16 @@ class T3(Tradeoff):
 
 
 class T4(Tradeoff):
-    """Log Tr(H) and log Tr(C) of the less stable setting are lower, adjusted for loss, too.
+    """Log Tr(H) and log Tr(C) of the less stable setting are lower, also adjusted for loss.
 
-    Then delta_w, and pruned against unpruned, which is not T4.
+    Secondary: delta_w. Described: pruned against unpruned, which is not T4.
     """
 
     statement = "Less stable pruning leads to flatter models."
     figures = ("figure-6",)
     gates = ("G1", "G3", "G4")
     settings = (*DOSE_AND_TARGET, UNPRUNED)
-    effect = "a tenth of Tr(H) and Tr(C)"  # they have no points
+    effect = "a tenth of Tr(H) and Tr(C)"  # not 1 point: these are no accuracies
     shown = ("figure-E1", "figure-E2", "figure-E3", "figure-E4", "figure-E5")
 
     def _findings(self, part: Part, *networks: Part) -> Findings:

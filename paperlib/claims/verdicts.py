@@ -1,19 +1,21 @@
 """Verdicts of claims: contrasts, their intervals, and the first rule that applies.
 
-| verdict | when |
+| verdict | condition |
 | --- | --- |
-| incomplete | fewer runs than registered: nothing else is computed |
+| incomplete | there are fewer runs than registered: nothing else is computed |
 | not testable | a gate of the claim fails |
 | no premise | the effect that the claim explains is not there |
-| supported | every co-primary 95% interval excludes its null value in the claim's direction |
-| not apart from training loss | so, but not once adjusted for training loss (T4) |
-| contradicted | a co-primary interval at level 1 - .05/m, of m, lies wholly on the other side |
-| mixed | so, but another co-primary is supported |
-| negligible | every co-primary 90% interval of accuracies lies within delta of 0 |
-| undecided | otherwise, or where more than one pair in ten has a run whose loss was not finite |
+| undecided | more than one in ten pairs of a co-primary contrast were dropped |
+| supported | every co-primary 95% interval (90% for equivalence) lies in the claim's region |
+| not apart from training loss | the same, but not after adjustment for training loss (T4) |
+| contradicted | one of m co-primary intervals, at level 1 - .05/m, lies wholly outside the region |
+| mixed | the same, but another co-primary is supported |
+| negligible | every co-primary contrast is of accuracies, with a 90% interval within delta of 0 |
+| undecided | otherwise |
 
 A `Rule` is a claim as registered. It judges a frame of runs (`claims.load`) and gives a `Claim`. A
-`Part` of that frame, the runs of one network, makes contrasts, which are paired by seed. No torch.
+`Part` of that frame, the runs of one network, makes contrasts, which are paired by seed. Imports no
+torch.
 """
 
 import math
@@ -31,7 +33,7 @@ from paperlib.stats import LEVEL, Fitted
 
 MOST_DROPPED = 0.1
 POWER_DRAWS = 2000
-LOG_EFFECT = 0.1  # for power: a tenth, where an outcome is a logarithm
+LOG_EFFECT = 0.1  # effect that power is computed for, if an outcome is a logarithm: a tenth
 DELTA = {"conv4": 1.0}  # a difference that matters, in points; 0.5 for the other networks
 OTHER_DELTA = 0.5
 FEWEST_NETWORKS = 3
@@ -46,21 +48,21 @@ class Contrast:
     """One comparison, with its numbers.
 
     Attributes:
-        name: Such as "Prune_L 13% - No Pruning".
-        kind: One of `DECIDING`, or of those that decide nothing.
+        name: A name such as "Prune_L 13% - No Pruning".
+        kind: One of `DECIDING`, or of the kinds that decide nothing.
         outcome: The column that is compared, such as "accuracy" in percent.
-        fitted: The estimate; its standard error is NaN where it has no interval.
-        n: Pairs of runs, or what else the estimate is of.
-        registered: How many were planned.
-        region: The claim is that the value lies between these: above or below a null value, or
-            between two, for equivalence.
-        p: Two-sided, of the t test against `null`. Of a permutation test, which has no interval,
+        fitted: The estimate. Its standard error is NaN if it has no interval.
+        n: The number of pairs; for contrasts that are not paired, of runs, settings or seeds.
+        registered: The number planned.
+        region: The claim is that the value lies between these two: above or below a null value, or
+            for equivalence between two finite values.
+        p: Two-sided p of the t test against `null`. For a permutation test, which has no interval,
             twice the smaller one-sided p.
         sign_flip: Exact p of the sign-flip test.
-        holm: p of a secondary contrast, corrected by Holm within the claim.
-        note: For people.
-        pairs: One row a registered pair: its difference, NaN where it is dropped, and the covariate
-            that it is adjusted for, if any. Empty where the contrast is not paired.
+        holm: Holm's adjusted p of a secondary contrast, within the claim.
+        note: A remark for people.
+        pairs: One row a registered pair: its difference, NaN if it is dropped, and the covariate
+            that it is adjusted for, if any. Empty if the contrast is not paired.
     """
 
     name: str
@@ -78,12 +80,12 @@ class Contrast:
 
     @property
     def dropped(self) -> int:
-        """Pairs without a number, since a run's loss was not finite."""
+        """Pairs without a number: a loss was not finite, or a measure has no logarithm (T4)."""
         return self.registered - self.n
 
     @property
     def null(self) -> float:
-        """The value that p and the sign-flip test are against."""
+        """The null value of p and of the sign-flip test."""
         return self.region[0] if self.region[1] == math.inf else 0.0
 
     @property
@@ -92,19 +94,19 @@ class Contrast:
         return LEVEL if math.inf in map(abs, self.region) else 0.90
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Return Student's t interval; of a permutation test its estimate if p < 5%, else all."""
+        """Return Student's t interval; for a permutation test the estimate if p < 5%, else all."""
         if not np.isnan(self.fitted.error):
             return self.fitted.interval(level)
         value = self.fitted.value
         return (value, value) if self.p < 1 - LEVEL else (-math.inf, math.inf)
 
     def supported_by(self, interval: tuple[Any, Any]) -> np.ndarray:
-        """Return whether intervals lie within the claim's region."""
+        """Return for each interval whether it lies within the claim's region."""
         return (interval[0] > self.region[0]) & (interval[1] < self.region[1])
 
     @property
     def supported(self) -> bool:
-        """True where its interval lies within the claim's region."""
+        """Whether its interval lies within the claim's region."""
         return bool(self.supported_by(self.interval(self.level)))
 
     def contradicted(self, level: float) -> bool:
@@ -113,13 +115,13 @@ class Contrast:
         return bool(low > self.region[1] or high < self.region[0])
 
     def within(self, delta: float) -> bool:
-        """Return whether it is of accuracies and its 90% interval lies within delta of 0."""
+        """Return whether it compares accuracies and its 90% interval lies within delta of 0."""
         low, high = self.fitted.interval(0.90)
         return self.outcome == "accuracy" and bool(low > -delta and high < delta)
 
     @property
     def effect(self) -> float:
-        """The true effect that power is of: a point, a tenth, or none where that is the claim."""
+        """The true effect for power: a point, a tenth, or 0 if the claim is no difference."""
         if self.region not in (ABOVE, BELOW):
             return 0.0
         size = LOG_EFFECT if self.outcome.startswith("log_") else 1.0
@@ -135,10 +137,17 @@ def paired(
     region: tuple[float, float] = ABOVE,
     note: str = "",
 ) -> Contrast:
-    """Return the contrast of differences by seed (registered,), NaN where a pair is dropped.
+    """Return the contrast of differences that are paired by seed.
 
-    With a covariate, another paired difference, the estimate is for a difference of 0 in it, and
-    there is no sign-flip test.
+    Args:
+        name: As for `Contrast`, like outcome, kind, region and note.
+        differences: (registered,) by seed, NaN if a pair is dropped.
+        outcome: As for `Contrast`.
+        kind: As for `Contrast`.
+        covariate: (registered,) another paired difference. The estimate is then for a difference of
+            0 in it, and there is no sign-flip test.
+        region: As for `Contrast`.
+        note: As for `Contrast`.
     """
     pairs = pd.DataFrame({"difference": differences})
     if covariate is not None:
@@ -154,9 +163,11 @@ def paired(
 
 
 def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
-    """Return the first verdict that applies to a claim whose runs and gates are there.
+    """Return the first verdict that applies to a claim that is complete and testable.
 
-    delta: the difference of accuracies that matters, in points.
+    Args:
+        contrasts: The claim's contrasts.
+        delta: The difference of accuracies that matters, in points.
     """
     primary = [c for c in contrasts if c.kind == "co-primary"]
     supported = {kind: all(c.supported for c in contrasts if c.kind == kind) for kind in DECIDING}
@@ -174,9 +185,16 @@ def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
 def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
     """Return the chance that paired contrasts support their claim if each has its true `effect`.
 
-    Differences are drawn from a normal distribution with the covariance observed, as many as there
-    are complete pairs; seed 0. Covariates stay as they are, and explain nothing. NaN for fewer than
-    2 complete pairs. Adjusted contrasts, if any, are in the order of the co-primary ones.
+    Differences are drawn with seed 0 from a normal distribution with the covariance observed.
+    Covariates stay as they are, and explain nothing.
+
+    Args:
+        contrasts: The claim's contrasts. Adjusted ones, if any, are in the order of the co-primary
+            ones.
+        draws: The number of data sets, each of as many pairs as are complete.
+
+    Returns:
+        The chance, or NaN for fewer than 2 complete pairs.
     """
     primary = [c for c in contrasts if c.kind == "co-primary"]
     adjusted = [c for c in contrasts if c.kind == "adjusted"]
@@ -198,20 +216,20 @@ def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the runs it is judged by, and its verdict.
+    """A claim, the number of its runs, and its verdict.
 
     Attributes:
-        name: Such as "T1".
+        name: A name such as "T1".
         statement: The claim in a sentence.
-        figures: Those whose runs decide it.
-        done: Runs that are there.
-        registered: Runs that there must be.
-        verdict: See the module.
-        contrasts: Empty while the claim is incomplete, and where a gate fails.
+        figures: The figures whose runs decide it.
+        done: The number of runs that are there.
+        registered: The number of runs that it needs.
+        verdict: One of the verdicts in the module's docstring.
+        contrasts: Empty while the claim is incomplete, and if a gate fails.
         gates: Empty while the claim is incomplete.
         power: The chance of "supported" for a true effect of `effect` at the deviation observed.
-        effect: In words.
-        notes: For people.
+        effect: The effect in words.
+        notes: Remarks for people.
     """
 
     name: str
@@ -228,7 +246,7 @@ class Claim:
 
     @property
     def n(self) -> str:
-        """Runs that are there of those registered, such as "39 of 40"."""
+        """The runs that are there of those registered, such as "39 of 40"."""
         return f"{self.done} of {self.registered}"
 
 
@@ -237,14 +255,15 @@ class Part:
 
     Attributes:
         delta: The difference of accuracies that matters, in points.
-        not_worse, alike: Regions of differences; see `Contrast`.
-        labels: Of settings, for people.
+        not_worse: The region of differences above -delta; see `Contrast`.
+        alike: The region of differences within delta of 0.
+        labels: Setting -> its label for people.
     """
 
     def __init__(
         self, runs: pd.DataFrame, figures: Sequence[str], network: str, settings: Sequence[str] = ()
     ) -> None:
-        """Take the part of `runs`, a frame as `claims.load` returns it. It needs the `settings`."""
+        """Select the part from `runs` as `claims.load` returns them. It needs the `settings`."""
         self.figures, self.network, self.settings = tuple(figures), network, settings
         self.everything = runs
         self.runs = runs[runs.figure.isin(figures) & (runs.network == network)]
@@ -253,23 +272,26 @@ class Part:
         self.labels = dict(zip(self.runs.setting, self.runs.label, strict=True))
 
     def values(self, setting: str, column: str, choosing: bool = False) -> pd.Series:
-        """Return a column of a setting by seed; NaN where the loss was not finite.
+        """Return a column of a setting by seed; NaN if the loss was not finite.
 
-        choosing: of the seeds that only choose dropout, instead of all others.
+        Args:
+            setting: The setting's name.
+            column: The column.
+            choosing: Take the seeds that only choose dropout, instead of all others.
         """
         runs = self.runs[(self.runs.setting == setting) & (self.runs.choosing == choosing)]
         runs = runs.drop_duplicates("seed").set_index("seed")
         return runs[column].where(runs.finite).astype(float)
 
     def differences(self, a: str, b: str, column: str = "accuracy") -> pd.Series:
-        """Return (registered,) differences of two settings, for the seeds that both have."""
+        """Return the differences (registered,) of two settings by seed, for seeds of both."""
         first, second = self.values(a, column).align(self.values(b, column), join="inner")
         return first - second
 
     def contrast(
         self, a: str, b: str, column: str = "accuracy", kind: Kind = "co-primary", **how: Any
     ) -> Contrast:
-        """Return the contrast of setting a less setting b; `how` as `paired` takes it."""
+        """Return the contrast of setting `a` minus setting `b`; `how` is as for `paired`."""
         name = f"{self.labels[a]} - {self.labels[b]}"
         return paired(name, self.differences(a, b, column), column, kind, **how)
 
@@ -286,11 +308,11 @@ class Part:
         return Gate("G5", self.network, self.figures[0], contrast.name, apart, float(value), text)
 
     def lacks(self, setting: str, text: str = "the profile has no such setting of its own") -> Gate:
-        """Return the gate that fails where the profile lacks what the claim needs."""
+        """Return a failed gate: the profile lacks something that the claim needs."""
         return Gate("settings", self.network, self.figures[0], setting, False, math.nan, text)
 
     def gates(self, found: Iterable[Gate], names: Sequence[str]) -> list[Gate]:
-        """Return those gates of `names` that are this part's, and one for each setting it lacks."""
+        """Return this part's gates of these names, and a failed one for each setting it lacks."""
         mine = [g for g in found if g.network == self.network and g.figure in self.figures]
         lacking = [setting for setting in self.settings if setting not in self.labels]
         return [g for g in mine if g.gate in names] + [self.lacks(setting) for setting in lacking]
@@ -300,16 +322,16 @@ Findings = Iterator[Gate | Contrast | str]
 
 
 class Rule:
-    """A claim as it is registered; each is a class of its name.
+    """A claim as registered. Each claim is a class of the same name.
 
     Attributes:
         statement: The claim in a sentence.
-        figures: Those whose runs decide it.
-        network: Of these runs.
-        gates: Names of those that must not fail.
-        settings: Those that a profile must have.
-        effect: What power is of, for people.
-        networks: T2's, as figure, network and settings.
+        figures: The figures whose runs decide it.
+        network: The network of these runs.
+        gates: The names of the gates that must not fail.
+        settings: The settings that a profile must have.
+        effect: The effect that power is computed for, in words.
+        networks: T2's networks: figure, network and settings.
         beside: Figures that secondary contrasts read.
         shown: Figures that show the same runs.
     """
@@ -326,29 +348,29 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Such as "T1"."""
+        """The claim's name, such as "T1"."""
         return type(self).__name__
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The figures whose runs it reads."""
+        """The figures whose runs the claim reads."""
         figures = [*self.figures, *(figure for figure, *_ in self.networks), *self.beside]
         return tuple(dict.fromkeys(figures))
 
     def _findings(self, part: Part, *networks: Part) -> Findings:
-        """Yield what is found in the runs.
+        """Yield gates, contrasts and notes from the runs.
 
-        Gates come first; the first that fails ends it. Then come the contrasts that decide, then
-        the others. Texts are notes.
+        The contrasts that decide come before the others. `judge` stops at the first gate that
+        fails. Texts are notes.
 
         Args:
             part: The runs of `figures` and `network`.
-            networks: Those of `networks` whose gates pass.
+            networks: The parts of `networks` whose gates pass.
         """
         raise NotImplementedError
 
     def power(self, part: Part, contrasts: Sequence[Contrast]) -> float:
-        """Return the chance that the claim is supported if its `effect` is true."""
+        """Return the chance that the claim is supported if the true effect is `effect`."""
         return power(contrasts)
 
     def judge(self, runs: pd.DataFrame, gates: Iterable[Gate], secondary: bool = True) -> Claim:
@@ -357,7 +379,7 @@ class Rule:
         Args:
             runs: As `claims.load` returns them.
             gates: As `gates.evaluate` returns them.
-            secondary: Without it, only what decides is computed: no other contrast and no power.
+            secondary: Also compute the contrasts that do not decide, and the power.
         """
         part = Part(runs, self.figures, self.network, self.settings)
         parts = [part, *(Part(runs, (f,), network, s) for f, network, s in self.networks)]

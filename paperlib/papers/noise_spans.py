@@ -1,6 +1,6 @@
-"""The time that noise lasts: forward passes, as the loop counts them, from training batches.
+"""The time that noise lasts, in forward passes, from a number of training batches.
 
-In the paper's runs every forward pass counts, training and evaluation alike (arXiv 1906.03728,
+As in the paper's runs, every forward pass counts, training and evaluation alike (arXiv 1906.03728,
 figures 5 and D2).
 """
 
@@ -12,9 +12,9 @@ CIFAR_IMAGES = (50_000, 10_000)
 
 
 def images_of(config: Config) -> tuple[int, int]:
-    """Return the number of training and test images of a run of ten classes.
+    """Return the numbers of training and test images of a run with ten classes.
 
-    CIFAR's numbers stand in where the configuration takes all images.
+    If the configuration takes all images, CIFAR's numbers are used.
     """
     return (
         10 * config.train_per_class if config.train_per_class else CIFAR_IMAGES[0],
@@ -23,15 +23,21 @@ def images_of(config: Config) -> tuple[int, int]:
 
 
 def steps(config: Config) -> int:
-    """Return the optimizer steps of an epoch."""
+    """Return the number of optimizer steps in an epoch."""
     return math.ceil(images_of(config)[0] / config.batch)
 
 
 def with_noise(config: Config, kind: str, batches: int, evaluation_batch: int = 128) -> Config:
-    """Return a configuration with noise that lasts for `batches` training batches from the event.
+    """Return a configuration with noise that lasts for some training batches after the event.
 
-    It covers the evaluation after the event, then each epoch's training batches and its two
-    evaluations. With no training batch, zeroing and Gaussian noise act on the first pass only.
+    Noise covers the evaluation after the event, then each epoch's training batches and its two
+    evaluations. With 0 batches, zeroing and Gaussian noise act on the first pass only.
+
+    Args:
+        config: A configuration.
+        kind: "zeroing", "gaussian" or "restored".
+        batches: The number of training batches.
+        evaluation_batch: Images in a pass of evaluation.
     """
     passes = 0
     if batches:
@@ -43,7 +49,7 @@ def with_noise(config: Config, kind: str, batches: int, evaluation_batch: int = 
 
 
 def training_batches(config: Config) -> int:
-    """Count the training batches that noise lasts for: the inverse of `with_noise`."""
+    """Return the number of training batches that noise lasts for: the inverse of `with_noise`."""
     noise = config.noise
     if noise is None or noise.passes == 0:
         return 0

@@ -1,7 +1,7 @@
 """The settings of arXiv 1805.01930, on weight pruning as a regularizer.
 
-Only the paper's abstract and introduction are at hand. Its claims are the paper's; the network is
-inferred from the abstract's "85% fewer parameters", and how the claims are tested is ours.
+The claims are those of the abstract and introduction, the only parts of the paper at hand. The
+network is inferred from the abstract's "85% fewer parameters". The tests of the claims are ours.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ CONV4_DROPOUT = (0.25, 0.5)
 CONV4_FRACTION = 0.9
 CONV4_EVENTS = Schedule((0,), (99,), 1)
 FRACTIONS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-# Dropout's best rates are chosen on these seeds, and compared on the others.
+# Dropout's best rates are chosen on these seeds, and compared with pruning on the others.
 CHOOSING = (10, 11, 12, 13, 14)
 
 

@@ -10,12 +10,12 @@ METHODS = {"smallest": "Prune_S", "random": "Prune_R", "largest": "Prune_L"}
 
 @dataclass(frozen=True)
 class Schedule:
-    """When each layer has its events: every `period` epochs from `first` to `last`, inclusive.
+    """A schedule of events: in each layer every `period` epochs from `first` to `last`, inclusive.
 
     Attributes:
         first: 0-based epoch of the first event, one entry a layer.
-        last: the last epoch that may have an event, one entry a layer.
-        period: epochs from one event to the next.
+        last: The last epoch that may have an event, one entry a layer.
+        period: Epochs from one event to the next.
     """
 
     first: tuple[int, ...]
@@ -37,13 +37,13 @@ class Setting:
     Attributes:
         network: "VGG11", "ResNet18" and so on, as the papers write them.
         method: "No Pruning", "Prune_S" and so on.
-        name: a name that is the same at every profile and unique within a network: "none",
+        name: The same at every profile, and unique within a network of a figure: "none",
             "smallest 40" (target and period in the paper), "zeroing 1106" (kind and span),
             "largest 0.9" (target and fraction), "dropout 0.25/0.5".
-        config: the configuration at the paper's scale.
-        schedule: when it prunes, at the paper's scale; None where it does not prune in training.
-        seeds: how many seeds are registered for profile `small` (docs/evidence.md).
-        choosing: seeds on which the best of several settings is chosen, apart from the others.
+        config: The configuration at the paper's scale.
+        schedule: The schedule of events at the paper's scale; None without events in training.
+        seeds: The number of seeds registered for profile `small` (docs/evidence.md).
+        choosing: Further seeds, on which the best of several settings is chosen.
     """
 
     network: str
@@ -61,10 +61,10 @@ class Figure:
 
     Attributes:
         name: "figure-2", "table-C1" and so on.
-        seeds: how many the paper has.
-        settings: its curves and colours.
-        title: one line on its content.
-        notebook: path under notebooks/, without the extension; a notebook may hold several.
+        seeds: The number of seeds in the paper.
+        settings: Its curves and colours.
+        title: One line on its content.
+        notebook: Path under notebooks/, without the extension. A notebook may hold several figures.
     """
 
     name: str

@@ -25,14 +25,15 @@ LATE = RESNET18.with_(
     data="cifar100", learning_rate=0.0001, milestones=(2000,), epochs=4000, augment=True
 )
 
-# Of the last four convolutions.
+# One entry for each of the last four convolutions.
 VGG_FRACTIONS = (0.3, 0.3, 0.3, 0.9)
 VGG_FIRST, VGG_LAST = (3, 4, 5, 6), (150, 150, 150, 275)
 RESNET_FRACTIONS = (0.25, 0.4, 0.25, 0.95)
 RESNET_FIRST, RESNET_LAST = (7, 8, 9, 10), (150, 150, 170, 275)
 TABLE_C1_FRACTIONS = (0.25, 0.8, 0.25, 0.95)
 
-# Figure 2's six settings of VGG11 are measured for figures 6 and E in the runs other figures share.
+# Figures 6 and E measure flatness in runs of Figure 2's six settings of VGG11. Other figures share
+# these runs.
 FLATNESS = Flatness(epoch=314)
 MEASURED = (("smallest", 4), ("smallest", 40), ("random", 40), ("largest", 40))
 PERIODS = (4, 20, 40, 60, 100, 200, 300)
@@ -78,7 +79,7 @@ def _all_layers(network: str, count: int, fraction: float, first: int, period: i
 
 
 def _noise(kind: str, method: str, evaluation_batch: int = 128) -> tuple[Setting, ...]:
-    """Return a kind of noise at each of its spans. The longest has ten registered seeds."""
+    """Return the settings of a kind of noise, one a span. The longest has ten registered seeds."""
     base, settings = VGG_PRUNE_WEIGHTS, []
     for span in SPANS[kind]:
         config = with_noise(base.config, kind, span, evaluation_batch)
@@ -98,7 +99,7 @@ VGG_NO_PRUNING = _unpruned("VGG11", VGG11.with_(histograms=True, flatness=FLATNE
 VGG_SCRATCH = _scratch(
     "VGG11", VGG11.with_(flatness=FLATNESS), FilterPruning(VGG_FRACTIONS, scratch=True)
 )
-# Figures 5 and D2 mask the weights only: batch norm stays.
+# Figures 5 and D2 mask the weights only. Batch norm stays.
 VGG_PRUNE_WEIGHTS = _vgg("largest", 40, norm=False)
 RESNET_NO_PRUNING = _unpruned("ResNet18", RESNET18)
 

@@ -13,9 +13,9 @@ from paperlib.claims.verdicts import DECIDING, DELTA, OTHER_DELTA
 from paperlib.plots.style import BEHIND_TEXT, Look, p_value, panels
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
-# Outcomes that are logarithms, and what a row's name adds.
+# Outcomes that are logarithms, and the end of a row's name.
 LOG_OUTCOMES = {"log_curvature": ", Tr(H)", "log_noise": ", Tr(C)"}
-# Of the verdicts that say yes or no; all others are grey.
+# Colours of the verdicts that say yes or no. All others are grey.
 COLORS = {"supported": "#0072B2", "contradicted": "#D55E00"}
 ROW = 0.26  # inches
 
@@ -33,10 +33,10 @@ def forest(claims: pd.DataFrame) -> Figure:
     """Draw the contrasts that decide claims, with their 95% intervals: a forest plot.
 
     Each claim has a heading with its verdict in words. The grey band is the range of differences
-    too small to matter. A claim without contrasts has its heading only.
+    too small to matter. A claim without contrasts has only its heading.
 
     Args:
-        claims: A row a contrast, as `claims.to_frame` and `Loaded.claims` give it.
+        claims: A row a contrast, as `claims.to_frame` and `Loaded.claims` return it.
 
     Returns:
         The figure, a panel a unit.

@@ -1,4 +1,4 @@
-"""Forms with a line a setting, with its mean and 95% band over seeds. A band needs three seeds."""
+"""Forms with a line a setting: its mean and 95% band over seeds. A band needs three seeds."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,8 +14,8 @@ from paperlib.stats import FEWEST, band
 
 HATCHES = ("", "////", "....", "xxxx")
 CORRELATIONS = {"pearson": "Pearson's r", "kendall": "Kendall's $\\tau$"}
-INSET_RATES = 4  # of figure 3
-DIPS = 0.03  # of the means in figures 5 and D2 may leave the panels
+INSET_RATES = 4  # rates in the inset of figure 3
+DIPS = 0.03  # share of the means in figures 5 and D2 that may leave the panels
 
 
 def lines(
@@ -37,7 +37,7 @@ def lines(
         x: The column on the x axis.
         y: The column on the y axis.
         by: The column that names the lines.
-        names: Names of lines in the legend, where they differ.
+        names: Names of lines in the legend, if they differ.
         start: The y axis is fitted to the means from this x on.
     """
     for name, look in looks(frame, by).items():
@@ -58,7 +58,13 @@ def dynamics(
 ) -> None:
     """Draw `lines` by epoch, counted from 1.
 
-    The y axis is fitted to the epochs from `start` on: by default to the last two thirds.
+    Args:
+        ax: The panel.
+        epochs: Columns method, label, epoch (0-based) and `y`, a row an epoch of a seed.
+        y: The column on the y axis.
+        names: As for `lines`.
+        start: The y axis is fitted to the epochs from this one on, by default to the last two
+            thirds.
     """
     if start is None:
         start = epochs.epoch.max() / 3
@@ -130,8 +136,8 @@ def by_fraction(ax: Axes, runs: pd.DataFrame, y: str) -> None:
 
     Args:
         ax: The panel.
-        runs: Columns method, `fraction` in percent and `y`; runs at 0 belong to all lines.
-        y: The column.
+        runs: Columns method, fraction (percent) and `y`. Runs at fraction 0 belong to all lines.
+        y: The column on the y axis.
     """
     whole, pruned = runs[runs.fraction == 0], runs[runs.fraction > 0]
     frame = pd.concat([*(whole.assign(method=m) for m in pruned.method.unique()), pruned])
@@ -154,10 +160,10 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
     Args:
         ax: The panel.
         epochs: The rows of one run.
-        color: Of the line.
+        color: The color of the line.
 
     Returns:
-        The row of the event of lowest stability, with its `stability` in percent.
+        The row of the event with the lowest stability, with a column stability in percent.
 
     Raises:
         ValueError: The run has no events.
@@ -180,7 +186,13 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
 
 
 def bars_by_rank(ax: Axes, spectra: pd.DataFrame, ranks: int) -> None:
-    """Draw the mean eigenvalue, signed, of the leading ranks with its 95% interval, by `label`."""
+    """Draw by label the mean signed eigenvalue of each leading rank with its 95% interval.
+
+    Args:
+        ax: The panel.
+        spectra: Columns method, label, rank and eigenvalue, a row an eigenvalue.
+        ranks: The number of ranks.
+    """
     spectra = spectra[spectra["rank"] <= ranks]
     style = looks(spectra)
     width = 0.8 / len(style)

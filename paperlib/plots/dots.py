@@ -25,17 +25,17 @@ def scatter(
 ) -> None:
     """Draw a dot a run by `label`, and a regression line with its 95% band.
 
-    The title gives Pearson's r and Kendall's tau, or says that fewer than three different values
-    are there. The line needs four runs, and its band seven. The axes are fitted to the dots: the
-    band may leave them.
+    The title gives Pearson's r and Kendall's tau, or says that there are fewer than three different
+    values. The line needs four runs, and its band seven. The y axis is fitted to the dots: the band
+    may leave it.
 
     Args:
         ax: The panel.
         runs: Columns label, `x` and `y`, a row a run. Runs that lack a value are left out.
         x: The column on the x axis.
         y: The column on the y axis.
-        style: By label, as `looks` returns it.
-        title: Stands above the correlations.
+        style: The looks by label, as `looks` returns them.
+        title: A line above the correlations.
     """
     runs = runs.dropna(subset=[x, y])
     for label, group in runs.groupby("label", sort=False):
@@ -64,7 +64,7 @@ def pairs(
     """Draw a scatter for each group of runs and each pair of columns.
 
     Args:
-        runs: Columns method, label, `by` and those of the pairs, a row a run.
+        runs: Columns method, label, `by` and the columns of the pairs, a row a run.
         axes: The pairs (x, y).
         by: The column whose values have panels of their own.
         columns: Panels in a row.
@@ -108,8 +108,8 @@ def by_setting(
     Args:
         ax: The panel.
         runs: Columns method, label, seed and `y`, a row a run.
-        y: The column.
-        names: Names of labels on the axis, where they differ.
+        y: The column on the y axis.
+        names: Names of labels on the x axis, if they differ.
     """
     style = looks(runs)
     wide = runs.pivot(index="seed", columns="label", values=y)[list(style)]

@@ -19,27 +19,26 @@ if TYPE_CHECKING:
     from paperlib.overview import Judged
 
 PACKAGES = ("paperlib", "matplotlib", "numpy", "pandas")
-CHARACTERS_PER_INCH = 17  # of the stamp
+CHARACTERS_PER_INCH = 17  # in the stamp
 
 
 def stamp(figure: Figure, words: str) -> None:
-    """Write on the figure's face its profile, seeds, data and the gates that fail."""
+    """Write words on the figure's face, such as its profile, data, seeds and failed gates."""
     width = max(40, int(CHARACTERS_PER_INCH * figure.get_figwidth()))
     lines = textwrap.fill(words, width, break_long_words=False)
     figure.suptitle(lines, x=0.995, ha="right", fontsize=7, color="0.4")
 
 
 def save(picture: Figure, loaded: "Loaded | Judged", name: str = "", note: str = "") -> None:
-    """Stamp a figure, write its files, and show it where this is a notebook.
+    """Stamp a figure, write its files, and show it if this is a notebook.
 
-    The metadata of the files say the same as the face, and the versions of the packages. They hold
-    no date.
+    The metadata of the files hold the stamp and the versions of the packages, but no date.
 
     Args:
         picture: The figure.
-        loaded: The runs it shows: for its name, profile and stamp.
-        name: Of the files, where it differs from `loaded.name`.
-        note: Added to the stamp.
+        loaded: The runs or claims that it shows. They give its name, profile and stamp.
+        name: The name of the files, if it differs from `loaded.name`.
+        note: An addition to the stamp.
     """
     name, alt = name or loaded.name, described(picture)
     words = ", ".join(filter(None, [loaded.stamp, note]))

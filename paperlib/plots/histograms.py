@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from paperlib.runs import RunRecord
 
 LEFT_OUT = 0.001
-# Moment -> its name, line and colour (None: the method's).
+# Moment -> its name, line style and colour (None: the method's).
 MOMENTS = {
     "before": ("before the first event", "-", "0.45"),
     "after": ("after the last", "--", None),
@@ -30,7 +30,7 @@ def densities(
     Args:
         figure_axes: A row a layer, a column a name.
         columns: Name -> (layers, bins) densities in [-reach, reach], the deepest layer last.
-        reach: In standard deviations.
+        reach: The end of the bins, in standard deviations.
     """
     for column, (name, layers) in enumerate(columns.items()):
         half_bin = reach / layers.shape[1]
@@ -51,12 +51,12 @@ def magnitudes(
 ) -> None:
     """Draw histograms of weight magnitudes on log axes, in percent of the weights at first.
 
-    The axes hold all counts but the share `LEFT_OUT` of the lowest.
+    The axes show all counts except the lowest magnitudes, a share of `LEFT_OUT`.
 
     Args:
-        axes: A panel a method.
-        edges: (bins + 1,).
-        counts: (bins,) by method and by moment of `MOMENTS`; the last is filled.
+        axes: The panels, one a method.
+        edges: The edges of the bins (bins + 1,).
+        counts: Counts (bins,) by method and by moment of `MOMENTS`. The last moment is filled.
     """
     total = np.sum([bins for found in counts.values() for bins in found.values()], axis=0)
     low = np.searchsorted(np.cumsum(total), LEFT_OUT * total.sum())
@@ -79,10 +79,10 @@ def weight_counts(
 
     Args:
         methods: Run -> method.
-        records: With the arrays "edges" and "MOMENT.dense".
+        records: Records with the arrays "edges" and "MOMENT.dense".
 
     Returns:
-        edges (bins + 1,), and by method and moment counts (bins,).
+        The edges (bins + 1,), and counts (bins,) by method and moment.
     """
     found: dict[str, list[RunRecord]] = {}
     for record in records:
@@ -103,9 +103,9 @@ def shares(
 
     Args:
         ax: The panel.
-        table: A row a thing, a column a measure.
+        table: A row for each of the things compared, a column a measure.
         columns: Column of `table` -> its name on the axis.
-        colors: By row.
+        colors: Row of `table` -> its colour.
     """
     baseline, *others = table.index
     whole, measures = table.iloc[0], list(columns)

@@ -1,7 +1,7 @@
 """The one look of all figures: colours, line styles, sizes in inches, fonts as in print.
 
-One colour a method throughout (the colour-blind-safe palette of Okabe and Ito). Settings of one
-method differ in line style, and all settings of a panel in marker.
+A method has the same colour in all figures, from the colour-blind-safe palette of Okabe and Ito or
+grey. Settings of one method differ in line style, and all settings of a panel in marker.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "^", "s", "D", "v", "<")
 PANEL = (3.4, 2.7)
 BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
-# The label of an axis, by the column it shows.
+# The label of an axis, by the column that it shows.
 NAMES = {
     "mean_stability": "mean stability (%)",
     "best_accuracy": "best test accuracy (%)",
@@ -83,7 +83,7 @@ def use_style() -> None:
 def panels(
     rows: int, columns: int, panel: tuple[float, float] = PANEL, **options: Any
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Return a figure with a grid of axes of one size in inches; the axes as a nested list."""
+    """Return a figure, and a grid of axes of one size in inches as a nested list."""
     size = (panel[0] * columns, panel[1] * rows + 0.3)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     return figure, axes.tolist()
@@ -92,7 +92,7 @@ def panels(
 def grid(
     count: int, columns: int, panel: tuple[float, float] = PANEL, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `count` panels, at most `columns` in a row, as a list."""
+    """Return a figure, and a list of its `count` panels, at most `columns` in a row."""
     figure, rows = panels(-(-count // columns), min(columns, count), panel, **options)
     axes = [ax for row in rows for ax in row]
     for ax in axes[count:]:
@@ -101,11 +101,11 @@ def grid(
 
 
 def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
-    """Return colour, line style and marker of every setting.
+    """Return the colour, line style and marker of every setting.
 
     Args:
         frame: Columns method and `by`, in the order of the legend.
-        by: The column that names settings; "method" where a line is a method.
+        by: The column that names settings; "method" if a line is a method.
     """
     settings = frame.drop_duplicates([by, "method"])
     of_method = settings.groupby("method").cumcount()
@@ -122,7 +122,7 @@ def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
 
 
 def focus(ax: Axes, values: Iterable[float]) -> None:
-    """Limit the y axis to the given values and a margin, so that early epochs may leave it."""
+    """Limit the y axis to the given values and a margin. Other values may leave it."""
     series = pd.Series(values, dtype=float).dropna()
     low, high = series.min(), series.max()
     room = 0.12 * max(high - low, 0.5)
@@ -142,5 +142,5 @@ def legend_below(figure: Figure, title: str = "") -> None:
 
 
 def p_value(p: float) -> str:
-    """Return a p-value as it is read: 0.03, 2e-05."""
+    """Return a p-value for people: 0.03, 2e-05."""
     return f"{p:.1g}" if p < 0.01 else f"{p:.2f}"

@@ -8,14 +8,15 @@ RESULTS = ("passed", "failed", "not applicable")
 
 
 def numbers(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Return mean and standard deviation over seeds, and n, by network and setting.
+    """Return the mean and standard deviation over seeds, and n, by network and setting.
 
     Args:
         runs: Columns network, label and those of `columns`, a row a run.
         columns: Column of `runs` -> its name in the table.
 
     Returns:
-        Rounded to 2 digits after the point, or to 4 in columns whose means are all below 1.
+        A row a setting. Numbers have 2 digits after the point, or 4 if all means of their column
+        are below 1 in magnitude.
     """
     groups = runs.groupby(["network", "label"], sort=False)
     parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
@@ -27,10 +28,10 @@ def numbers(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
 
 
 def gates(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return how many settings pass each gate, by network, and what the failures say.
+    """Count the settings that pass each gate, by network, and describe the first two failures.
 
     Args:
-        frame: As `gates.table` and `Loaded.gates` give it.
+        frame: Gates as `gates.table` and `Loaded.gates` return them.
     """
     rows = []
     for (gate, network), group in frame.groupby(["gate", "network"], sort=False):
@@ -46,10 +47,10 @@ def verdict(claims: pd.DataFrame) -> pd.DataFrame:
     """Return the contrasts of claims for people: estimates with intervals, p, power and verdict.
 
     Args:
-        claims: As `claims.to_frame` and `Loaded.claims` give it.
+        claims: A row a contrast, as `claims.to_frame` and `Loaded.claims` return it.
 
     Returns:
-        A row a contrast; columns in which there is nothing to say are left out.
+        A row a contrast. Empty columns are left out.
     """
 
     def text(values: pd.Series, form: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Records once they are there: lists, export, import, and the removal of leftovers.
+"""Work with finished records: lists, export, import, and the removal of leftovers.
 
 Imports no torch.
 """
@@ -20,7 +20,7 @@ YOUNG_SECONDS = 3600.0  # a half-written file of this age may still be written
 
 
 def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
-    """Return one row a run as `Store.runs`, and its title; damaged records have only `damaged`."""
+    """Return the rows of `Store.runs` with a title; damaged records have only run and damaged."""
     found = store.find(store.identities() if runs is None else runs)
     damaged = {run: str(error) for run, error in found.items() if isinstance(error, StoreError)}
     frame = store.runs([run for run in found if run not in damaged])
@@ -30,14 +30,14 @@ def table(store: Store, runs: Iterable[str | Config] | None = None) -> pd.DataFr
 
 
 def describe(store: Store, start: str) -> tuple[dict, pd.DataFrame]:
-    """Return all about a run except its arrays, also of one that failed or is damaged.
+    """Return everything about a run except its arrays, even if it failed or is damaged.
 
     Args:
         store: The store.
         start: The start of the run's identity.
 
     Returns:
-        Configuration and origin, or what is wrong; and the epochs.
+        Identity, title, configuration and origin, or else the failure or damage; and the epochs.
 
     Raises:
         StoreError: No run's identity starts so, or several do.
@@ -59,8 +59,13 @@ def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None)
 
     The file keeps only the last part of a path to images, as identities do.
 
+    Args:
+        store: The store.
+        file: The path of the file.
+        runs: The runs; None for all.
+
     Raises:
-        KeyError, DamagedRecord, Mismatch: As `Store.records`.
+        KeyError, DamagedRecord, Mismatch: As for `Store.records`.
         StoreError: There are no runs, or the file cannot be written.
     """
     found = [replace(record, config=record.config.portable) for record in store.records(runs)]
@@ -73,12 +78,16 @@ def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None)
 def merge(store: Store, source: Path) -> pd.DataFrame:
     """Take over the runs of an exported file or of another store.
 
+    Args:
+        store: The store.
+        source: The path of the file or of the other store.
+
     Returns:
         One row a run: run and outcome. The outcome is that of `Store.add`, or "damaged: ..." for a
-        run that is not taken.
+        run that is not taken over.
 
     Raises:
-        StoreError: `source` is neither.
+        StoreError: `source` is neither, or holds no run; or the store cannot be written.
     """
     source = Path(source).expanduser()
     nothing = source / "nothing"
@@ -93,15 +102,15 @@ def merge(store: Store, source: Path) -> pd.DataFrame:
 
 
 def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -> list[Path]:
-    """Find the files of a store that no run can use; records before their arrays.
+    """Find the files of a store that no run can use; records come before their arrays.
 
-    These are damaged records, checkpoints and notes of failures of runs that are done, and files
-    left half-written YOUNG_SECONDS ago or earlier.
+    These are damaged records; checkpoints and failure notes that cannot be read, or whose run is
+    done; and files half-written, or arrays without a record, for longer than YOUNG_SECONDS.
 
     Args:
         store: The store.
-        wanted: Whether a configuration is of use. Records, checkpoints and notes of others are
-            leftovers, too.
+        wanted: Whether a configuration is of use. The records, checkpoints and failure notes of
+            others are leftovers, too.
     """
     own = Store(store.path, store.path / "no results")
     found, done = own.find(own.own()), store.whole(store.identities())
@@ -123,12 +132,12 @@ def leftovers(store: Store, wanted: Callable[[Config], bool] = lambda _: True) -
 
 
 def _is_wanted(path: Path, wanted: Callable[[Config], bool]) -> bool:
-    """Return whether a checkpoint or a note of a failure is of a run that is still wanted."""
+    """Return whether the run of a checkpoint or of a failure note is still wanted."""
     try:
         if path.parent.name == "failed":
             content = json.loads(path.read_text())
         else:
             content = checkpoints.describe(path.parents[1], path.stem)
         return wanted(from_dict(content["config"]))
-    except UNREADABLE:  # or of a configuration of another version
+    except UNREADABLE:  # this includes a configuration of another version
         return False

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Rows = list[dict]
 Arrays = dict[str, np.ndarray]
 Parts = tuple["nn.Module", "Optimizer", Any]  # network, optimizer, and pruner or None
-# To be raised if the same configuration gives other numbers, or the file gets another meaning.
+# Increase this if a configuration gives other numbers, or if the file gets another meaning.
 VERSION = 3
 SECONDS = 10.0
 SHARE = 0.02
@@ -51,7 +51,7 @@ class Stopped(RuntimeError):
 
 
 class UnusableCheckpoint(RuntimeError):
-    """A run cannot resume from this checkpoint; the message names the file and says why."""
+    """A run cannot resume from this checkpoint; the message gives the file and the reason."""
 
 
 def file(store: str | os.PathLike, run: str) -> Path:
@@ -60,7 +60,7 @@ def file(store: str | os.PathLike, run: str) -> Path:
 
 
 def describe(store: str | os.PathLike, run: str) -> dict | None:
-    """Return the description of a run's checkpoint; None if there is none that can be read.
+    """Return the description of a run's checkpoint; None if there is none, or it is unreadable.
 
     Only the file's head is read. Nothing is verified.
 
@@ -82,7 +82,7 @@ def progress(store: str | os.PathLike, run: str) -> int | None:
 
 
 def discard(store: str | os.PathLike, run: str) -> None:
-    """Remove a run's checkpoint, and any left half-written. In a read-only store they stay."""
+    """Remove a run's checkpoint, and half-written ones. In a read-only store they stay."""
     for left in file(store, run).parent.glob(f"*{run}.*"):
         with suppress(OSError):
             left.unlink(missing_ok=True)
@@ -95,10 +95,10 @@ class Checkpoint:
     Attributes:
         store: The store's path.
         config: The run's configuration.
-        claim: Its `check` is called before anything is written.
-        made_of: The checksums of the run's images and of code that it names, `data` and `source`.
-            A checkpoint of others is not restored. None is not compared.
-        until: When the run has to stop, by `time.time`.
+        claim: The claim on the run. Its `check` is called before anything is written.
+        made_of: The checksums `data` and `source`: of the run's images, and of the code that it
+            names. A checkpoint with others is not restored. A checksum of None is not compared.
+        until: The time at which the run has to stop, by `time.time`.
         earlier: The processes that the run was resumed from: epochs, device and threads.
     """
 
@@ -124,7 +124,7 @@ class Checkpoint:
 
         Raises:
             UnusableCheckpoint: The file is damaged, or of another configuration, version, data or
-                source. The parts are then of no use.
+                source. The parts cannot be used afterwards.
         """
         path = file(self.store, self.config.identity)
         if not path.exists():
@@ -133,7 +133,7 @@ class Checkpoint:
         try:
             about, stored = self._read(path)
             if pruner is not None:
-                # First: holding pruned filters may add buffers to the model.
+                # This comes first: holding pruned filters may add buffers to the model.
                 pruner.load_state_dict(stored["pruner"])
             _fill(_state(model), stored["model"])
             _fill_optimizer(optimizer, dict(model.named_parameters()), stored["optimizer"])
@@ -147,10 +147,10 @@ class Checkpoint:
         return rows.to_dict("records"), arrays
 
     def save_when_due(self, parts: Parts, rows: Rows, arrays: Arrays) -> None:
-        """Save at an epoch's end, if that is worth its time or the run's time is up.
+        """Save at an epoch's end, if a checkpoint is due or the run's time is up.
 
-        It is due SECONDS after the last one, and late enough that writing takes no more than a
-        SHARE of the time.
+        A checkpoint is due SECONDS after the last one, or later, so that writing takes no more than
+        a SHARE of the time.
 
         Raises:
             Stopped: The run's time is up. The checkpoint is written.
@@ -185,7 +185,7 @@ class Checkpoint:
         write_whole(file(self.store, self.config.identity), content)
 
     def _read(self, path: Path) -> tuple[dict, "dict[str, dict[str, Tensor]]"]:
-        """Return the file's description and its tensors by part, compared with the run's own."""
+        """Read the file's description, and its tensors by part; check that they fit the run."""
         with safe_open(path, "pt") as content:
             metadata = content.metadata()
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
@@ -207,12 +207,12 @@ def _versions() -> dict[str, object]:
 
 
 def _state(model: "nn.Module") -> "dict[str, Tensor]":
-    """Return parameters and all buffers, also those that state_dict leaves out."""
+    """Return all parameters and buffers, even those that `state_dict` leaves out."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _tensors(parts: Parts, rows: Rows, arrays: Arrays) -> "dict[str, Tensor]":
-    """Copy a run's whole state to the CPU, under names that start with its part."""
+    """Copy a run's whole state to the CPU. Names start with the part of the run."""
     import torch
 
     model, optimizer, pruner = parts
@@ -259,10 +259,10 @@ def _fill(tensors: "dict[str, Tensor]", stored: "dict[str, Tensor]") -> None:
 def _fill_optimizer(
     optimizer: "Optimizer", parameters: "dict[str, Tensor]", stored: "dict[str, Tensor]"
 ) -> None:
-    """Fill the optimizer's state; its averages get the memory format of their parameters.
+    """Fill the optimizer's state. Its averages get the memory format of their parameters.
 
-    The optimizer's own method gives them another. Fused optimizers go through parameters and
-    averages in order of memory, so the two must agree.
+    The optimizer's own `load_state_dict` would give them another format. Fused optimizers go
+    through parameters and averages in order of memory, so the two must agree.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """The code of a score or network that a configuration names, "package.module:function".
 
-It is known by a checksum: that of the module's file, or, of a function typed into a notebook, that
-of its source. The function in this process's memory has to be the one that the file holds:
-otherwise a run of one function would be recorded as that of another.
+A checksum identifies it: that of the module's file, or for a function in a notebook that of its
+source. The function in this process's memory must be the one in the file. Otherwise a run of one
+function would be recorded as a run of another.
 
 Imports no torch.
 """
@@ -20,22 +20,23 @@ from typing import Any
 from paperlib.config import Config
 
 CONSTANTS = (bool, int, float, complex, str, bytes, tuple, list, dict, set, type(None))
-LIBRARY = ModuleType | FunctionType | BuiltinFunctionType | type  # what a cell imports
-# By module: its spec, which is another object after a reload, and the file's checksum at first.
+LIBRARY = ModuleType | FunctionType | BuiltinFunctionType | type  # the things that a cell imports
+# By module: its spec, which is another object after a reload, and its file's first checksum.
 _seen: dict[str, tuple[object, str]] = {}
 
 
 def source_checksum(spec: str) -> str | None:
     """Return the sha256 of the file of a module's function or class, "package.module:name".
 
-    The module itself is not imported; the packages around it are. In a notebook, whose module
-    "__main__" has no file, it is that of the source of the function and of all that it uses.
+    The module itself is not imported; the packages around it are. A notebook's module "__main__"
+    has no file. There the checksum is of the source of the function and of everything in the module
+    that it uses.
 
     Returns:
-        64 hex digits, or None where `spec` has no ":" or names nothing that is there.
+        64 hex digits, or None if `spec` has no ":" or names nothing that exists.
 
     Raises:
-        ValueError: What is in memory is not what the file holds, or cannot be checked.
+        ValueError: The code in memory differs from the file's, or cannot be checked.
     """
     name, colon, function = spec.partition(":")
     module = sys.modules.get(name)
@@ -71,9 +72,16 @@ def source_checksum(spec: str) -> str | None:
 def code_checksum(
     config: Config, checksum_of: Callable[[str], str | None] = source_checksum
 ) -> str | None:
-    """Return the checksum of the network and score that a run names; None if it names none.
+    """Return the checksum of the code that a run names as network or score; None if it names none.
 
-    If it names both, it is the checksum of the two checksums. Raises as `source_checksum`.
+    If a run names both, it is the checksum of the two checksums.
+
+    Args:
+        config: The run.
+        checksum_of: Returns the checksum of one of them.
+
+    Raises:
+        ValueError: As for `source_checksum`.
     """
     specs = config.model, getattr(config.pruning, "score", "")
     found = [checksum for checksum in map(checksum_of, specs) if checksum]
@@ -83,7 +91,7 @@ def code_checksum(
 
 
 def _parts(module: ModuleType, name: str) -> dict[str, Any]:
-    """Return what a name of a module stands for, and all other names of the module in its code."""
+    """Return the value of a name in a module, and those of all names of the module in its code."""
     parts: dict[str, Any] = {}
     waiting = [name]
     while waiting:
@@ -115,7 +123,7 @@ def _functions(value: object, module: ModuleType) -> list[FunctionType]:
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
-    """Yield a code object and all that are defined in it."""
+    """Yield a code object and all code objects within it."""
     yield code
     for constant in code.co_consts:
         if inspect.iscode(constant):

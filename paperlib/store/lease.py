@@ -1,6 +1,6 @@
-"""Claims: a run is trained once, by the process that claims it first, on whichever host.
+"""Claims: a run is trained once, by the process that claims it first, on any host.
 
-    STORE/claims/IDENTITY.lease   names who trains the run; it exists only in that time
+    STORE/claims/IDENTITY.lease   names the process that trains the run, and exists as long
 
 A claim is a `filelock.SoftFileLease`. Its holder refreshes the file every BEAT_SECONDS. The claim
 of a process that died on the same host is taken over at once. That of a process that is paused, or
@@ -27,8 +27,8 @@ BEAT_SECONDS = 15.0
 LEASE_SECONDS = 120.0
 POLL_SECONDS = 0.5
 FOREVER_SECONDS = 1e9
-RETRY_SECONDS = 0.05  # where files cannot be exchanged a dead holder's is removed, then replaced
-# Leases that could not be had. Each remembers since when the holder has not refreshed its file.
+RETRY_SECONDS = 0.05  # if files cannot be exchanged, a dead holder's is removed, then replaced
+# Leases that were not acquired. Each remembers since when the holder has not refreshed its file.
 _watched: dict[Path, SoftFileLease] = {}
 
 
@@ -48,7 +48,7 @@ class Claim:
     lease: SoftFileLease
 
     def check(self) -> None:
-        """Raise Lost if another process has the claim by now."""
+        """Raise Lost if another process has the claim now."""
         owner = self.lease.owner
         if owner is not None and owner.token != self.lease.token:
             raise Lost(f"run {self.run} was taken over by {_name(self.lease)}")
@@ -58,7 +58,7 @@ class Claim:
 def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Claim]:
     """Hold the claim on a run for a `with` block.
 
-    The caller then looks whether the run is done before it trains it, and calls the claim's `check`
+    In the block, the caller first checks whether the run is done, and calls the claim's `check`
     before it writes. A claim cannot be sent to another process.
 
     Args:

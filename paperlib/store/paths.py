@@ -5,17 +5,21 @@ from pathlib import Path
 
 
 def default_path() -> Path:
-    """Return PAPERLIB_RUNS, or `runs` in the checkout around the working directory, or in that."""
+    """Return PAPERLIB_RUNS, or `runs` in the checkout.
+
+    The checkout is the one around the working directory. Outside a checkout it is the working
+    directory itself.
+    """
     return _beside_notebooks("PAPERLIB_RUNS", "runs")
 
 
 def figures_path() -> Path:
-    """Return PAPERLIB_FIGURES, or `figures` in the checkout around the working directory."""
+    """Return PAPERLIB_FIGURES, or `figures` in the checkout, as for `default_path`."""
     return _beside_notebooks("PAPERLIB_FIGURES", "figures")
 
 
 def results_path() -> Path | None:
-    """Return PAPERLIB_RESULTS, or `results` in the checkout, or the package's; None without."""
+    """Return PAPERLIB_RESULTS, or `results` in the checkout or beside the package, or None."""
     beside = _beside_notebooks("PAPERLIB_RESULTS", "results")
     if os.environ.get("PAPERLIB_RESULTS"):
         return beside
@@ -34,9 +38,9 @@ def _beside_notebooks(variable: str, name: str) -> Path:
 
 
 def data_folders(root: str | os.PathLike | None = None) -> list[Path]:
-    """Return the folders that may hold data, the one to write to first: `root`, PAPERLIB_DATA.
+    """Return the folders that may hold data: `root` and PAPERLIB_DATA.
 
-    Without either it is `data` in the run store.
+    Files are written to the first one. Without either it is `data` in the default run store.
     """
     places = [place for place in (root, os.environ.get("PAPERLIB_DATA")) if place]
     return list(dict.fromkeys(Path(p).expanduser() for p in places or [default_path() / "data"]))

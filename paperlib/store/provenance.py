@@ -22,8 +22,8 @@ from paperlib.store.code import code_checksum, source_checksum
 from paperlib.store.paths import data_folders
 
 PACKAGES = ("paperlib", "torch", "torchvision", "numpy")
-# Checksums of the named data sets: the md5 of CIFAR's archive in binary form,
-# `data.images_checksum` of JPEG images, 32 digits of the sha256 of the digits' tensors.
+# Checksums of the named data sets: the md5 of CIFAR's binary archives, `data.images_checksum` of
+# the JPEG images, and 32 digits of the sha256 of the digits' tensors.
 CHECKSUMS = {
     "digits": "f50368098ec3849434b31573e44bda4a",
     "cifar10": "c32a1d4ab5d03f1284b67883e8d87530",
@@ -33,7 +33,7 @@ CHECKSUMS = {
 
 
 def version(package: str) -> str:
-    """Return a package's version; paperlib's also where it is not installed."""
+    """Return a package's version. For paperlib this works without an installation, too."""
     return __version__ if package == "paperlib" else metadata.version(package)
 
 
@@ -41,7 +41,7 @@ def version(package: str) -> str:
 def commit() -> str | None:
     """Return the checkout's commit, with + if files differ from it; None outside a checkout.
 
-    PAPERLIB_COMMIT replaces it where code is copied without its history, as to a cluster's nodes.
+    PAPERLIB_COMMIT replaces it, for code that is copied to a cluster's nodes without its history.
     """
     if os.environ.get("PAPERLIB_COMMIT"):
         return os.environ["PAPERLIB_COMMIT"]
@@ -67,7 +67,7 @@ def describe(device: str, processor: str, threads: int) -> dict[str, object]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return everything below a folder except folders; links to folders as links."""
+    """Return everything below a folder except folders. Links to folders are not followed."""
     found = []
     for parent, folders, files in os.walk(folder):
         found += [Path(parent, name) for name in files]
@@ -78,12 +78,12 @@ def files_below(folder: Path) -> list[Path]:
 def known_checksum(spec: str, root: str | os.PathLike | None = None) -> str | None:
     """Return the checksum that the data set `spec` has when it is loaded. Nothing is downloaded.
 
-    Images at a path are read, not decoded. Their checksum is then kept in the data folder for as
-    long as no file there changes its size or times. A checksum that is kept needs no torch.
+    Images at a path are read, not decoded. Their checksum is then kept in the data folder, and used
+    until a file of theirs changes its size or times. A kept checksum needs no torch.
 
     Args:
-        spec: As `data.load` takes it.
-        root: The data folder, as `data.load` takes it.
+        spec: As for `data.load`.
+        root: The data folder, as for `data.load`.
 
     Returns:
         32 hex digits, or None for an unknown data set or a path that does not exist.
@@ -121,13 +121,13 @@ def images_path(spec: str) -> Path | None:
 def comparison(
     root: str | os.PathLike,
 ) -> Callable[[Config, Mapping[str, Any]], str | None]:
-    """Return a function that says how a run's data and code differ from those of its record.
+    """Return a function that tells how a run's data and code differ from those of its record.
 
-    It takes the run's configuration and the record's provenance, and returns None where nothing
-    differs. Only checksums that both sides know are compared; each is computed once.
+    It takes the run's configuration and the record's provenance, and returns None if nothing
+    differs. Only checksums that both sides know are compared. Each is computed once.
 
     Args:
-        root: The data folder, as `data.load` takes it.
+        root: The data folder, as for `data.load`.
     """
     data_of, code_of = cache(partial(known_checksum, root=root)), cache(source_checksum)
 

@@ -1,10 +1,10 @@
 """The formats of records: one run in two files, or many runs in one.
 
-A run is a Parquet file with one row an epoch, and an npz file where arrays were measured. The
-Parquet file's metadata holds JSON: the configuration, the provenance, and checksums of everything,
-the npz file included. So damaged bytes and files of different runs are noticed. Many runs are one
-Parquet file of all their epochs. There a run's first row holds the same JSON in the column `about`,
-the names and types of its columns in `columns`, and its npz file in `arrays`.
+A run is a Parquet file with one row an epoch, and an npz file if arrays were measured. The Parquet
+file's metadata holds JSON: the configuration, the provenance, and checksums of everything, the npz
+file included. They reveal damaged bytes and files of different runs. Many runs are one Parquet file
+of all their epochs. There a run's first row holds the same JSON in the column `about`, the names
+and types of its columns in `columns`, and its npz file in `arrays`.
 
 Imports no torch.
 """
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from paperlib.config import Config, from_dict, to_dict
 
-# Raised while a damaged Parquet, npz or JSON file is read. A ConfigError is a ValueError.
+# Errors of reading a damaged Parquet, npz or JSON file. A ConfigError is a ValueError.
 UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError),
     pa.ArrowException,
@@ -47,9 +47,9 @@ class RunRecord:
 
     Attributes:
         config: Its configuration.
-        epochs: One row an epoch; the columns that `measures.summarize` takes, and train_loss,
-            test_loss, learning_rate and seconds.
-        arrays: What was measured in the run, by name.
+        epochs: One row an epoch, with the columns that `measures.summarize` takes, and others such
+            as train_loss, test_loss, learning_rate and seconds.
+        arrays: The arrays measured in the run, by name.
         provenance: Versions, device, commit, and checksums of data and code.
     """
 
@@ -92,7 +92,7 @@ def columns_of(record: RunRecord) -> dict[str, np.ndarray]:
 
 
 def _serialized(record: RunRecord) -> tuple[str, bytes | None]:
-    """Return a record's JSON, and its npz file's content, or None where it has no arrays."""
+    """Return a record's JSON, and the content of its npz file, None if it has no arrays."""
     content = {
         "config": to_dict(record.config),
         "provenance": record.provenance,
@@ -109,7 +109,7 @@ def _serialized(record: RunRecord) -> tuple[str, bytes | None]:
 
 
 def _parsed(run: str, about: str, columns: dict[str, np.ndarray], npz: bytes | None) -> RunRecord:
-    """Return the record that was serialized. Raise ValueError if anything has changed since."""
+    """Return the record that was serialized, unchanged. Raises ValueError."""
     content = json.loads(about)
     config, provenance = from_dict(content["config"]), content["provenance"]
     if config.identity != run:
@@ -134,7 +134,7 @@ def _parsed(run: str, about: str, columns: dict[str, np.ndarray], npz: bytes | N
 
 
 def write(path: Path, record: RunRecord) -> None:
-    """Write a record at `path`, and before it the npz file beside it. Raises StoreError."""
+    """Write a record to `path`, after its npz file beside it. Raises StoreError."""
     about, npz = _serialized(record)
     if npz is not None:
         write_whole(path.with_suffix(".npz"), npz)
@@ -145,10 +145,10 @@ def write(path: Path, record: RunRecord) -> None:
 
 
 def read(path: Path) -> RunRecord | None:
-    """Read the record at `path`, checked; None where there is none.
+    """Read and check the record at `path`; return None if there is none.
 
     Raises:
-        DamagedRecord: The record or its npz file is damaged, missing in part, or of another run.
+        DamagedRecord: The record or its npz file is damaged, incomplete, or of another run.
     """
     if not path.exists():
         return None
@@ -165,7 +165,7 @@ def read(path: Path) -> RunRecord | None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, whole or not at all. Raises StoreError where it cannot."""
+    """Write `content` to `path`, whole or not at all. Raises StoreError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -188,7 +188,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def packed(records: Iterable[RunRecord]) -> bytes:
     """Return the content of one file of many runs.
 
-    A column whose type differs between runs gets one that holds both.
+    If a column's type differs between runs, the file has a type that holds both.
     """
     tables = []
     for record in sorted(records, key=lambda record: record.run):
@@ -207,7 +207,7 @@ def packed(records: Iterable[RunRecord]) -> bytes:
 
 
 def read_many(path: Path) -> dict[str, RunRecord | StoreError]:
-    """Read all of a file's runs: each record, checked, or the DamagedRecord it is refused for.
+    """Read and check all runs of a file: each is a record, or the DamagedRecord of its refusal.
 
     Raises:
         ValueError, or another of UNREADABLE: The file is damaged as a whole, or of another kind.

@@ -5,8 +5,8 @@
     STORE/checkpoints/, claims/            unfinished runs, see `checkpoints` and `lease`
     STORE/data/                            decoded images
 
-The files of many runs in results/ are a second, read-only layer. A run that has no record in
-records/, or a damaged one, is looked up there.
+The files of many runs in results/ are a second, read-only layer. A run is looked up there if its
+record in records/ is missing or damaged.
 
 Imports no torch.
 """
@@ -47,8 +47,8 @@ class Mismatch(StoreError):
 class Store:
     """A folder of run records; the module's docstring describes its layout.
 
-    Methods that take runs accept identities and configurations. A record asked for by its
-    configuration is compared with the data and code that this configuration has now (`Mismatch`).
+    Methods that take runs accept identities and configurations. If a record is asked for by its
+    configuration, it is compared with the present data and code of that configuration (`Mismatch`).
 
     Args:
         path: The folder; None is PAPERLIB_RUNS, or `runs` in the checkout.
@@ -74,10 +74,10 @@ class Store:
     # Reading
 
     def find(self, runs: Iterable[str | Config]) -> dict[str, RunRecord | StoreError]:
-        """Return the record of each run, or the DamagedRecord or Mismatch it is refused for.
+        """Return the record of each run, or the DamagedRecord or Mismatch of its refusal.
 
-        Every record is checked. Runs without a record are left out. If two configurations have one
-        identity, as of two folders of one name, both are compared.
+        Every record is checked. Runs without a record are left out. Two configurations of one
+        identity, as with two folders of one name, are both compared.
         """
         layer, found = self._layer(), dict[str, RunRecord | StoreError]()
         differs = provenance.comparison(self.path / "data")
@@ -98,7 +98,7 @@ class Store:
         return found
 
     def whole(self, runs: Iterable[str | Config]) -> set[str]:
-        """Return the identities of those of `runs` that have a whole record. Raises Mismatch."""
+        """Return the identities of the runs that have a whole record. Raises Mismatch."""
         found = self.find(runs)
         for problem in found.values():
             if isinstance(problem, Mismatch):
@@ -106,7 +106,7 @@ class Store:
         return {run for run, record in found.items() if isinstance(record, RunRecord)}
 
     def records(self, runs: Iterable[str | Config] | None = None) -> list[RunRecord]:
-        """Return the records of `runs`, or all there are.
+        """Return the records of `runs`, by default of all in the store.
 
         Raises:
             KeyError: A run has no record.
@@ -124,15 +124,15 @@ class Store:
         return result
 
     def read(self, run: str | Config) -> RunRecord:
-        """Return one record. Raises as `records`."""
+        """Return one record. Raises the errors of `records`."""
         return self.records([run])[0]
 
     def own(self) -> list[str]:
-        """Return the runs with a record in the store itself, damaged ones too."""
+        """Return the runs with a record in the store itself, even a damaged one."""
         return sorted(path.stem for path in (self.path / "records").glob("[!.]*.parquet"))
 
     def identities(self) -> list[str]:
-        """Return the runs with a record here or in the layer below, damaged ones too."""
+        """Return the runs with a record here or in the read-only layer, even a damaged one."""
         return sorted(self._layer().keys() | set(self.own()))
 
     def epochs(self, runs: Iterable[str | Config] | None = None) -> pd.DataFrame:
@@ -146,7 +146,7 @@ class Store:
     def frames(
         self, runs: Iterable[str | Config] | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return `epochs` and `runs`. Raises as `records`."""
+        """Return `epochs` and `runs`. Raises the errors of `records`."""
         every = self.records(runs)
         if not every:
             return pd.DataFrame({"run": []}), pd.DataFrame({"run": []})
@@ -168,20 +168,23 @@ class Store:
             raise StoreError(f"cannot write to the run store {self.path}: {error}") from error
 
     def write(self, record: RunRecord) -> None:
-        """Write a record, whole or not at all. A note of the run's earlier failure is removed.
+        """Write a record, whole or not at all, and remove the note of an earlier failure.
 
         Raises:
-            StoreError: It cannot be written.
+            StoreError: The record cannot be written.
         """
         records.write(self._file(record.run), record)
         self._failed_file(record.run).unlink(missing_ok=True)
 
     def add(self, record: RunRecord) -> str:
-        """Take over a run of another store, but never in place of a better or different one.
+        """Take over a run of another store. A whole record is never replaced.
 
         Returns:
             The outcome: "new", "mended" (ours was damaged), "same", or "different" (it has other
             numbers than ours, which stay).
+
+        Raises:
+            StoreError: The record cannot be written.
         """
         ours = self.find([record.run]).get(record.run)
         if isinstance(ours, RunRecord):
@@ -192,12 +195,12 @@ class Store:
     # Failures
 
     def fail(self, config: Config, error: BaseException | str) -> None:
-        """Note that a run failed, and why."""
+        """Note the failure of a run and its reason. Raises StoreError."""
         content = {"config": to_dict(config), "error": str(error)}
         write_whole(self._failed_file(config.identity), json.dumps(content, indent=1).encode())
 
     def failure(self, run: str) -> str | None:
-        """Return why a run failed; None if it did not."""
+        """Return the reason of a run's failure; None if it did not fail."""
         try:
             return json.loads(self._failed_file(run).read_text())["error"]
         except (FileNotFoundError, NotADirectoryError):
@@ -206,7 +209,7 @@ class Store:
             return "the note of this failure is damaged"
 
     def failures(self) -> dict[str, str]:
-        """Return why each run failed that did."""
+        """Return the reason of each failure, by run."""
         runs = sorted(path.stem for path in (self.path / "failed").glob("[!.]*.json"))
         return {run: why for run in runs if (why := self.failure(run)) is not None}
 
@@ -219,7 +222,7 @@ class Store:
         return self.path / "failed" / f"{run}.json"
 
     def _layer(self) -> dict[str, RunRecord | StoreError]:
-        """Return the records of the layer below, as `find`; of two of one run the last file's."""
+        """Return the read-only layer's records, as `find`. Later files replace earlier ones."""
         layer: dict[str, RunRecord | StoreError] = {}
         if self.results is not None:
             files = sorted(self.results.glob("*.parquet"))
@@ -231,7 +234,7 @@ class Store:
 
 @lru_cache(maxsize=32)
 def _results_file(path: Path, *state: int) -> dict[str, RunRecord | StoreError]:
-    """Read a file of results once a process, for as long as its size and times are these."""
+    """Read a file of results, once a process as long as its size and times stay the same."""
     try:
         return records.read_many(path)
     except UNREADABLE as error:
@@ -244,7 +247,7 @@ def _identity(run: str | Config) -> str:
 
 
 def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
-    """Return configurations by identity; equal runs appear once.
+    """Return configurations by identity. Equal runs appear once.
 
     Raises:
         StoreError: Two configurations of one identity name different folders of images.

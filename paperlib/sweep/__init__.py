@@ -1,8 +1,8 @@
-"""Sweeps: which runs are missing, their execution in parallel, and figures in batch.
+"""Sweeps: find missing runs, execute them in parallel, and draw figures in batch.
 
-A run is done once, however many sweeps, processes and hosts share a store: whoever trains it has
-claimed it, and others wait for its record. A run whose process dies is tried again from its
-checkpoint. A run that fails is noted, and left alone until somebody asks for it again.
+A run is done once, however many sweeps, processes and hosts share a store. The process that trains
+it has claimed it, and others wait for its record. A run whose process dies is tried again from its
+checkpoint. A run that fails is noted. It is run again only on request.
 """
 
 from paperlib.sweep.run import SweepError, collect, execute  # noqa: F401

@@ -14,16 +14,16 @@ class ClusterError(RuntimeError):
 def connected(address: str, gpu: bool = False) -> Iterator[Executor]:
     """Connect to the Dask cluster at "tcp://HOST:PORT", or start N processes here, "local:N".
 
-    A thread of a worker does one run at a time. If a worker goes away, the cluster gives its work
+    Each thread of a worker does one run at a time. If a worker is lost, the cluster gives its work
     to another one.
 
     Args:
-        address: of the cluster.
-        gpu: each run takes one of a worker's resource GPU.
+        address: The address of the cluster, or "local:N".
+        gpu: Each run takes one unit of a worker's resource GPU.
 
     Raises:
-        ClusterError: Dask is not installed, or nobody answers.
-        ValueError: the address is neither.
+        ClusterError: Dask is not installed, or no cluster answers.
+        ValueError: The address has another form.
     """
     kind, _, count = address.partition(":")
     options: dict[str, Any] = {"address": address, "timeout": "10s"}

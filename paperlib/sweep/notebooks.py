@@ -20,24 +20,28 @@ from paperlib import plans
 from paperlib.runs import Store, figures_path
 
 PARALLEL = 2  # two notebooks keep two cores busy
-OVERVIEWS = ("index", "claims")  # notebooks about all figures, without runs of their own
+OVERVIEWS = ("index", "claims")  # notebooks about all figures; they have no runs of their own
 TRIES = 3  # kernels that start together may race for a port
 
 
 class ThisKernel(AsyncKernelManager):
-    """Kernels of the Python that runs this, whatever the kernel spec `python3` names."""
+    """Kernels of the Python that runs this, even if the kernel spec `python3` names another."""
 
     @default("kernel_spec_manager")
     def _native(self) -> KernelSpecManager:
         return KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
 
     async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-        """Start a kernel, its stderr out of the bar: a notebook holds its own errors."""
+        """Start a kernel without its stderr, which would break the bar; notebooks keep errors."""
         await super().start_kernel(**options | {"stderr": subprocess.DEVNULL})
 
 
 def notebooks_path() -> Path:
-    """Return the folder of notebooks: the checkout's, or the one in the working directory."""
+    """Return the folder of notebooks: the checkout's, or the one in the working directory.
+
+    Raises:
+        FileNotFoundError: Neither exists.
+    """
     for folder in (Path(__file__).parents[2] / "notebooks", Path.cwd() / "notebooks"):
         if folder.is_dir():
             return folder
@@ -52,13 +56,13 @@ def figures(
     A notebook that fails keeps the outputs of its cells, and does not stop the others.
 
     Args:
-        scales: the scale of each figure; figures of one notebook share the first one's.
-        store: where the records are.
-        overview: the scale of `OVERVIEWS`, which are executed last; None leaves them out.
+        scales: The scale of each figure. A notebook of several figures has the first one's.
+        store: The store that holds the records.
+        overview: The scale of `OVERVIEWS`, which are executed last; None leaves them out.
 
     Returns:
         One row a notebook: figures, profile, seconds, file (under figures/PROFILE/notebooks/) and
-        error (the cell and its error, or None).
+        error (the cell and its error, or the death of the kernel; None if it worked).
     """
     os.environ["PAPERLIB_RUNS"] = str(store.path.absolute())
     if store.results is not None:
@@ -82,7 +86,7 @@ def _executed(jobs: Mapping[tuple[str, plans.Scale], list[str]]) -> list[dict[st
         if parameters.pop("networks"):  # the notebook chooses them again
             parameters["profile"] = "auto"
         if notebook in OVERVIEWS:
-            del parameters["seeds"]  # they show all that were registered
+            del parameters["seeds"]  # overviews show all registered seeds
         path = notebooks_path() / f"{notebook}.ipynb"
         works[notebook] = partial(execute, path, out, parameters)
     done = in_parallel(works)
@@ -93,7 +97,7 @@ def _executed(jobs: Mapping[tuple[str, plans.Scale], list[str]]) -> list[dict[st
 
 
 def in_parallel(jobs: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return the result of each job by name. The kernels are processes of their own."""
+    """Do jobs in threads; return each result by name. The kernels are processes of their own."""
     with ThreadPoolExecutor(PARALLEL) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
         for _ in tqdm(as_completed(futures.values()), "notebooks", len(jobs), unit="notebook"):
@@ -102,7 +106,7 @@ def in_parallel(jobs: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, d
 
 
 def execute(notebook: Path, out: Path, parameters: dict[str, object]) -> dict[str, object]:
-    """Execute a notebook by papermill; return its seconds, file and error (None if it worked)."""
+    """Execute a notebook with papermill; return seconds, file and error (None if it worked)."""
     import papermill
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,14 +23,14 @@ from paperlib.sweep import workers
 from paperlib.sweep.states import TO_RUN, Speeds, State, forecast, seconds, speeds, states, unique
 from paperlib.sweep.tasks import train
 
-TRIES = 3  # how often a run is begun whose process dies
-DEATHS = 9  # so many in a row, and something else is wrong
+TRIES = 3  # starts of a run whose process dies each time
+DEATHS = 9  # after so many deaths in a row, the sweep stops
 POLL_SECONDS = 1.0  # between looks at the store
-ASK_SECONDS = 5.0  # until runs that others have claimed are tried for again
+ASK_SECONDS = 5.0  # between attempts at runs that other processes have claimed
 
 
 class SweepError(RuntimeError):
-    """Some runs failed; the message names each with its reason. All others are in the store."""
+    """Some runs failed, and the message names each with its reason; or workers die in a row."""
 
 
 def collect(
@@ -39,16 +39,20 @@ def collect(
     executor: Executor | None = None,
     **options: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the records of all configurations; run first what the store lacks.
+    """Execute the runs that a store lacks, then return all records as frames.
 
     Args:
-        configs: the configurations.
-        store: where records are; the default store where None.
-        executor: as for `execute`.
-        **options: of `execute`.
+        configs: The configurations.
+        store: The store; None for the default one.
+        executor: As for `execute`.
+        **options: Further arguments of `execute`.
 
     Returns:
         Two frames keyed by `run`: one row an epoch, and one row a run.
+
+    Raises:
+        SweepError, StoreError, ValueError, workers.WorkersError: As for `execute`.
+        KeyError: A run has no record because the time was up.
     """
     store, configs = store or Store(), list(configs)
     execute(configs, store, executor, **options)
@@ -68,28 +72,33 @@ def execute(
     fast: bool = False,
     minutes: float | None = None,
 ) -> int:
-    """Run what the store lacks, in the order given. Ctrl-C keeps finished runs and checkpoints.
+    """Execute the runs that a store lacks, in the order given.
+
+    Ctrl-C keeps finished runs and checkpoints.
 
     Args:
-        configs: the configurations.
-        store: where the records go.
-        executor: any `concurrent.futures.Executor`; by default local processes, see `workers`.
-        device: as for `training.choose_device`.
-        jobs: how many local processes; by default one a core, or one a GPU.
-        retry_failed: also run what failed before.
-        per_device: runs in parallel in each process on a GPU.
-        send_back: workers keep a store of their own and send the records.
-        fast: as for `training.make_loop`.
-        minutes: how long this may take. By the speeds so far, no run begins that cannot end by
-            then. When the time is up, runs stop with a checkpoint.
+        configs: The configurations.
+        store: The store that the records are written to.
+        executor: Any `concurrent.futures.Executor`; by default local processes, see `workers`.
+        device: As for `devices.choose_device`.
+        jobs: The number of local processes; by default one a core, or one a GPU.
+        retry_failed: Also run those that failed before.
+        per_device: Runs in parallel in each process on a GPU. Elsewhere it is the number of
+            processes, if `jobs` is None.
+        send_back: Workers keep a store of their own and send the records.
+        fast: As for `training.run`.
+        minutes: The time limit. A run does not begin if, by the speeds so far, it would end later.
+            When the time is up, runs stop with a checkpoint.
 
     Returns:
-        How many runs were done.
+        The number of runs done.
 
     Raises:
-        SweepError: runs failed, now or before; the others were done.
-        StoreError: the store cannot be written, or has records of other data or code.
-        ValueError: data cannot be had, or a named function is not what its file holds.
+        SweepError: Runs failed, now or before. The others were done, unless the time was up or
+            workers died `DEATHS` times in a row.
+        StoreError: The store cannot be written, or has records of other data or code.
+        ValueError: Data cannot be loaded, or a named function differs from the one in its file.
+        workers.WorkersError: Worker processes cannot start.
     """
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)
@@ -121,7 +130,7 @@ def _line(state: State, why: Exception | str) -> str:
 
 
 def _prepare(todo: Sequence[State], store: Store, send_back: bool) -> None:
-    """Raise where runs cannot begin; load every data set once before workers start."""
+    """Raise an error if runs cannot begin; load each data set once before workers start."""
     store.check_writable()
     for config in {(s.config.model, s.config.pruning): s.config for s in todo}.values():
         code_checksum(config)
@@ -137,8 +146,8 @@ class _Sweep:
     """Runs on their way through an executor.
 
     Attributes:
-        left: by identity, the runs that have no record yet.
-        failed: a line for each run that failed.
+        left: The runs that have no record yet, by identity.
+        failed: A line for each run that failed.
     """
 
     def __init__(
@@ -153,7 +162,7 @@ class _Sweep:
         self.deaths = 0
 
     def run(self, executor: Executor, processes: int) -> None:
-        """Return when every run is done, here or elsewhere, has failed, or there is no time."""
+        """Work until each run is done, here or elsewhere, or has failed, or the time is up."""
         self.executor = executor
         count = processes if self.together > 1 else len(self.todo)
         try:
@@ -175,7 +184,7 @@ class _Sweep:
                 future.cancel()
 
     def _look(self) -> None:
-        """Show how far the runs are, here and in other processes that share the store."""
+        """Show the runs' progress, here and in other processes that share the store."""
         for run in self.store.whole(self.left.keys() & set(self.store.own())):
             del self.left[run]
         epochs = sum(state.left for state in self.todo)
@@ -193,7 +202,7 @@ class _Sweep:
         self.tasks[self.executor.submit(self.task, work)] = runs
 
     def _take(self, runs: Sequence[State], future: Future) -> None:
-        """A task has come back."""
+        """Take the outcomes of a task that has ended."""
         try:
             outcomes = future.result()
         except workers.WorkersError:
@@ -212,11 +221,11 @@ class _Sweep:
                 self.claimed.append(state)
             elif isinstance(outcome, Exception) and not isinstance(outcome, Stopped):
                 if isinstance(outcome, StoreError):
-                    self.store.check_writable()  # else the next runs would come to the same
+                    self.store.check_writable()  # or all further runs would fail, too
                 self.failed.append(_line(state, outcome))
 
     def _died(self, runs: Sequence[State], error: Exception) -> None:
-        """A process died: the runs that it trained are tried again alone, the others as before."""
+        """Submit a dead process's runs again: each one in progress alone, the rest together."""
         self.deaths += 1
         if self.deaths >= DEATHS:
             raise SweepError(f"the workers die, {self.deaths} in a row: {error}") from error

@@ -1,4 +1,4 @@
-"""The states of runs in a store, and what those that are not done will cost. Imports no torch."""
+"""The states of runs in a store, and the time that unfinished runs will take. Imports no torch."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,10 +17,10 @@ from paperlib.sweep.workers import may_have_gpu
 
 STATES = ("done", "partial", "failed", "damaged", "changed", "missing")
 TO_RUN = ("partial", "damaged", "missing")
-# What makes runs take as long an epoch, beside their data, noise and measurements.
+# An epoch takes as long in runs that agree in these, and in data, noise and measurements.
 ALIKE = ("train_per_class", "test_per_class", "model", "width", "batch", "augment", "precision")
 
-Speeds = dict[tuple, float]  # the median of the seconds an epoch, by kind of run
+Speeds = dict[tuple, float]  # median seconds an epoch, by kind of run
 
 
 @dataclass
@@ -28,11 +28,11 @@ class State:
     """The state of a run in a store.
 
     Attributes:
-        run: its identity.
-        config: its configuration.
-        state: one of `STATES`.
-        epochs: how many are done.
-        why: why it would or would not be run, with the note of a failure or damage.
+        run: The run's identity.
+        config: Its configuration.
+        state: One of `STATES`.
+        epochs: The number of epochs done.
+        why: The reason why it would or would not be run, with the note of a failure or damage.
     """
 
     run: str
@@ -43,12 +43,12 @@ class State:
 
     @property
     def left(self) -> int:
-        """Number of epochs that are not done."""
+        """The number of epochs that are not done."""
         return self.config.epochs - self.epochs
 
 
 def states(configs: Iterable[Config], store: Store) -> list[State]:
-    """Return the state of each configuration, in order; equal runs appear once."""
+    """Return the state of each configuration, in order. Equal runs appear once."""
     named, failures = unique(configs), store.failures()
     found, result = store.find(named.values()), []
     for run, config in named.items():
@@ -71,16 +71,20 @@ def states(configs: Iterable[Config], store: Store) -> list[State]:
 
 
 def missing(configs: Iterable[Config], store: Store) -> list[Config]:
-    """Return the configurations that have no whole record in the store."""
+    """Return the configurations that have no whole record in the store.
+
+    Raises:
+        Mismatch: A record was made with other data or code.
+    """
     named = unique(configs)
     whole = store.whole(named.values())
     return [config for run, config in named.items() if run not in whole]
 
 
 def speeds(store: Store, device: str = "auto") -> Speeds:
-    """Return the speeds of the store's own records that were made on such a device.
+    """Return the speeds of the store's own records from the same kind of device, GPU or not.
 
-    Records in results/ were measured on other machines and do not count.
+    Records in results/ do not count, because they were made on other machines.
     """
     on_gpu = may_have_gpu() if device == "auto" else device.startswith("cuda")
     measured = defaultdict(list)
@@ -93,7 +97,7 @@ def speeds(store: Store, device: str = "auto") -> Speeds:
 
 
 def seconds(state: State, speeds: Speeds) -> float:
-    """Return the seconds that a run will still take; NaN where nothing alike was measured."""
+    """Return the seconds that a run will still take; NaN if no similar run was measured."""
     return speeds.get(_kind(state.config), math.nan) * state.left
 
 
@@ -104,7 +108,7 @@ def _kind(config: Config) -> tuple:
 
 
 def forecast(todo: Sequence[State], slots: int, speeds: Speeds) -> str:
-    """Say in a line what is about to be run, and how long it will take in so many `slots`."""
+    """Describe in one line the runs to come, and their time with `slots` runs in parallel."""
     counts = Counter(state.state for state in todo)
     parts = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     known = [s for s in (seconds(state, speeds) for state in todo) if not math.isnan(s)]
@@ -115,15 +119,17 @@ def forecast(todo: Sequence[State], slots: int, speeds: Speeds) -> str:
 
 
 def table(plans: Mapping[str, Iterable[Config]], store: Store) -> pd.DataFrame:
-    """Return one row a figure: its runs, and how many are in each of `STATES`.
-
-    Column hours has the time that runs not done will take one after the other on this machine, as
-    far as its store has measured runs alike; NaN where it has none. Column unknown counts the runs
-    that this leaves out.
+    """Count the runs of figures by state.
 
     Args:
-        plans: the configurations of each figure.
-        store: where the records are.
+        plans: The configurations of each figure.
+        store: The store that holds the records.
+
+    Returns:
+        One row a figure, with columns figure, runs, one for each of `STATES`, hours, unknown and
+        states (a list of `State`). Hours is the time of the runs not done, one after the other on
+        this machine. It leaves out runs unlike all those that the store has measured, which
+        unknown counts, and is NaN if it leaves out all.
     """
     every = {s.run: s for s in states((c for plan in plans.values() for c in plan), store)}
     measured, rows = speeds(store), []

@@ -1,7 +1,7 @@
 """The work of a worker: training runs of a store. Imports no torch by itself.
 
-Several runs on a CPU are fastest in processes of one thread each, and their numbers then do not
-depend on how many run in parallel. On a GPU one process may train several runs that take turns.
+On a CPU, several runs are fastest in processes of one thread each. Their numbers then do not depend
+on how many run in parallel. On a GPU, one process may train several runs that take turns.
 """
 
 import os
@@ -17,7 +17,7 @@ from paperlib.store.checkpoints import Stopped
 from paperlib.store.lease import Claimed
 from paperlib.sweep.workers import WorkerDied, assigned_device
 
-Outcome = RunRecord | Exception | None  # None: it is in the store
+Outcome = RunRecord | Exception | None  # None: the record is in the store
 
 
 def train(
@@ -29,23 +29,25 @@ def train(
     until: float,
     work: Sequence[tuple[Config, float]],
 ) -> dict[str, Outcome]:
-    """Do runs in this process, with one thread; one begins as soon as another one is done.
+    """Do runs in this process, with one thread; the next begins as soon as one has ended.
 
     Args:
-        path: of the run store; None for one of the worker's own, which sends its records.
-        results: the store's layer below.
-        device: as for `training.choose_device`.
-        together: how many runs take turns.
-        fast: as for `training.make_loop`.
-        until: when runs have to stop, by `time.time`.
-        work: configurations, and the seconds that each will take; a run that would end after
-            `until` is not begun.
+        path: The path of the run store; None if the worker uses a store of its own and sends its
+            records.
+        results: The store's read-only layer.
+        device: As for `devices.choose_device`.
+        together: The number of runs that take turns.
+        fast: As for `training.run`.
+        until: The time at which runs have to stop, by `time.time`.
+        work: Each configuration with the seconds that it will take. A run that would end after
+            `until` does not begin.
 
     Returns:
-        Outcomes by run. Errors but Claimed, Stopped and StoreError are a RuntimeError.
+        The outcome of each run. Errors other than Claimed, Stopped and StoreError become a
+        RuntimeError.
 
     Raises:
-        WorkerDied: this process can do no more.
+        WorkerDied: This process can do no more work.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch

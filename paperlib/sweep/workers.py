@@ -22,34 +22,34 @@ _device = ""  # of this process, if it is a worker
 
 
 class WorkerDied(RuntimeError):
-    """The process that had the work ended without an answer, or can do no more.
+    """The process that had the work ended without an answer, or can do no more work.
 
     Work may raise this to retire its process, for example after a GPU failure.
     """
 
 
 class WorkersError(RuntimeError):
-    """Worker processes cannot be started at all; the message says what to do."""
+    """Worker processes cannot start at all; the message names the remedy."""
 
 
 class Processes(Executor):
     """Local worker processes, one for each of `devices`, started when there is work for them.
 
-    Each is a process pool of the standard library with one worker, so that a death fails only the
-    work that this process had; it is then replaced. `assigned_device` gives a worker its device.
-    Workers end with this process, even if it is killed. They leave Ctrl-C to it. An error in a
-    `with` block ends them at once.
+    Each is a process pool of the standard library with one worker. If it dies, only its own work
+    fails, and another one replaces it. `assigned_device` gives a worker its device. Workers end
+    with this process, even if it is killed. They leave Ctrl-C to it. An error in a `with` block
+    ends them at once.
 
     Args:
-        devices: of the processes.
+        devices: The device of each process.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
         if getattr(current_process(), "_inheriting", False):
-            raise SystemExit(1)  # a worker that imports a script without a main guard
+            raise SystemExit(1)  # this is a worker that imports a script without a main guard
         set_environment()
         self._context = get_context("spawn")
-        # Workers end when this end of the pipe is closed: by an error, or by this process's death.
+        # Workers end when this end of the pipe closes, after an error or this process's death.
         self._theirs, self._lifeline = self._context.Pipe(duplex=False)
         self._begun = self._stopped = False
         self._free: queue.SimpleQueue[tuple[str, ProcessPoolExecutor | None]] = queue.SimpleQueue()
@@ -58,7 +58,7 @@ class Processes(Executor):
         self._threads = Threads(len(devices))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """Have fn(*args, **kwargs) called in the first process that is free."""
+        """Call fn(*args, **kwargs) in the first process that is free."""
         return self._threads.submit(self._serve, fn, args, kwargs)
 
     def _serve(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -89,7 +89,7 @@ class Processes(Executor):
         return pool
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more work, and end the processes when all work is done."""
+        """Refuse further work, and end the processes when all work is done."""
         self._threads.shutdown(wait, cancel_futures=cancel_futures)
         while wait and not self._free.empty():
             _, pool = self._free.get()
@@ -104,10 +104,10 @@ class Processes(Executor):
 
 
 def set_environment() -> None:
-    """Set WORKER_ENVIRONMENT's variables for new processes, but those that the user has set.
+    """Set WORKER_ENVIRONMENT's variables for new processes, except those that the user has set.
 
-    Under MPS all processes share one pool of connections to the device. With more than CUDA's
-    default of 8 in each, only a few processes would get any.
+    Under NVIDIA's MPS all processes share one pool of connections to the device, so there CUDA's
+    default of 8 stays: with more in each process, only a few processes would get any.
     """
     for name, value in WORKER_ENVIRONMENT.items():
         if name != "CUDA_DEVICE_MAX_CONNECTIONS" or "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
@@ -128,24 +128,24 @@ def _end_with_parent(lifeline: connection.Connection) -> None:
 
 
 def assigned_device(asked: str) -> str:
-    """Return the device of this process, if it was given one and `asked` leaves the choice."""
+    """Return this process's own device if it has one and `asked` allows it, else `asked`."""
     return _device if _device and asked in ("auto", "cuda") else asked
 
 
 def is_death(error: BaseException) -> bool:
-    """Return whether work failed because its process did, not because of itself."""
+    """Return whether work failed because its process died, not because of an error of its own."""
     killed = type(error).__name__ == "KilledWorker"  # Dask's, after several workers
     return killed or isinstance(error, WorkerDied | BrokenExecutor)
 
 
 def may_have_gpu() -> bool:
-    """Return whether there may be a CUDA device, as far as that can be seen without torch."""
-    dev = Path("/dev")  # dxg: what Windows lends to WSL
+    """Return whether there may be a CUDA device, as far as can be seen without torch."""
+    dev = Path("/dev")  # dxg is the GPU that Windows lends to WSL
     return (dev / "dxg").exists() or any(dev.glob("nvidia[0-9]*"))
 
 
 def gpus() -> int:
-    """Return how many CUDA devices there are; import torch only where there may be some."""
+    """Return the number of CUDA devices; import torch only if there may be any."""
     if not may_have_gpu() and not os.environ.get("CUDA_VISIBLE_DEVICES"):
         return 0
     import torch
@@ -154,23 +154,25 @@ def gpus() -> int:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def devices(
     asked: str, jobs: int | None, per_device: int | None, runs: int
 ) -> tuple[list[str], int]:
-    """Return the device of each process, and how many runs a process has in parallel.
+    """Return the device of each process, and the number of runs in parallel in each.
 
-    By default there is a process for each GPU, with `per_device` runs in parallel, or on the CPU a
-    process for each core, with one run.
+    By default there is one process a GPU, with `per_device` runs in parallel. Without a CUDA device
+    there is one process a core, with one run.
 
     Args:
-        asked: the device, as for `training.choose_device`.
-        jobs: how many processes, whatever there is.
-        per_device: runs in parallel on a GPU.
-        runs: how many there are; there are no more processes, nor runs in parallel, than that.
+        asked: The device, as for `devices.choose_device`.
+        jobs: The number of processes, whatever the number of GPUs or cores.
+        per_device: Runs in parallel on a GPU. Elsewhere it is the number of processes, if `jobs` is
+            None.
+        runs: The number of runs. There are at most so many processes, and each has at most its
+            share of the runs in parallel.
     """
     found, together = [asked], per_device or 1
     if count := gpus() if asked in ("auto", "cuda") else 0:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from paperlib.loop import PlainLoop
 
 DENSE = 2  # up to this height and width, an image is multiplied by one matrix
-FEW = 4  # up to this height and width, a product with patches may replace the convolution:
-WIDE = 128  # from so many filters and channels on, for the gradient of the weights,
-WIDER = 256  # and from so many on, for everything
+FEW = 4  # up to this height and width, a product with patches may replace the convolution
+WIDE = 128  # filters and channels from which the product gives the gradient of the weights
+WIDER = 256  # filters and channels from which it gives everything
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _suits(module: nn.Module) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `F.conv2d(x, weight, bias, padding=1)` of 3x3 kernels, in the fastest way."""
+    """Return `F.conv2d(x, weight, bias, padding=1)` of 3x3 kernels, by the fastest method."""
     if x.device.type == "cpu" and x.dim() == 4 and max(x.shape[2:]) <= FEW:
         if max(x.shape[2:]) <= DENSE:
             return _dense(*_cast(x, weight, bias))
@@ -83,7 +83,7 @@ def _cast(*tensors: Tensor | None) -> list[Any]:
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute every pixel of the output from every pixel of the input, by one matrix.
 
-    For 2x2 pixels these are 16 pairs; a convolution computes 36, most of them with zeros.
+    For 2x2 pixels these are 16 pairs. A convolution computes 36, most of them with zeros.
     """
     images, channels, height, width = x.shape
     filters, pixels = len(weight), height * width
@@ -96,11 +96,12 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @cache
-@torch.inference_mode(False)  # it is kept, also for training, though an evaluation may come first
+@torch.inference_mode(False)  # the result is kept for training, but evaluation may come first
 def _taps(height: int, width: int) -> Tensor:
-    """For each pixel of the output, and then of the input, the tap in which they meet.
+    """Return the tap of the kernel that joins each pixel of the output with each of the input.
 
-    On images of at most 2x2 all of them do.
+    On images of at most 2x2 pixels there is one for each pair. The output's pixel is the slower
+    index.
     """
     places = [(row, column) for row in range(height) for column in range(width)]
     return torch.tensor([3 * (r - i + 1) + c - j + 1 for i, j in places for r, c in places])

@@ -29,7 +29,7 @@ class Graph(Protocol):
 
 Capture = Callable[[Callable[[], object]], Graph]
 
-STEPS = 4  # launched before other runs may launch theirs; with 32, streams overlap less
+STEPS = 4  # steps launched before other runs may launch theirs; with 32, streams overlap less
 GO_ON = "go on"  # yielded by a run that does not wait for the device
 
 
@@ -98,7 +98,7 @@ def _capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):  # which a failed capture raises
+        with suppress(RuntimeError):  # a failed capture raises it
             graph.capture_end()
         raise
     graph.capture_end()
@@ -160,8 +160,8 @@ class CapturedLoop(PlainLoop):
 
     Args:
         model: The network.
-        optimizer: Of its parameters.
-        pruner: Or None.
+        optimizer: The optimizer of its parameters.
+        pruner: The pruner, or None.
         autocast: The precision of the passes.
         capture: Makes a graph of a function; tests replace `CudaGraphs`.
     """
@@ -180,7 +180,7 @@ class CapturedLoop(PlainLoop):
         self._keep: dict[str, Tensor] = {}  # 1 where a parameter is free, 0 where it is held
         self._drawn: list[Tensor] = []
         self._device = device = next(model.parameters()).device
-        # On the device, where graphs read new learning rates; CUDA's fused kernels need float32.
+        # Graphs read new learning rates on the device. CUDA's fused kernels need float32.
         kind = torch.float32 if device.type == "cuda" else torch.float64
         self._rates = [torch.zeros((), dtype=kind, device=device) for _ in optimizer.param_groups]
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
@@ -191,10 +191,13 @@ class CapturedLoop(PlainLoop):
     def launch(
         self, batches: Batches, order: torch.Generator, augment: torch.Generator
     ) -> Generator[str, None, Totals]:
-        """Do the same as `train`, and yield `GO_ON` every few steps, unless something is random.
+        """Train on all images once, as `PlainLoop.launch`, in turns with other runs.
 
         A device queues a limited number of launches. A whole epoch of one run would fill the queue
         while the other runs' streams stay empty.
+
+        Yields:
+            `GO_ON` every `STEPS` steps; nothing if the network draws random numbers.
         """
         self.model.train()
         self._refresh()
@@ -257,14 +260,14 @@ class CapturedLoop(PlainLoop):
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Multiply by masks, which graphs read."""
+        """Multiply parameters by the masks, which graphs read."""
         if self._keep:
             parameters: list[Tensor] = [self._parameters[name] for name in self._keep]
             torch._foreach_mul_(parameters, list(self._keep.values()))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Update the masks and learning rates that graphs read; drop graphs that lack a mask."""
+        """Update the masks and learning rates that graphs read. Drop graphs that lack a mask."""
         held = self.pruner.held()
         if new := held.keys() - self._keep.keys():
             self._keep |= {name: torch.ones_like(self._parameters[name]) for name in new}

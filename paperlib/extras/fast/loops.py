@@ -1,4 +1,4 @@
-"""The fastest loop of a run, and the CUDA stream that it has to itself."""
+"""The fastest loop of a run, and its own CUDA stream."""
 
 import os
 import warnings
@@ -34,10 +34,10 @@ def loop_class(device: torch.device, known: bool, captured: bool) -> type[PlainL
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Launch work on a CUDA stream, with the fastest kernels of cuDNN; without one, do nothing."""
+    """Launch work on a CUDA stream, with cuDNN's fastest kernels. Without one, do nothing."""
     with ExitStack() as stack:
         if stream is not None:
-            # The device first: leaving a stream would otherwise touch the previous device.
+            # The device comes first: leaving a stream would otherwise touch the previous device.
             stack.enter_context(torch.cuda.device(stream.device))
             stack.enter_context(torch.cuda.stream(stream))
             stack.enter_context(switched(torch.backends.cudnn, benchmark=True))
@@ -53,14 +53,14 @@ def new_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16; others emulate it some hundred times slower."""
+    """Return whether a device computes in bfloat16. Others emulate it, about 100 times slower."""
     if device.type == "cpu":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def warn_if_emulated(precision: str, device: torch.device) -> None:
-    """Warn if a device would only emulate a precision."""
+    """Warn if a device only emulates a precision."""
     if precision == "bfloat16" and not native_bfloat16(device):
         slow = f"this {device.type} only emulates bfloat16, about 100 times slower than float32"
         warnings.warn(slow, stacklevel=4)

@@ -1,8 +1,8 @@
 """Several runs on one GPU, each on a CUDA stream of its own.
 
-A step of a small network leaves most of a GPU idle; steps of several networks share it. The runs
-take turns (`turns.Turns`) in launching steps from one thread. Nothing random in one depends on
-the others. On a CPU this is no faster than one run after the other.
+A step of a small network leaves most of a GPU idle, so steps of several networks share it. The runs
+take turns (`turns.Turns`) to launch steps from one thread. Nothing random in one run depends on the
+others. On a CPU this is no faster than one run after the other.
 """
 
 import math
@@ -41,10 +41,10 @@ def by_turns(
         alone: No other run uses the device, so the store notes a lack of memory as a failure of
             this run. A run that finds no memory beside others can be tried again.
         fast: As for `training.run`.
-        until: When to stop with a checkpoint at the end of an epoch, by `time.time`.
+        until: The time, by `time.time`, at which to stop with a checkpoint at the end of an epoch.
 
     Yields:
-        When it is the others' turn: after a launch, and while the run's stream is busy.
+        None at the others' turn: after a launch, and while the run's stream is busy.
 
     Returns:
         The record, or the exception that ended the run: `lease.Claimed` if another process has it.
@@ -72,7 +72,7 @@ def by_turns(
         return error
     finally:
         if steps is not None:
-            steps.close()  # which gives up the run's claim
+            steps.close()  # this gives up the run's claim
 
 
 def _free_frames(error: BaseException | None, handled: BaseException | None) -> None:
@@ -80,7 +80,7 @@ def _free_frames(error: BaseException | None, handled: BaseException | None) -> 
 
     Args:
         error: The error.
-        handled: The exception that the caller handles; its frames are kept.
+        handled: The exception that the caller handles. Its frames are kept.
     """
     while error is not None and error is not handled:
         traceback.clear_frames(error.__traceback__)
@@ -88,5 +88,5 @@ def _free_frames(error: BaseException | None, handled: BaseException | None) -> 
 
 
 def is_fatal(error: object) -> bool:
-    """Return whether everything else that this process does on a GPU may fail after an error."""
+    """Return whether all further work of this process on a GPU may fail after an error."""
     return isinstance(error, CaptureError | torch.AcceleratorError)

@@ -16,11 +16,15 @@ class Turns(Generic[Key]):
         return len(self._going)
 
     def add(self, key: Key, steps: Generator[Any, None, Any]) -> None:
-        """Let one more generator take turns. No other has its key."""
+        """Let one more generator take turns. Its key must be new."""
         self._going[key] = steps
 
     def turn(self) -> Iterator[tuple[Key, bool, Any]]:
-        """Give each a turn; yield (key, True, result) or (key, False, error) if it ended."""
+        """Give each generator a turn.
+
+        Yields:
+            (key, True, result) or (key, False, error) for each generator that has ended.
+        """
         for key, steps in list(self._going.items()):
             try:
                 next(steps)

@@ -1,4 +1,4 @@
-"""Devices, and torch's global switches for a while."""
+"""Choose devices, and set torch's global switches for a while."""
 
 import threading
 from collections.abc import Iterator
@@ -68,8 +68,8 @@ def switched(where: Any, **switches: Any) -> Iterator[None]:
 def full_float32() -> Iterator[None]:
     """Compute float32 products and convolutions in full, without rounding to TF32 or bfloat16.
 
-    Threads take turns. Both of torch's interfaces are understood, because from torch 2.9 on the
-    older one raises an error if the newer one was used.
+    Threads take turns. This handles both of torch's interfaces, because from torch 2.9 on the older
+    one raises an error if the newer one was used.
     """
     backends: Any = torch.backends
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn

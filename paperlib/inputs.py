@@ -14,7 +14,7 @@ from paperlib.store import checkpoints, provenance
 
 
 def images_of(config: Config, root: Path | None = None) -> data.Dataset:
-    """Return a run's images: one subset for all seeds, which differ in the network only."""
+    """Return a run's images. All seeds have the same subset; they differ in the network only."""
     checksum = provenance.known_checksum(config.data, root)
     return _subset(config.data, root, checksum, config.train_per_class, config.test_per_class)
 
@@ -23,7 +23,7 @@ def images_of(config: Config, root: Path | None = None) -> data.Dataset:
 def _subset(
     spec: str, root: Path | None, checksum: str | None, training: int | None, test: int | None
 ) -> data.Dataset:
-    """Load images once for all runs of a process."""
+    """Load images, and keep them for the next runs of the process with the same images."""
     return data.load(spec, root).subset(training, test)
 
 
@@ -45,9 +45,9 @@ def finished(config: Config, store: Store | None) -> RunRecord | None:
     """Return the store's record of a run if there is one, and remove a checkpoint left beside it.
 
     Raises:
-        Mismatch: It was made with other data or code.
+        Mismatch: The record was made with other data or code.
     """
     if store is None or config not in store:
         return None
-    checkpoints.discard(store.path, config.identity)  # its writer may have died before that
+    checkpoints.discard(store.path, config.identity)  # its writer may have died before it could
     return store.read(config)

@@ -1,6 +1,6 @@
 """Instability: how far test accuracy falls when filters or weights are pruned.
 
-Definitions of arXiv 1906.03728, section 3. Accuracies in any one unit; stability in percent.
+Definitions of arXiv 1906.03728, section 3. Stability is in percent.
 """
 
 import numpy as np
@@ -11,9 +11,14 @@ OUTCOME_EPOCHS = 3
 
 
 def stability(pre: ArrayLike, post: ArrayLike) -> np.ndarray | float:
-    """100 * (1 - instability) percent, where instability = (pre - post) / pre.
+    """Return 100 * (1 - instability) percent, where instability = (pre - post) / pre.
 
-    pre, post: test accuracy just before and just after an event, same shape. NaN where pre is 0.
+    Args:
+        pre: Test accuracy just before an event, of any shape, in any unit.
+        post: Test accuracy just after it, of the same shape, in the same unit.
+
+    Returns:
+        An array of the same shape, a float for numbers; NaN where pre is 0.
     """
     pre, post = np.asarray(pre, float), np.asarray(post, float)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -22,17 +27,21 @@ def stability(pre: ArrayLike, post: ArrayLike) -> np.ndarray | float:
 
 
 def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run, from one row an epoch.
+    """Make a frame with one row a run from a frame with one row an epoch.
 
-    epochs: columns run, epoch (0-based), trained (False on the epoch that scratch pruning takes),
-    train_accuracy, pre and post (test accuracy before and after the epoch's event; all accuracies
-    in percent) and removed (filters or weights pruned at its end, 0 where there is no event).
+    Args:
+        epochs: Columns: run; epoch, 0-based; trained, False for the epoch that scratch pruning
+            takes; train_accuracy; pre and post, test accuracy before and after the epoch's event;
+            removed, the filters or weights pruned at its end, 0 without an event; seconds. All
+            accuracies are in percent.
 
-    Returns, by run: events; mean_stability over them, percent (100 where there are none in
-    training); accuracy, the primary outcome: the mean post of the three trained epochs before the
-    last, percent, NaN where fewer than four were trained; best_accuracy, the highest post from the
-    last event on, percent; best_epoch, the first that reaches it; gap, train minus test accuracy
-    there, percent; last_accuracy; seconds.
+    Returns:
+        Columns: run; events, the number of events in trained epochs; mean_stability over them, in
+        percent, 100 without any; accuracy, the primary outcome, which is the mean post of the three
+        trained epochs before the last trained one, NaN if fewer than four were trained;
+        best_accuracy, the highest post of a trained epoch from the last event on; best_epoch, the
+        first epoch that reaches it; gap, train minus test accuracy there; last_accuracy, the last
+        post; seconds, the sum.
     """
     frame = epochs.sort_values(["run", "epoch"], ignore_index=True)
     event = frame.trained & (frame.removed > 0)

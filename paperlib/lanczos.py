@@ -42,7 +42,8 @@ def leading_eigenpairs(
         size: The operator's size.
         k: How many eigenpairs to compute.
         tol: Largest residual |Av - av| over the pairs, relative to the largest |a|.
-        max_products: Largest number of products to spend; None means 20 k + 200.
+        max_products: Number of products after which the search fails, checked between rounds; None
+            means 20 k + 200.
         dtype: Precision of the vectors.
         device: Where the vectors live.
 

@@ -1,7 +1,8 @@
 """The networks of both papers, each with a `width`: a factor on the number of filters.
 
-At `width=1` architecture, initialisation and order of parameters are those of the papers (arXiv
-1906.03728 and, for `conv4`, arXiv 1805.01930). Images are (N, C, 32, 32), logits (N, num_classes).
+At `width=1` the architecture, the initialisation and the order of parameters are those of the
+papers (arXiv 1906.03728 and, for `conv4`, arXiv 1805.01930). Images are (N, C, 32, 32), logits
+(N, num_classes).
 """
 
 from collections import OrderedDict
@@ -26,11 +27,16 @@ def scaled(filters: int, width: float) -> int:
 
 
 class ResidualSum(nn.Module):
-    """`branch + shortcut`; where a filter of the branch is pruned the shortcut adds nothing to it.
+    """Add a branch and a shortcut; to a pruned filter of the branch the shortcut adds nothing.
 
     A residual block that adds with this module can be pruned, and its sum observed, from outside
-    (arXiv 1906.03728). `keep` is None, or (filters, 1, 1) with 1 where the filter is kept. inplace:
-    the sum takes the memory of the branch, as after batch norm it may.
+    (arXiv 1906.03728).
+
+    Args:
+        inplace: Write the sum into the memory of the branch. This is allowed after batch norm.
+
+    Attributes:
+        keep: None, or (filters, 1, 1): 1 where the filter is kept, else 0.
     """
 
     def __init__(self, inplace: bool = False) -> None:
@@ -50,14 +56,14 @@ class ResidualSum(nn.Module):
 
 
 def _expect_keep(add: ResidualSum, state: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
-    """Let `load_state_dict` of a pruned network's state work in one that has no masks yet."""
+    """Let a network without masks load the state of a pruned network."""
     stored = state.get(prefix + "keep")
     if stored is not None and add.keep is None:
         add.keep = torch.ones_like(stored)
 
 
 class PadChannels(nn.Module):
-    """Adds zero channels on both sides."""
+    """Add zero channels on both sides."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -78,14 +84,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        # Every `stride`-th pixel. Unlike a slice's, the gradient of a pooling of single pixels
-        # stays channels-last, which makes the layers before it quicker.
+        # This takes every `stride`-th pixel. Its gradient stays channels-last, unlike that of a
+        # slice, which makes earlier layers faster.
         pixels = nn.AvgPool2d(1, stride)
         if stride == 1 and inputs == outputs:
             self.shortcut: nn.Module = nn.Identity()
         elif projection:
-            # A 1x1 convolution of stride 2, written so because oneDNN crashes in the backward pass
-            # of one with 4 channels, channels last.
+            # This is a 1x1 convolution of stride 2. It is written so because oneDNN crashes in the
+            # backward pass of a strided one with 4 channels, channels-last.
             conv = nn.Conv2d(inputs, outputs, 1, bias=False)
             self.shortcut = nn.Sequential(pixels, conv, nn.BatchNorm2d(outputs))
         else:
@@ -131,7 +137,7 @@ class ResNet(nn.Module):
 
 
 def conv4(num_classes: int, in_channels: int, width: float, dropout: Dropout) -> nn.Module:
-    """Return four 3x3 convolutions and two dense layers, without batch norm."""
+    """Return a network of four 3x3 convolutions and two dense layers, without batch norm."""
     filters, dense = scaled(32, width), scaled(512, width)
 
     def two(inputs: int, outputs: int) -> list[nn.Module]:
@@ -156,7 +162,7 @@ def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: Dropout)
 
 
 def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: Dropout) -> nn.Module:
-    """Return VGG19 with torchvision's names and initialisation, so that its weights load."""
+    """Return VGG19 with torchvision's names and initialisation, so torchvision's weights load."""
     features = _convolutions(VGG19, in_channels, width)
     _draw_by_fan_out(features)
     features.extend([nn.AdaptiveAvgPool2d(7), nn.Flatten()])
@@ -206,11 +212,11 @@ def resnet(
     """Return a ResNet for CIFAR.
 
     Args:
-        blocks: How many in each stage.
-        filters: Of each stage, at width 1.
+        blocks: How many blocks each stage has.
+        filters: How many filters each stage has, at width 1.
         projection: Shortcuts to more filters are 1x1 convolutions with batch norm, as in ResNet18.
             Otherwise they add channels of zeros, and all weights are drawn as by He et al.
-        num_classes: As for `build`, like the others.
+        num_classes: As for `build`.
         in_channels: As for `build`.
         width: As for `build`.
         dropout: As for `build`.
@@ -240,11 +246,20 @@ def build(
     width: float = 1.0,
     dropout: float | tuple[float, float] = 0.0,
 ) -> nn.Module:
-    """A freshly initialised network; its weights are drawn from torch's global generator.
+    """Build a freshly initialised network, with weights from torch's global generator.
 
-    name: one of `MODELS`. width: factor on every layer's filters (and on dense layers between).
-    dropout: the rate, or for `conv4` a pair (after each pool, after the dense layer); in the other
-    networks it acts before the dense layers only. Raises ValueError on a value outside its range.
+    Args:
+        name: One of `MODELS`.
+        num_classes: The number of classes.
+        in_channels: The number of channels of an image.
+        width: The factor on the filters of every layer, and on the units of dense layers but the
+            last. Positive.
+        dropout: The rate, in [0, 1), or a pair of rates for `conv4` (after each pool, after the
+            first dense layer). The other networks use the second rate only: before the last dense
+            layer, and in `vgg19_bn` before the second one, too.
+
+    Raises:
+        ValueError: A value is outside its range.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
@@ -257,9 +272,10 @@ def build(
 
 
 def pretrained_vgg19_bn() -> nn.Module:
-    """`vgg19_bn` with torchvision's ImageNet weights, which are downloaded.
+    """Return `vgg19_bn` with torchvision's ImageNet weights, which are downloaded.
 
-    Raises RuntimeError, naming the address, where they cannot be had.
+    Raises:
+        RuntimeError: The weights cannot be downloaded; the message names their address.
     """
     from torchvision.models import VGG19_BN_Weights
 

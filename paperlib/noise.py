@@ -1,7 +1,7 @@
 """Noise on chosen filters instead of their removal (arXiv 1906.03728, figure 5 and appendix D).
 
-Filters are chosen as for pruning, and none twice, but they stay in the network: for a number of
-forward passes after the event their weights are disturbed, then they train on.
+Filters are chosen as for pruning, each at most once, but they stay in the network. Their weights
+are disturbed for a number of forward passes after the event. After that they train again.
 
 >>> import torch
 >>> from torch import nn
@@ -27,49 +27,51 @@ from paperlib.pruning.pruners import PassHook
 from paperlib.pruning.zeros import Entries
 
 KINDS = ("zeroing", "gaussian", "restored")
-OF_NORMS = {  # by the names in `state_dict`
+OF_NORMS = {  # name in `state_dict` -> attribute of the norm
     "scale": "weight",
     "shift": "bias",
     "running_mean": "running_mean",
     "running_var": "running_var",
 }
 
-# A layer's noise from its latest event until the pass that ends it: "filters" (n,), the indices of
-# those it acts on; "passes", (), since then; and by names of `FilterNoise._tensors` the values that
-# will be restored.
+# The noise of a layer, from its latest event until the pass that ends it. "filters", (n,), has the
+# indices of the filters that it acts on. "passes", (), counts the passes since the event. The names
+# of `FilterNoise._tensors` have the values that will be restored.
 Span = dict[str, Tensor]
 
 
 class FilterNoise(Pruner):
-    """Disturbs the filters that a pruner chooses, and stands in for that pruner in training.
+    """Disturb the filters that a pruner chooses, in place of that pruner in training.
 
     Each layer counts the network's forward passes, training and evaluation alike, from its own
-    latest event on; an event that chooses nothing in a layer is none. With N = `passes` and before
-    each pass, in place:
+    latest event. An event that chooses no filter of a layer does not count for that layer. With N =
+    `passes`, weights change in place, before each pass:
 
-    - zeroing: passes 1 to N + 1, the weights of the filters chosen at the latest event are zero.
-    - gaussian: passes 1 to N + 1, normal noise is added to them, and so accumulates. Its standard
-      deviation is that (unbiased, as torch's) of the weights of the layer's first filter never
-      chosen so far, read at that pass; there is one, as a fraction to prune is below 1.
-    - restored: passes 1 to N, all filters chosen so far have weights, and scale and shift of the
-      norms that follow, zero; before pass N + 1 these and their running statistics get back the
-      values they had at the latest event. Filters that an earlier event still holds at zero then
-      have none to restore: they stay zero, so events should be further apart than N passes.
+    - zeroing: In passes 1 to N + 1, the weights of the filters chosen at the latest event are zero.
+    - gaussian: In passes 1 to N + 1, normal noise is added to these weights, so it accumulates. Its
+      standard deviation is that of the weights of the layer's first filter that was never chosen,
+      read at that pass (unbiased, as torch's). Such a filter exists, because a fraction to prune is
+      below 1.
+    - restored: In passes 1 to N, all filters chosen so far have zero weights, and zero scale and
+      shift in the norms that follow. Before pass N + 1 these, and the running statistics of the
+      norms, get back the values that they had at the latest event. A filter that an earlier event
+      still held at zero at that moment stays zero. So events should be further apart than N passes.
 
-    A new event replaces what is left of its layer's noise. Biases of convolutions, and the
-    optimizer's state, are left alone. A backward pass must be done before the next forward pass,
-    which changes weights.
+    A new event replaces the rest of its layer's noise. Biases of convolutions, and the optimizer's
+    state, are left alone. A backward pass must be done before the next forward pass, which changes
+    weights.
 
     Args:
-        model: the network.
-        pruner: chooses, on the same network; made with norm=False, since batch norm stays. It draws
-            random choices from its own generator.
+        model: The network.
+        pruner: Chooses filters of the same network, with random choices from its own generator. It
+            must be made with norm=False, because batch norm stays.
         kind: "zeroing", "gaussian" or "restored".
         passes: N, at least 0.
-        generator: a CPU generator for Gaussian noise, drawn on the CPU in float32 so that all
-            devices see the same; not part of `state_dict`.
+        generator: A CPU generator for Gaussian noise, which is drawn on the CPU in float32 so that
+            all devices see the same. It is not part of `state_dict`.
 
-    Raises PruningError on a value that cannot be used, and names the valid ones.
+    Raises:
+        PruningError: A value cannot be used; the message names the valid ones.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class FilterNoise(Pruner):
         model.register_forward_pre_hook(self._hook)
 
     def prune(self, event: int | Sequence[int | None], events: int | Sequence[int | None]) -> int:
-        """One event, as for `FilterPruner.prune`; returns how many filters were chosen."""
+        """Do one event, as for `FilterPruner.prune`; return how many filters were chosen."""
         if self.removed:
             return self.pruner.prune(event, events)
         chosen = self.pruner.choose(event, events)
@@ -118,12 +120,12 @@ class FilterNoise(Pruner):
         self.pruner.hold()
 
     def hold(self) -> None:
-        """Set chosen filters to zero again, after an optimizer step, once they are removed."""
+        """Set filters to zero again, after an optimizer step, if they are removed."""
         if self.removed:
             self.pruner.hold()
 
     def held(self) -> dict[str, Tensor]:
-        """Return what `FilterPruner.held` does once filters are removed; before that, nothing."""
+        """Return `held` of the pruner if filters are removed, else an empty dict."""
         return self.pruner.held() if self.removed else {}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -134,7 +136,7 @@ class FilterNoise(Pruner):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state_dict`; weights are the network's own state, and are left alone."""
+        """Resume from a `state_dict`; only weights of removed filters are changed: set to zero."""
         self.removed = bool(state["noise.removed"])
         self._spans.clear()
         if self.removed:
@@ -151,7 +153,7 @@ class FilterNoise(Pruner):
 
     @property
     def due(self) -> bool:
-        """True if the pruner that chooses observes the pass that follows."""
+        """True if the pruner observes the pass that was announced last."""
         return self.pruner.due
 
     @property
@@ -161,9 +163,9 @@ class FilterNoise(Pruner):
 
     @torch.no_grad()
     def before_pass(self, training: bool) -> None:
-        """Disturb the weights, and have the pruner that chooses count the pass."""
+        """Disturb the weights, and let the pruner count the pass."""
         self.pruner.before_pass(training)
-        # In forward order: the order of draws must not depend on that of events.
+        # In forward order: the order of draws must not depend on the order of events.
         for name in [name for name in self.masks if name in self._spans]:
             span = self._spans[name]
             span["passes"] += 1
@@ -192,7 +194,7 @@ class FilterNoise(Pruner):
                     tensor.index_fill_(0, entries.of(filters), 0)
 
     def _tensors(self, name: str) -> dict[str, tuple[Tensor, Entries]]:
-        """Return what noise may change of a layer, and where a filter's entries are in it."""
+        """Return the tensors of a layer that noise may change, and the filters' entries in them."""
         layer = self.layers[name]
         found = {"weight": (layer.conv.weight, layer.zeroed(False)[name])}
         norms = [e for e in layer.entries.values() if not isinstance(e.module, nn.Conv2d)]

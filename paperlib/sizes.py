@@ -35,7 +35,7 @@ def sizes(loaded: "Loaded") -> pd.DataFrame:
 
 
 def kept(profile: str) -> Path | None:
-    """Return the file in results/ that holds a profile's table, whether or not it is there."""
+    """Return the path of a profile's table in results/, existing or not; None without results/."""
     folder = results_path()
     return folder / f"sizes-{profile}.csv" if folder is not None else None
 

@@ -35,8 +35,11 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
 
     Args:
         x: (n,).
-        y: (n,). All but n is NaN where a side has fewer than `FEWEST` different values; the
-            interval needs 4 pairs.
+        y: (n,).
+
+    Returns:
+        All but n is NaN if a side has fewer than `FEWEST` different values. The interval is NaN for
+        fewer than 4 pairs.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if _too_few(x, y):
@@ -49,8 +52,16 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
 def kendall(x: ArrayLike, y: ArrayLike, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Return Kendall's tau-b with two-sided p and a percentile bootstrap interval over the pairs.
 
-    The p-value is exact where there are no ties. NaN as for `pearson`, and the interval without
-    resamples; resamples in which a side is constant are left out.
+    Args:
+        x: (n,).
+        y: (n,).
+        resamples: How many resamples the bootstrap draws. Those in which a side is constant are
+            left out.
+        seed: Of the bootstrap.
+
+    Returns:
+        NaN as for `pearson`. The interval is NaN without resamples, too. The p-value is exact if
+        there are no ties and at most 33 pairs, else SciPy's "auto" decides.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if _too_few(x, y):
@@ -98,8 +109,13 @@ def paired_differences(
 ) -> dict[str, Fitted]:
     """Return the mean of `value` at `by == a` minus that at `by == b` of each pair, by "a - b".
 
-    frame: one row a run, columns seed, `by` and `value`. Seeds that lack one side are left out.
-    There is no interval of fewer than `FEWEST` pairs.
+    Seeds that lack one side are left out. There is no interval of fewer than `FEWEST` pairs.
+
+    Args:
+        frame: One row a run, with columns seed, `by` and `value`.
+        value: The column of the values.
+        by: The column that tells the sides of a pair.
+        pairs: Pairs (a, b) of entries of `by`.
     """
     wide, found = frame.pivot(index="seed", columns=by, values=value), {}
     for a, b in pairs:
@@ -213,9 +229,9 @@ def permuted_tau(
         seed: Of the permutations.
 
     Returns:
-        The statistic, and the shares of `draws`, the data among them, with one at most and at
-        least as high: one-sided p-values for a negative and for a positive link. Ties count in
-        both.
+        The statistic, and two shares of the draws and the data together: those with a statistic at
+        most as high, and those with one at least as high. They are one-sided p-values for a
+        negative and for a positive link. Ties count in both.
     """
     order = _order(stability)
     observed = (order * _order(accuracy)).sum()
@@ -278,7 +294,8 @@ def mixed_slopes(frame: pd.DataFrame, y: str, x: str) -> dict[str, Fitted]:
 def distance_to_normal(densities: np.ndarray, reach: float) -> np.ndarray:
     """Return the total variation distance of densities in [-reach, reach] to a standard normal.
 
-    From 0, the same, to 1, nothing in common.
+    The normal is cut off at the same reach. The distance is from 0, the same, to 1, nothing in
+    common.
 
     Args:
         densities: (rows, bins).

@@ -1,8 +1,8 @@
 """Named streams of randomness, all derived from a run's seed.
 
-There is one stream a purpose and epoch. Runs that share a seed share their initial weights, order
-of images and augmentation, so settings can be compared in pairs. Every stream is drawn on the CPU,
-so that all devices see the same numbers.
+There is one stream for each purpose and epoch. Runs that share a seed share their initial weights,
+order of images and augmentation, so settings can be compared in pairs. These are drawn on the CPU,
+so all devices see the same numbers. A network draws its dropout on the run's device.
 """
 
 import hashlib

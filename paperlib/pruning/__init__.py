@@ -1,10 +1,10 @@
 """Pruning of filters and weights: scores, targets, schedules and masks.
 
-arXiv 1906.03728 (filters) and arXiv 1805.01930 (single weights). A pruned parameter is set to zero
-and put back to zero by `hold()` after every optimizer step; the forward pass of a pruned network
-is that of a dense one, with nothing masked in it but the shortcuts of residual sums.
+Filters are pruned as in arXiv 1906.03728, single weights as in arXiv 1805.01930. A pruned parameter
+is set to zero, and `hold()` sets it to zero again after every optimizer step. The forward pass of a
+pruned network is that of a dense one, in which only residual sums are masked.
 
-A network of one's own, residual or not, is pruned in the same way:
+Any network can be pruned in the same way, residual or not:
 
 >>> import torch
 >>> from torch import nn

@@ -1,7 +1,8 @@
 """Sizes of the tensors of a traced network, and the channels that each operation moves.
 
-The features of a tensor are its entries along dimension 1: channels, or what a flattening has made
-of them. Sizes come from running the graph on the CPU, without its weights.
+The features of a tensor are its entries along dimension 1: channels, or flattened channels. To find
+sizes, the graph is run on the CPU. The run uses no weights, except in types of layers that are not
+in `operations`.
 """
 
 import copy
@@ -18,7 +19,7 @@ from paperlib.pruning import operations as ops
 from paperlib.pruning.graph import Traced, argument, in_mode
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
-# Images that a network may be made for, where that is not said: the first size that fits counts.
+# Image sizes to try if none is given. The first one at which the most nodes run is used.
 SIZES = (32, 64, 96, 224, 28, 128, 8, 16, 4, 48, 256, 299)
 
 
@@ -26,19 +27,19 @@ class Network(Traced):
     """A traced network with the sizes of its tensors.
 
     Attributes:
-        values: by node, a tensor of arbitrary numbers, or anything else that the operation
-            returns; a node that cannot be run has none.
-        written: nodes that write into one of their inputs.
-        plain: nodes that return a size, a type or the like, and so no value of any tensor.
-        operands: by node, the tensors that it adds, in whatever form a sum is written; none if it
-            is no sum.
-        returned: by node that a module returns, the module's name.
-        behind: each node with all nodes that it is computed from.
+        values: By node, a tensor of arbitrary numbers, or another object that the operation
+            returns. A node that cannot be run has no entry.
+        written: Nodes that write into one of their inputs.
+        plain: Nodes that return a size, a type or the like, and no values of a tensor.
+        operands: By node, the tensors that it adds, however the sum is written; empty if the node
+            is not a sum.
+        returned: By node that a module returns, the module's name.
+        behind: By node, the node itself and all nodes that it is computed from.
 
     Args:
-        model: the network.
-        training: the mode that it is followed in.
-        image: the size (channels, height, width) of its images; None tries those of `SIZES`.
+        model: The network.
+        training: Whether the network is followed in training mode, or in evaluation mode.
+        image: The size (channels, height, width) of its images; None tries those of `SIZES`.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Network(Traced):
         self.values: dict[fx.Node, Any] = {}
         self.written: set[fx.Node] = set()
         self.plain: set[fx.Node] = set()
-        counted = torch.inference_mode(False)  # only then writes are counted
+        counted = torch.inference_mode(False)  # inference mode counts no writes
         with in_mode(model, training), counted, torch.no_grad(), torch.random.fork_rng(devices=[]):
             for size in [image] if image is not None else self._sizes():
                 values, written, plain = self._run(model, size)
@@ -81,7 +82,7 @@ class Network(Traced):
             versions = [x._version for x in inputs]
             try:
                 values[node] = self._value(model, node, values, image)
-            except Exception:  # then nothing is known of what it returns
+            except Exception:  # the value stays unknown
                 continue
             if versions != [x._version for x in inputs]:
                 written.add(node)
@@ -107,7 +108,7 @@ class Network(Traced):
             return out
         if key in ops.ACTIVATIONS or key in (*NORMS, *CONVOLUTIONS, *TRANSPOSED, nn.Linear):
             x = values.get(node.all_input_nodes[0])
-            if x is None and key is nn.Conv2d:  # what comes after it can be followed all the same
+            if x is None and key is nn.Conv2d:  # later nodes can still be followed
                 x = torch.ones(2, module.in_channels, *image[1:])
             return _layer(key, module, x)
         if key is not ResidualSum and module is not None and module.state_dict():
@@ -115,9 +116,9 @@ class Network(Traced):
         return self.evaluate(node, values.__getitem__)
 
     def _terms(self, node: fx.Node) -> list[fx.Node]:
-        """The tensors that a sum adds, in whatever form it is written.
+        """Return the tensors that a sum adds, however it is written; empty for other nodes.
 
-        A reduction is a sum if it is over the dimension that a stack of tensors has made for it.
+        The reduction of a stack of tensors is a sum if it is over the dimension of the stack.
         """
         key, [source, *_] = self.key(node), [*node.all_input_nodes, None]
         if key in ops.REDUCE and source is not None and self.key(source) in ops.STACK:
@@ -134,7 +135,7 @@ class Network(Traced):
     # Questions about nodes
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Return the size of the tensor that a node returns, () where it is none or not known."""
+        """Return the size of a node's tensor, () if it is not a tensor or not known."""
         value = self.values.get(node)
         return tuple(value.shape) if isinstance(value, Tensor) else ()
 
@@ -147,7 +148,7 @@ class Network(Traced):
         return [user for user in node.users if user not in self.plain]
 
     def share_memory(self, a: fx.Node, b: fx.Node) -> bool:
-        """Return whether the tensors of two nodes are views of the same memory, or may be."""
+        """Return whether the tensors of two nodes share memory, or may share it."""
         if {a, b} & self.plain:
             return False
         if not self.shape(a) or not self.shape(b):
@@ -156,10 +157,11 @@ class Network(Traced):
         return first == second
 
     def branch(self, node: fx.Node) -> fx.Node | None:
-        """Return the operand that is a sum's branch, None where no operand is the deepest.
+        """Return the operand of a sum that is its branch, None if no single operand is the deepest.
 
-        It is the one with the most convolutions, one after the other, that are behind no other
-        operand; the others are shortcuts. Of a `ResidualSum` it is the first operand.
+        The depth of an operand is its longest chain of convolutions that are behind no other
+        operand. The other operands are shortcuts. The branch of a `ResidualSum` is its first
+        operand.
         """
         if self.key(node) is ResidualSum:
             return argument(node, 0, "branch")
@@ -171,19 +173,21 @@ class Network(Traced):
         return terms[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
 
     def _depth(self, nodes: set[fx.Node]) -> int:
-        """The most convolutions of these nodes that come one after the other."""
+        """Return the number of convolutions in the longest chain of these nodes."""
         depths: dict[fx.Node, int] = {}
         for node in sorted(nodes):
             before = (depths.get(source, 0) for source in node.all_input_nodes)
             depths[node] = (self.key(node) in ops.CONVOLVING) + max(before, default=0)
         return max(depths.values(), default=0)
 
-    # Where features come from, and what they are
+    # The origin of features, and their values
 
     def origin(self, node: fx.Node, source: fx.Node) -> Tensor | None:
-        """Return which feature of an input each feature of a node's output is made of.
+        """Return the feature of an input that each feature of a node's output comes from.
 
-        Whole numbers (features,), -1 for none of this input; None where it is not known.
+        Returns:
+            Integers (features,), -1 for a feature that does not come from this input; None if the
+            origin is not known.
         """
         if (node, source) not in self._origins:
             self._origins[node, source] = self._find_origin(node, source)
@@ -210,9 +214,10 @@ class Network(Traced):
         return torch.arange(after[1]) if key in known or key in NORMS else None
 
     def _followed(self, node: fx.Node, source: fx.Node, run: Callable) -> Tensor | None:
-        """Find features again in what an operation makes of their numbers, all else being nan.
+        """Give numbers to an input's features, run an operation, and find them in its output.
 
-        The second image has the numbers of the first with a minus: images must stay apart.
+        Other inputs are nan. The second image has the numbers of the first with a minus sign, to
+        find operations that mix images. Their origin is not known: None.
         """
         numbers = torch.arange(1.0, self.shape(source)[1] + 1)
         try:
@@ -229,14 +234,15 @@ class Network(Traced):
         return numbers.nan_to_num().long() - 1
 
     def constants(self, node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Tensor:
-        """Return the features that a node makes of features that are the same at every pixel.
+        """Compute a node's output features from input features that are the same at every pixel.
 
         Args:
-            node: an operation on single values, or on the pixels of each feature.
-            known: by input, the values of its features (features,), nan where they vary.
+            node: An operation on single values or on the pixels of each feature, or one that moves
+                features.
+            known: By input, the values of its features (features,), nan where they vary.
 
         Returns:
-            The values (features,) of the output's features, nan where they vary.
+            The values (features,) of the output's features, nan where they vary or are not finite.
         """
         if self.key(node) in ops.PASSING:
             return next(iter(known.values()))
@@ -253,11 +259,11 @@ class Network(Traced):
     def _spread(
         self, known: Mapping[fx.Node, Tensor], pixels: bool = True
     ) -> Callable[[fx.Node], Any]:
-        """Return a function from a node to a tensor of these values of features, else of nan.
+        """Return a function from a node to a tensor of its features' values, nan if not known.
 
         Args:
-            known: by node, (images or 1, features).
-            pixels: each tensor is of its own size; False for a single image and pixel.
+            known: By node, the values of its features (images or 1, features).
+            pixels: Give each tensor its full size, instead of a single pixel.
         """
         like = next(iter(known.values()))
 
@@ -274,7 +280,7 @@ class Network(Traced):
 
 
 def _layer(kind: Any, module: Any, x: Any) -> Tensor:
-    """A tensor as large as what a layer of this kind makes of x, from the sizes that it states."""
+    """Return a tensor of the size of a layer's output for x, from the sizes that it states."""
     expected = getattr(module, "in_features", getattr(module, "num_features", None))
     if expected not in (None, x.shape[-1 if kind is nn.Linear else 1]):
         raise ValueError("the images are not of this size")

@@ -1,4 +1,4 @@
-"""A network's forward pass as a graph (torch.fx), and what its operations are."""
+"""A network's forward pass as a graph (torch.fx), and the types of its operations."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ _BASES = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
 
 
 def layer_type(module: nn.Module) -> type:
-    """Return the torch layer that a module is in all but name, or else its own class.
+    """Return the torch layer whose forward pass a module has, or else the module's class.
 
-    A class made of a layer counts as that layer while it keeps the layer's forward pass.
+    A subclass of a layer counts as that layer if it keeps the layer's forward pass.
     """
     for base in _BASES:
         if isinstance(module, base) and not has_own_forward(module, base):
@@ -27,7 +27,7 @@ def layer_type(module: nn.Module) -> type:
 
 
 def has_own_forward(module: nn.Module, base: type) -> bool:
-    """Return whether a module replaces the forward pass of the layer that its class is made of."""
+    """Return whether a module replaces the forward pass of `base`, the layer it derives from."""
     same = all(
         getattr(type(module), name, None) is getattr(base, name, None)
         for name in ("forward", "_conv_forward")
@@ -36,7 +36,7 @@ def has_own_forward(module: nn.Module, base: type) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """As torch.fx's, but `x += y` is told from `x + y`: it writes into x."""
+    """A proxy of torch.fx that tells `x += y`, which writes into x, from `x + y`."""
 
 
 def _in_place(function: Callable) -> Callable:
@@ -48,13 +48,14 @@ for _name in ("iadd", "isub", "imul"):
 
 
 class _Tracer(fx.Tracer):
-    """Traces a network down to torch's layers, classes made of them, and our own layers.
+    """Trace a network down to torch's layers, their subclasses, and this package's layers.
 
-    What another module returns is a node of its own, `operations.returned`. Whoever uses the value
-    without calling the module, as from inside it, uses the node before that.
+    The value that any other module returns gets a node of its own, `operations.returned`. Code that
+    calls the module uses this node. Other code, such as the module's own, uses the node before it.
 
     Attributes:
-        returns: by name of module, the node that each of its calls returns, None for no tensor.
+        returns: By name of module, the node that each of its calls returns, None if a call does
+            not return a single tensor.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class _Tracer(fx.Tracer):
         self.returns: dict[str, list[fx.Node | None]] = {}
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        # A norm's forward pass branches on its input: one of its own class is not looked into.
+        # A norm's forward pass branches on its input, so all subclasses of norms are leaves.
         known = isinstance(module, (ResidualSum, PadChannels, *NORMS))
         return known or layer_type(module) in _BASES or super().is_leaf_module(module, name)
 
@@ -81,14 +82,18 @@ class _Tracer(fx.Tracer):
 
 
 class Traced:
-    """A network's forward pass in one mode; the network and torch's generators stay as they were.
+    """A network's forward pass in one mode.
+
+    The network and torch's CPU generator stay as they were.
 
     Attributes:
-        graph: its operations, in the order of the forward pass.
-        modules: by every name that they have.
-        returns: by name of module, the node that each of its calls returns, None for no tensor.
+        graph: The operations, in the order of the forward pass.
+        modules: The modules, by every name that they have.
+        returns: By name of module, the node that each of its calls returns, None if a call does
+            not return a single tensor.
 
-    Raises whatever the tracing raises.
+    Raises:
+        Exception: The tracing fails, with an error of any type.
     """
 
     def __init__(self, model: nn.Module, training: bool) -> None:
@@ -98,11 +103,11 @@ class Traced:
                 self.graph = tracer.trace(model)
             self.returns = tracer.returns
         finally:
-            vars(tracer).clear()  # it is part of a cycle, and would keep the network
+            vars(tracer).clear()  # the tracer is in a reference cycle and would keep the network
         self.modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
 
     def key(self, node: fx.Node) -> Any:
-        """Return what a node does: a type of layer, a function, or the name of a method."""
+        """Return a node's operation: a type of layer, a function, a method's name, or its `op`."""
         if node.op == "call_module":
             return layer_type(self.modules[node.target])
         if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision's
@@ -110,15 +115,15 @@ class Traced:
         return node.target if node.op in ("call_function", "call_method") else node.op
 
     def module(self, node: fx.Node) -> Any:
-        """Return the module that a node calls, if it calls one."""
+        """Return the module that a node calls, or None."""
         return self.modules[node.target] if node.op == "call_module" else None
 
     def name(self, node: fx.Node) -> str:
-        """Return the name of the module, parameter or method that a node calls."""
+        """Return the name of the module, parameter or method that a node uses."""
         return str(node.target)
 
     def calls(self, name: str) -> list[fx.Node]:
-        """Return the nodes that call one module, in order."""
+        """Return the nodes that call a module, under any of its names, in order."""
         module = self.modules.get(name)
         return [node for node in self.graph.nodes if module and self.module(node) is module]
 
@@ -127,7 +132,7 @@ class Traced:
         return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
 
     def evaluate(self, node: fx.Node, value: Callable[[fx.Node], object]) -> Any:
-        """Return what a node makes of these values of its inputs, without hooks."""
+        """Compute a node's output from the values of its inputs, without hooks."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)  # type: ignore[arg-type, misc]
         target: Any = node.target
         if node.op == "call_module":
@@ -154,7 +159,7 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Have all modules of a network in training or evaluation mode, and as before afterwards."""
+    """Put all modules of a network into training or evaluation mode, and back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = training

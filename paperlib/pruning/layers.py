@@ -1,4 +1,4 @@
-"""The convolutions of a network: which can be pruned, and what goes with a filter."""
+"""The convolutions of a network: those that can be pruned, and the parameters of each filter."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,20 +22,21 @@ class PruningError(ValueError):
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """A convolution, and what is zero or masked with each of its filters.
+    """A convolution, and the parameters and masks that are zero with each of its filters.
 
     Attributes:
-        name: the convolution's name in its network.
-        conv: the convolution itself.
-        norm: the norm of its output, before any activation; None without one.
-        output: the module whose output is this layer's, before its activation: the sum whose branch
-            it ends, or the norm, or the convolution; None where the sum is no module.
-        entries: by name of module, further parameters that are zero with a filter.
-        masks: by name of module, the masks of residual sums whose branch it ends.
-        uses: how many times a forward pass calls the convolution.
-        passed_over: why it is not among the prunable ones (grouped, or on a shortcut), or None.
-        refusal: why its weights cannot be set to zero, or None.
-        leak: why its filters would not be zero where they are used, or None.
+        name: The convolution's name in its network.
+        conv: The convolution itself.
+        norm: The norm of its output, before any activation; None if there is not exactly one.
+        output: The module whose output is the layer's output before its activation: the sum whose
+            branch the layer ends, else the norm, else the convolution. None if the sum is not a
+            `ResidualSum`.
+        entries: By name of module, further parameters that are zero with a filter.
+        masks: By name of module, the masks of the residual sums whose branch the layer ends.
+        uses: How many times a forward pass calls the convolution.
+        passed_over: Why it does not count as prunable (grouped, or on a shortcut), or None.
+        refusal: Why its weights cannot be set to zero, or None.
+        leak: Why its filters would not be zero where they are used, or None.
     """
 
     name: str
@@ -51,17 +52,22 @@ class PrunableLayer:
 
     @property
     def filters(self) -> int:
-        """Number of filters of the convolution."""
+        """The number of filters of the convolution."""
         return self.conv.out_channels
 
     def problem(self, norm: bool) -> str | None:
-        """Return why the layer cannot be pruned, or None; norm: as of `FilterPruner`."""
+        """Return why the layer cannot be pruned, or None.
+
+        Args:
+            norm: As for `FilterPruner`.
+        """
         return self.passed_over or self.refusal or (self.leak if norm else None)
 
     def zeroed(self, norm: bool) -> dict[str, Entries]:
         """Return the parameters that are zero with a filter, by name of module.
 
-        norm: the convolution's bias and the norms that follow are among them.
+        Args:
+            norm: Include the convolution's bias, and the `entries` of later modules.
         """
         of_conv = ("weight", "bias") if norm and self.conv.bias is not None else ("weight",)
         return {self.name: Entries(self.conv, of_conv, tuple(range(self.filters)))} | (
@@ -72,10 +78,15 @@ class PrunableLayer:
 def prunable_layers(model: nn.Module, norm: bool = True) -> dict[str, PrunableLayer]:
     """Return a network's prunable convolutions by name, in forward order.
 
-    Grouped convolutions are none, nor are those on the shortcut of a residual sum, nor those that
-    `FilterPruner` would refuse. norm: as of `FilterPruner`.
+    Three kinds are left out: grouped convolutions, convolutions on the shortcut of a residual sum,
+    and those that `FilterPruner` would refuse.
 
-    Raises PruningError where torch.fx cannot follow the network's forward pass.
+    Args:
+        model: The network.
+        norm: As for `FilterPruner`.
+
+    Raises:
+        PruningError: torch.fx cannot follow the network's forward pass, or the network is compiled.
     """
     return {name: layer for name, layer in survey(model).items() if not layer.problem(norm)}
 
@@ -85,7 +96,8 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
 
     The network is followed in training and in evaluation mode, which may differ.
 
-    Raises PruningError where torch.fx cannot follow its forward pass, and where it is compiled.
+    Raises:
+        PruningError: torch.fx cannot follow the network's forward pass, or the network is compiled.
     """
     check_network(model)
     try:
@@ -102,7 +114,7 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
 
 
 def check_network(model: nn.Module) -> None:
-    """Raise PruningError where a network is compiled: its code would not notice the pruning."""
+    """Raise PruningError if a network is compiled: its code would not notice the pruning."""
     for name, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
         if compiled or isinstance(module, torch.jit.ScriptModule):
@@ -113,7 +125,7 @@ def check_network(model: nn.Module) -> None:
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names under which modules have each parameter, by address of its memory."""
+    """Return all names of each parameter, by the address of its memory."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -124,7 +136,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def check_order(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise PruningError unless names are in the order of the known ones, once each."""
+    """Raise PruningError unless each name is known, appears once, and is in the known order."""
     if list(names) != [name for name in known if name in set(names)]:
         raise PruningError(f"layers must be named once each, in forward order, got {list(names)}")
 
@@ -132,13 +144,13 @@ def check_order(names: Sequence[str], known: Sequence[str]) -> None:
 def weight_refusal(
     module: nn.Module, base: type, owners: Mapping[int, list[str]], *names: str
 ) -> str | None:
-    """Say why a layer's parameters cannot be set to zero, or return None.
+    """Return why a layer's parameters cannot be set to zero, or None.
 
     Args:
-        module: the layer.
-        base: the class of torch whose forward pass it should have.
-        owners: of `parameter_owners`.
-        names: of the parameters.
+        module: The layer.
+        base: The class of torch whose forward pass the layer should have.
+        owners: The result of `parameter_owners`.
+        names: The names of the parameters in the layer.
     """
     kind = type(module).__name__
     if has_own_forward(module, base):
@@ -166,7 +178,7 @@ def _address(parameter: Tensor) -> int:
 
 
 def _convolutions(network: Network) -> Iterator[str]:
-    """Names of the modules that convolve, in forward order; of functions, those they are in."""
+    """Yield the names of modules that convolve, or call a function that does, in forward order."""
     for node in network.graph.nodes:
         scopes = network.scopes(node)
         names = [name for name in scopes if _convolves(network.modules[name])]
@@ -209,7 +221,7 @@ def _layer(
 
 
 def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[str]]) -> str | None:
-    """Why what is to be zero with a filter cannot be, or what might turn its zeros into others."""
+    """Return why an entry cannot be zero with its filter, or which hook may change it, or None."""
     for name, entries in trail.entries.items():
         base = layer_type(entries.module)
         why = weight_refusal(entries.module, base, owners, *entries.parameters)
@@ -226,7 +238,7 @@ def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[s
 
 
 def _read_directly(networks: Sequence[Network], name: str) -> str | None:
-    """Say which parameter of a module is used without the module, or return None."""
+    """Return which parameter of a module the forward pass reads without the module, or None."""
     for network in networks:
         for node in network.graph.nodes:
             if node.op == "get_attr" and node.target.rpartition(".")[0] == name:

@@ -1,10 +1,10 @@
-"""The mask of a residual sum: it belongs to the network, so every copy of the network has it.
+"""Masks of residual sums. A mask belongs to the network, so every copy of the network has it.
 
-A pruned filter is zero through its weights alone, and nothing is masked in the forward pass. A
-residual sum is the exception: its shortcut would fill the filter again. A `ResidualSum` has a mask
-of its own, `keep`. Any other module that returns the sum gets a buffer, `kept_channels`, and a
-forward hook that multiplies by it. Both go with the network wherever it goes: deepcopy,
-`state_dict`, `torch.save`, `torch.fx` and `torch.compile`.
+A pruned filter is zero because its weights are zero; the forward pass masks nothing. A residual sum
+is the exception, because its shortcut would fill the filter again. A `ResidualSum` has a mask of
+its own, `keep`. Any other module that returns the sum gets a buffer, `kept_channels`, and a forward
+hook that multiplies by it. deepcopy, `torch.save`, `torch.fx` and `torch.compile` keep both kinds
+of mask. A `state_dict` holds the masks, but not the hooks.
 """
 
 import sys
@@ -18,7 +18,7 @@ BUFFER = "kept_channels"
 
 
 def mask_name(module: nn.Module) -> str:
-    """Return the name of the buffer for a mask, which is 1 where a channel is kept, else 0."""
+    """Return the name of a module's mask, a buffer that is 1 where a channel is kept, else 0."""
     return "keep" if isinstance(module, ResidualSum) else BUFFER
 
 
@@ -28,11 +28,11 @@ def mask_of(module: nn.Module) -> Tensor | None:
     return None if mask is None else mask.flatten()
 
 
-@torch.inference_mode(False)  # it is kept for training, whenever it is made
+@torch.inference_mode(False)  # training cannot use tensors that are made in inference mode
 def set_mask(module: nn.Module, keep: Tensor) -> None:
-    """Have a module multiply its output, or a `ResidualSum` its shortcut, by a mask (channels,).
+    """Make a module multiply its output, or a `ResidualSum` its shortcut, by a mask (channels,).
 
-    A mask that is there already keeps its place in memory, where a captured CUDA graph reads it.
+    An existing mask keeps its place in memory, where a captured CUDA graph reads it.
     """
     mask = mask_of(module)
     if mask is not None:
@@ -42,15 +42,15 @@ def set_mask(module: nn.Module, keep: Tensor) -> None:
         module.keep = keep.clone()[:, None, None]
         return
     module.register_buffer(BUFFER, keep.clone()[None, :, None, None])
-    # First, so that hooks which look at the output see it masked.
+    # First, so that other hooks see the masked output.
     module.register_forward_hook(multiply_by_mask, prepend=True)
     if "torch._dynamo" in sys.modules:
-        # A network that was compiled before does not notice a new hook.
+        # A compiled network does not notice a new hook.
         torch.compiler.reset()
 
 
 def remove_mask(module: nn.Module) -> None:
-    """Have a module multiply by no mask any more."""
+    """Remove a module's mask, and the hook that multiplies by it."""
     if isinstance(module, ResidualSum):
         module.keep = None
         return
@@ -60,5 +60,5 @@ def remove_mask(module: nn.Module) -> None:
 
 
 def multiply_by_mask(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """Forward hook of a module that `set_mask` has given a buffer."""
+    """Multiply a module's output by its mask: the forward hook that `set_mask` registers."""
     return (output * module.get_buffer(BUFFER)).to(output.dtype)

@@ -1,4 +1,4 @@
-"""Operations by how they treat a channel that is zero. One that is in no set here is not known."""
+"""Sets of operations, by their effect on a channel that is zero. All others are unknown."""
 
 import operator
 from typing import Any
@@ -11,9 +11,9 @@ from paperlib.models import PadChannels
 
 
 def named(names: str) -> set[Any]:
-    """Return the functions and layers of torch, and operators, that have these names.
+    """Return the functions and layers of torch, and the operators, that have these names.
 
-    The names themselves are in the set, too: they are how torch.fx writes a tensor's methods.
+    The set also contains the names themselves, because torch.fx names a tensor's methods by them.
     """
     homes = (torch, F, operator, nn)
     found = {getattr(home, name, None) for home in homes for name in names.split()}
@@ -21,7 +21,7 @@ def named(names: str) -> set[Any]:
 
 
 def returned(x: object) -> object:
-    """Stand in a graph for what a module returns, so that its users are told from the module's."""
+    """Mark in a graph the value that a module returns, to tell its users from the module's own."""
     return x
 
 
@@ -35,18 +35,18 @@ FUNCTIONAL_CONVOLUTIONS = named(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
 )
 CONVOLVING = {*CONVOLUTIONS, *TRANSPOSED} | FUNCTIONAL_CONVOLUTIONS
-# Each output is made of all channels of the input.
+# Each output depends on all channels of the input.
 MIXING = CONVOLVING | {nn.Linear, F.linear}
 
-# Zero stays zero, and nothing else changes but by chance or by the type of numbers.
+# Zero stays zero. Other values change only at random, or in their type of number.
 PASSING = named(
     "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout stochastic_depth contiguous "
     "clone detach to float double half bfloat16 type type_as "
     "Identity Dropout Dropout1d Dropout2d Dropout3d"
 ) | {returned}
-# Activations that keep a zero: their slopes are learnt or drawn.
+# Activations with learnt or random slopes. Zero stays zero.
 ACTIVATIONS = named("prelu rrelu rrelu_ PReLU RReLU")
-# Every value is treated alike: whether a zero stays zero is tried out.
+# Every value is treated alike. A trial shows whether zero stays zero.
 ELEMENTWISE = named(
     "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ gelu silu silu_ mish "
     "hardtanh hardtanh_ hardswish hardsigmoid hardshrink softshrink tanhshrink softsign softplus "
@@ -58,21 +58,21 @@ ELEMENTWISE = named(
 )
 MULTIPLY = named("mul mul_ imul multiply")
 ADD = named("add add_ iadd")
-# A pixel is made of other pixels of the same channel.
+# Each pixel depends on pixels of the same channel.
 SPATIAL = named(
     "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate local_response_norm "
     "MaxPool2d AvgPool2d AdaptiveAvgPool2d AdaptiveMaxPool2d Upsample UpsamplingNearest2d "
     "UpsamplingBilinear2d LocalResponseNorm ZeroPad2d ReflectionPad2d ReplicationPad2d "
     "CircularPad2d"
 )
-# Of these, a channel also depends on others, but zero stays zero.
+# The members of SPATIAL in which a channel also depends on other channels. Zero stays zero.
 ACROSS = named("local_response_norm LocalResponseNorm")
 REDUCE = named("mean sum amax")
 STACK = named("stack")
 # Values are moved, joined, or surrounded by constants.
 MOVES = named("flatten Flatten view reshape getitem unsqueeze squeeze cat concat concatenate")
 MOVES |= {F.pad, nn.ConstantPad2d, PadChannels}
-# They tell a tensor's size or type, and no value of it.
+# They tell a tensor's size or type, and none of its values.
 TELLING = {
     *("size", "dim", "ndimension", "numel", "get_device", "is_floating_point"),
     *("shape", "ndim", "dtype", "device", "is_cuda"),
@@ -80,6 +80,6 @@ TELLING = {
 
 
 def dimensions(key: object) -> int:
-    """Return the number of dimensions of what a layer or function in `MIXING` reads."""
+    """Return the number of dimensions of the input of a layer or function in `MIXING`."""
     name = getattr(key, "__name__", "")
     return 2 + int(name[-2]) if name.endswith("d") else 2

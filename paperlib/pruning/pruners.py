@@ -23,13 +23,13 @@ Events = int | Sequence[int | None]
 
 
 class PassHook:
-    """A forward pre-hook of a network that tells something of each pass, unless it is off."""
+    """A forward pre-hook of a network that announces each pass while it is on."""
 
     def __init__(self, before_pass: Callable[[bool], None]) -> None:
         self.before_pass, self.on = before_pass, True
 
     def __call__(self, model: nn.Module, inputs: tuple) -> None:
-        """Tell of a pass."""
+        """Announce a pass."""
         if self.on:
             self.before_pass(model.training)
 
@@ -37,12 +37,12 @@ class PassHook:
 class Pruner:
     """The interface that training expects of a pruner; this one prunes nothing.
 
-    A hook on the network calls `before_pass`. Where hooks do not run, as when a captured step is
-    replayed, the caller does so, within `by_hand`.
+    A hook on the network calls `before_pass`. Hooks do not run when a captured step is replayed.
+    The caller then calls `before_pass`, within `by_hand`.
 
     Attributes:
-        masks: by name of layer, bool, True where a filter or weight is kept.
-        generator: draws what is random.
+        masks: By name of layer, bool, True where a filter or weight is kept.
+        generator: The source of random numbers.
     """
 
     masks: Mapping[str, Tensor] = {}
@@ -51,32 +51,32 @@ class Pruner:
 
     @property
     def due(self) -> bool:
-        """True if the next pass is observed."""
+        """True if the pass that `before_pass` announced last is observed."""
         return False
 
     @property
     def busy(self) -> bool:
-        """True if `before_pass` changes weights in the passes to come."""
+        """True if `before_pass` will change weights before later passes."""
         return False
 
     def prune(self, event: Events, events: Events) -> int:
-        """Do one event; return how many filters or weights were removed."""
+        """Prune at one event; return how many filters or weights were removed."""
         return 0
 
     def hold(self) -> None:
-        """Set what is pruned to zero again, after an optimizer step."""
+        """Set pruned parameters to zero again, after an optimizer step."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that later events depend on, as named tensors."""
+        """Return the state that later events depend on, generators apart, as named tensors."""
         return {f"mask.{name}": mask for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state_dict`: what it says is pruned is set to zero."""
+        """Resume from a `state_dict`, and set the pruned parameters to zero."""
         self.load_masks(state)
         self.hold()
 
     def load_masks(self, state: Mapping[str, Tensor]) -> None:
-        """As `load_state_dict`, with the weights left as they are."""
+        """Resume from a `state_dict`, and leave the weights as they are."""
         for name, mask in self.masks.items():
             mask.copy_(state[f"mask.{name}"])
 
@@ -104,31 +104,33 @@ class Pruner:
 
 
 class FilterPruner(Pruner):
-    """Prunes whole filters of a network's convolutions, event by event (arXiv 1906.03728).
+    """Prune whole filters of a network's convolutions, event by event (arXiv 1906.03728).
 
-    A pruned filter is exactly zero where it is used: its weights and bias are zero, scale and shift
-    of the norms that follow it are, and to the end of a residual branch the shortcut adds nothing.
+    A pruned filter is exactly zero where it is used. Its weights and bias are zero, and so are
+    scale and shift of the norms that follow it. At the end of a residual branch the shortcut adds
+    nothing to it.
 
     Args:
-        model: any network that torch.fx can trace, for images (N, C, H, W). Hooks that change a
-            layer's output are not seen if they are registered later. Where the forward pass states
+        model: Any network that torch.fx can trace, for images (N, C, H, W). Hooks that change a
+            layer's output are not noticed if they are registered later. If the forward pass states
             sizes, as `x.view(-1, 384)` does, images must be square and of a size in
-            `paperlib.pruning.features.SIZES`; `x.flatten(1)` does for any.
-        fractions: the share of each layer's filters that is gone after its last event, in [0, 1).
-        score: one of `SCORES`, or a function from the convolution to its scores (filters,).
-            "activation" watches the forward passes in training mode from now on.
-        target: which scores go: "smallest", "largest" or "random".
-        layers: names of convolutions in forward order; None takes as many of the last convolutions
-            as there are fractions, grouped ones and those on shortcuts not counted.
-        generator: a CPU generator for target "random".
-        norm: False masks the convolution's weights only; its bias and all that follows stay.
+            `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
+        fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).
+        score: One of `SCORES`, or a function from the convolution to its scores (filters,).
+            "activation" observes the forward passes in training mode from now on.
+        target: Which scores are pruned: "smallest", "largest" or "random".
+        layers: Names of convolutions in forward order. None takes as many of the last convolutions
+            as there are fractions, and counts neither grouped ones nor those on shortcuts.
+        generator: A CPU generator for target "random".
+        norm: False prunes the convolution's weights only; its bias and later modules stay.
 
     Attributes:
-        masks: by name of convolution in forward order, bool (filters,), True where one is kept.
-        layers: the layers by name.
-        fractions: by name of layer.
+        masks: By name of convolution in forward order, bool (filters,), True where one is kept.
+        layers: The layers by name.
+        fractions: The fractions by name of layer.
 
-    Raises PruningError on a value or network that cannot be used, before anything is changed.
+    Raises:
+        PruningError: A value or the network cannot be used. Raised before anything is changed.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class FilterPruner(Pruner):
         }
         # Parameters that have zeros: name, module, name in it, and the indices of the zeros.
         self._gone: list[tuple[str, nn.Module, str, Tensor]] = []
-        # By name of the modules that mask residual sums: their masks before this pruner.
+        # By name of a module that masks a residual sum: its mask before this pruner.
         self._before: dict[str, Tensor] = {}
         for layer in self.layers.values():
             for where, mask in layer.masks.items():
@@ -171,7 +173,7 @@ class FilterPruner(Pruner):
 
     @property
     def due(self) -> bool:
-        """True if the score "activation" observes the pass that follows."""
+        """True if the score "activation" observes the pass that was announced last."""
         return self.activation is not None and self.activation.due
 
     def before_pass(self, training: bool) -> None:
@@ -180,17 +182,19 @@ class FilterPruner(Pruner):
             self.activation.before_pass(training)
 
     def choose(self, event: Events, events: Events) -> dict[str, Tensor]:
-        """Mark the filters that go at one event as pruned, and leave the weights as they are.
+        """Mark the filters of one event as pruned, and leave the weights as they are.
 
         Args:
-            event: from 1 on, for every layer, or one entry a layer, None where it has none now.
-            events: how many there are, for every layer or one entry a layer.
+            event: The event's number, from 1, for every layer. Or one entry a layer, None for a
+                layer that has no event now.
+            events: How many events there are, for every layer, or one entry a layer.
 
         Returns:
-            The indices of these filters by name of layer.
+            The indices of these filters by name of layer; a layer without any is left out.
 
-        Raises PruningError, with nothing changed, on an event that there is not, and on scores and
-        parameters that are not finite.
+        Raises:
+            PruningError: There is no such event, or the number of layers or a score's shape is
+                wrong, or scores or parameters are not finite. No mask is changed then.
         """
         numbers, counts = (
             [value] * len(self.layers) if isinstance(value, int) else list(value)
@@ -215,14 +219,14 @@ class FilterPruner(Pruner):
         return chosen
 
     def prune(self, event: Events, events: Events) -> int:
-        """Do one event in every layer, as for `choose`; return how many filters were removed."""
+        """Prune at one event, given as for `choose`; return how many filters were removed."""
         chosen = self.choose(event, events)
         self.hold()
         return sum(len(indices) for indices in chosen.values())
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Set every pruned parameter to zero; to be called after each optimizer step."""
+        """Set every pruned parameter to zero. Call this after each optimizer step."""
         for _, module, key, indices in self._gone:
             getattr(module, key).index_fill_(0, indices, 0)
         if not self._masked:
@@ -237,19 +241,19 @@ class FilterPruner(Pruner):
         return out
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that later events depend on, as named tensors."""
+        """Return the state that later events depend on, generators apart, as named tensors."""
         state = super().state_dict()
         return state | (self.activation.state_dict() if self.activation is not None else {})
 
     def load_masks(self, state: Mapping[str, Tensor]) -> None:
-        """As `load_state_dict`, with the weights left as they are."""
+        """Resume from a `state_dict`, and leave the weights as they are."""
         super().load_masks(state)
         if self.activation is not None:
             self.activation.load_state_dict(state)
         self._refresh()
 
     def _refresh(self) -> None:
-        """Find the indices that `hold` needs, once an event: they cost no masking at each step."""
+        """Find the indices that `hold` needs, once an event instead of at each step."""
         self._gone, self._masked = [], False
         for name, mask in self.masks.items():
             gone = (~mask).nonzero().squeeze(1)
@@ -258,7 +262,7 @@ class FilterPruner(Pruner):
                 self._gone.append((full_name, module, key, indices))
 
     def _mask_sums(self) -> None:
-        """Bring the masks of residual sums up to date; a sum with nothing pruned gets none."""
+        """Update the masks of residual sums; a sum with nothing pruned gets no mask."""
         new: dict[str, tuple[nn.Module, Tensor]] = {}
         for name, layer in self.layers.items() if self.norm else ():
             gone = (~self.masks[name]).nonzero().squeeze(1)
@@ -272,13 +276,18 @@ class FilterPruner(Pruner):
         self._masked = True
 
     def _parameters(self, name: str) -> Iterator[tuple[str, nn.Module, str, Entries]]:
-        """A layer's parameters that are zero with a filter: name, module, its key, and where."""
+        """Yield a layer's parameters that are zero with a filter: name, module, key, entries."""
         for where, entries in self.layers[name].zeroed(self.norm).items():
             for key in entries.parameters:
                 yield f"{where}.{key}", entries.module, key, entries
 
     def _checked_scores(self, name: str) -> Tensor | None:
-        """Scores (filters,), or None where chance decides; a layer must be finite."""
+        """Return a layer's scores (filters,), or None for target "random".
+
+        Raises:
+            PruningError: The parameters or the scores of kept filters are not finite, or the scores
+                have another shape.
+        """
         if not all(getattr(m, key).isfinite().all() for _, m, key, _ in self._parameters(name)):
             raise PruningError(f"layer {name!r} or its norm is not finite")
         if self.target == "random":
@@ -302,7 +311,7 @@ def _chosen(
     layers: Sequence[str] | None,
     norm: bool,
 ) -> list[str]:
-    """Names of the layers to prune, all of which can be pruned."""
+    """Return the names of the layers to prune; raise PruningError if one cannot be pruned."""
     countable = [name for name, layer in found.items() if not layer.passed_over]
     can = ", ".join(name for name in countable if not found[name].problem(norm)) or "none"
     if layers is None and len(fractions) > len(countable):

@@ -22,10 +22,11 @@ OBSERVE_DECAY = 0.9
 def kept_filters(filters: int, fraction: float, event: int, events: int) -> int:
     """Return how many of `filters` are kept after `event` (1-based) of `events`.
 
-    The same number goes at each event but for rounding, which is always up, in favour of keeping
-    (arXiv 1906.03728).
+    Each event prunes the same number but for rounding. The number kept is rounded up (arXiv
+    1906.03728).
 
-    Raises PruningError where `fraction` is not in [0, 1) or there is no such event.
+    Raises:
+        PruningError: `fraction` is not in [0, 1), or there is no such event.
     """
     check_fraction(fraction)
     if not 1 <= event <= events:
@@ -40,15 +41,17 @@ def kept_weights(
     """Return how many of `weights` are kept after `event` (1-based) of `events`.
 
     Args:
-        weights: how many there are.
-        fraction: the share that is gone after the last event.
-        event: which event, from 1 on.
-        events: how many events there are.
-        schedule: "linear", as `kept_filters`, or "annealing", that of Feature Selection with
-            Annealing: a larger mu removes more at first, and mu = 0 is done after half the events.
-        mu: of "annealing", at least 0.
+        weights: How many weights there are.
+        fraction: The share that is pruned after the last event, in [0, 1).
+        event: Which event, from 1.
+        events: How many events there are.
+        schedule: "linear", as in `kept_filters`, or "annealing", as in Feature Selection with
+            Annealing. Annealing is done after half the events.
+        mu: For "annealing", at least 0. With a larger mu the first events prune more; mu = 0 is
+            linear until half the events.
 
-    Raises PruningError on a value outside its range.
+    Raises:
+        PruningError: A value is outside its range.
     """
     if schedule not in SCHEDULES:
         raise PruningError(f"unknown schedule {schedule!r}: one of {', '.join(SCHEDULES)}")
@@ -69,7 +72,7 @@ def check_fraction(fraction: float) -> None:
 
 
 def _final(count: int, fraction: float) -> int:
-    # Rounded first: (1 - 0.7) * 10 is 3.0000000000000004 in floating point, and must give 3.
+    # Round first: (1 - 0.7) * 10 is 3.0000000000000004 in floating point, and must give 3.
     return math.ceil(round((1 - fraction) * count, 6))
 
 
@@ -79,13 +82,17 @@ def _final(count: int, fraction: float) -> int:
 def expected_activation(gamma: Tensor, beta: Tensor, signed: bool = False) -> Tensor:
     """Return E[BN]: the expected value of relu(gamma * z + beta) for z standard normal.
 
-    Finite for finite input: relu(beta) at gamma = 0, and 0 where the probability to be positive
-    is 0 (arXiv 1906.03728, appendix).
+    The formula is that of arXiv 1906.03728, appendix. The result is finite for finite input: it is
+    relu(beta) at gamma = 0, and 0 where the probability to be positive is 0.
 
     Args:
-        gamma: the scale of a batch norm, any shape.
-        beta: its shift, of the same shape, which is the result's.
-        signed: gamma counts with its sign; otherwise by its magnitude.
+        gamma: The scale of a batch norm, of any shape.
+        beta: Its shift, of the same shape.
+        signed: Use gamma with its sign in the formula, instead of its magnitude. Where gamma is
+            negative, the result is then the expected value of min(gamma * z + beta, 0).
+
+    Returns:
+        A tensor of the same shape.
     """
     scale = gamma if signed else gamma.abs()
     alpha = -beta / torch.where(scale == 0, 1, scale)
@@ -96,7 +103,7 @@ def expected_activation(gamma: Tensor, beta: Tensor, signed: bool = False) -> Te
 
 
 def check_score(score: str | Callable, layers: Iterable[PrunableLayer]) -> None:
-    """Raise PruningError where there is no such score, or a layer lacks what it needs."""
+    """Raise PruningError if there is no such score, or it cannot be computed for a layer."""
     if callable(score):
         return
     if score not in SCORES:
@@ -133,12 +140,13 @@ def scores_of(
 class ActivationScore:
     """A running mean of each filter's activity before ReLU (arXiv 1906.03728, section 4).
 
-    It is the absolute output, summed over batch and pixels, of the layer's batch norm, or of the
-    sum after the shortcut at the end of a residual block. It is taken on every tenth forward pass
-    in training mode, as 0.9 * old + 0.1 * new, from zero.
+    The activity is the absolute output, summed over batch and pixels, of the layer's norm, or of
+    the convolution if it has no norm, or of the sum with the shortcut at the end of a residual
+    block. The mean starts at zero. On every tenth forward pass in training mode it becomes
+    0.9 * old + 0.1 * new.
 
-    Hooks on the layers' outputs refer to this object and to nothing of the pruner. A deep copy of
-    the network has a copy of it, and leaves the original's scores alone.
+    The hooks on the layers refer to this object, and not to the pruner. So a deep copy of the
+    network has a copy of this object, and leaves the original's scores alone.
     """
 
     def __init__(self, layers: Iterable[PrunableLayer]) -> None:
@@ -161,14 +169,14 @@ class ActivationScore:
 
     @torch.no_grad()
     def observe(self, name: str, output: Tensor) -> None:
-        """Take a layer's output (images, filters, height, width) into its score, once a pass."""
+        """Update a layer's score by its output (images, filters, height, width), once a pass."""
         if name in self._unseen:
             self._unseen.discard(name)
             total = output.detach().float().abs().sum(dim=(0, 2, 3))
             self.scores[name].mul_(OBSERVE_DECAY).add_(total, alpha=1 - OBSERVE_DECAY)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return scores and the number of passes, as named tensors."""
+        """Return the scores and the number of passes, as named tensors."""
         scores = {f"score.{name}": score for name, score in self.scores.items()}
         return scores | {"passes": torch.tensor(self.passes)}
 
@@ -182,7 +190,7 @@ class ActivationScore:
 class _Observer:
     """A forward hook that shows a module's output to an `ActivationScore`."""
 
-    watches = True  # and changes nothing
+    watches = True  # the hook changes nothing
 
     def __init__(self, activation: ActivationScore, name: str) -> None:
         self.activation, self.name = activation, name
@@ -195,7 +203,7 @@ class _Observer:
 
 
 def check_target(target: str) -> None:
-    """Raise PruningError where there is no such target."""
+    """Raise PruningError if there is no such target."""
     if target not in TARGETS:
         raise PruningError(f"unknown target {target!r}: one of {', '.join(TARGETS)}")
 
@@ -207,14 +215,14 @@ def select(
     target: str,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return the indices of the filters or weights that go next.
+    """Return the indices (count,) of the filters or weights that are pruned next.
 
     Args:
-        scores: (n,), unused where target is "random".
-        kept: (n,) bool, the candidates.
-        count: how many go. Ties go by position, the first in order first.
+        scores: (n,), unused if target is "random".
+        kept: (n,) bool, True for candidates.
+        count: How many are pruned. Of equal scores, the first in position is pruned first.
         target: "smallest", "largest" or "random".
-        generator: a CPU generator, from which "random" draws.
+        generator: A CPU generator for "random".
     """
     candidates = kept.nonzero().squeeze(1)
     if target == "random":

@@ -18,23 +18,25 @@ from paperlib.pruning.scores import check_target, kept_weights, select
 
 
 class WeightPruner(Pruner):
-    """Prunes single weights of layers by magnitude, event by event (arXiv 1805.01930).
+    """Prune single weights of layers by magnitude, event by event (arXiv 1805.01930).
 
     Args:
-        model: any network.
-        layer: name of a dense or convolutional layer, or several names in the order of the model.
-        fraction: the share that is gone of each after the last event, one for all or one a layer.
-        target: which magnitudes go: "largest", "smallest" or "random".
-        schedule: "linear", or "annealing" with mu, see `kept_weights`.
-        mu: of the schedule, at least 0.
-        generator: a CPU generator for target "random".
+        model: Any network.
+        layer: The name of an nn.Linear or nn.Conv2d, or several names in the order of the model.
+        fraction: The share of weights that is pruned after the last event, in [0, 1), for every
+            layer, or one entry a layer.
+        target: Which magnitudes are pruned: "largest", "smallest" or "random".
+        schedule: "linear" or "annealing"; see `kept_weights`.
+        mu: For "annealing", at least 0.
+        generator: A CPU generator for target "random".
 
     Attributes:
-        masks: by name of layer, bool of the weights' shape, True where a weight is kept.
-        layers: the layers by name.
-        fractions: by name of layer.
+        masks: By name of layer, bool of the weights' shape, True where a weight is kept.
+        layers: The layers by name.
+        fractions: The fractions by name of layer.
 
-    Raises PruningError on a value or layer that cannot be used, before anything is changed.
+    Raises:
+        PruningError: A value or layer cannot be used. Raised before anything is changed.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class WeightPruner(Pruner):
         if len(fractions) != len(names):
             raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
         for f in fractions:
-            kept_weights(1, f, 1, 1, schedule, mu)  # raises where one of them cannot be
+            kept_weights(1, f, 1, 1, schedule, mu)  # raises if a value is invalid
         self.layers = _weighted(model, names)
         self.fractions = dict(zip(names, fractions, strict=True))
         self.target, self.schedule, self.mu, self.generator = target, schedule, mu, generator
@@ -65,7 +67,7 @@ class WeightPruner(Pruner):
 
     @torch.no_grad()
     def prune(self, event: Any, events: Any) -> int:
-        """Do one event (1-based) in every layer; return how many weights were removed."""
+        """Prune every layer at one event (1-based); return how many weights were removed."""
         chosen = {}
         for name, module in self.layers.items():
             mask = self.masks[name].view(-1)
@@ -85,7 +87,7 @@ class WeightPruner(Pruner):
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Set every pruned weight to zero; to be called after each optimizer step."""
+        """Set every pruned weight to zero. Call this after each optimizer step."""
         for name, mask in self.masks.items():
             self.layers[name].weight.masked_fill_(~mask, 0)
 
@@ -95,7 +97,7 @@ class WeightPruner(Pruner):
 
 
 def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The named dense and convolutional layers, all of which can be pruned."""
+    """Return the named layers; raise PruningError if one cannot be pruned."""
     known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     owners = parameter_owners(model)
     for name in names:

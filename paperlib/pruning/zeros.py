@@ -2,9 +2,10 @@
 
 A pruned filter's weights and bias are zero, and so is its output. `Trail` follows that output
 through a traced network to every use. On the way it collects the further parameters that must be
-zero (scale and shift of the norms that follow) and the modules whose output must be masked, because
-a shortcut fills the filter again. It fails closed: an operation that it does not know is refused,
-and so is one that turns a zero into something else which the next layer reads.
+zero: scale and shift of the norms that follow, and biases of depthwise convolutions. It also
+collects the modules whose output must be masked, because a shortcut fills the filter again. It
+fails closed: it refuses every unknown operation. It also refuses an operation that turns a zero
+into another value, if the next layer reads that value.
 """
 
 from collections.abc import Sequence
@@ -24,22 +25,23 @@ _FOLLOWED = ops.ELEMENTWISE | ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | ops.
 
 
 class Refused(Exception):
-    """A filter's zeros cannot be followed; the message says why, as a sentence's end."""
+    """A filter's zeros cannot be followed; the message says why, as the end of a sentence."""
 
 
 class OnShortcut(Refused):
-    """The convolution is on the shortcut of a residual sum, which the message names."""
+    """The convolution is on the shortcut of a residual sum; the message names the sum."""
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """The filters of one convolution in a tensor.
+    """The places of one convolution's filters in a tensor.
 
     Attributes:
-        filters: of each feature, the filter that it is of, -1 for none.
-        direct: there is no activation between the convolution and this tensor.
-        normed: there is a norm between them.
-        spoilt: the operation that turns a zero into something else; None while zeros are zero.
+        filters: By feature, the filter that it comes from, -1 for none.
+        direct: No activation, sum or depthwise convolution is between the convolution and this
+            tensor.
+        normed: A norm is between them.
+        spoilt: The operation that turns a zero into another value; None while zeros are zero.
     """
 
     filters: tuple[int, ...]
@@ -53,9 +55,9 @@ class Entries:
     """Entries of a module's parameters, or of its mask, that are zero with a convolution's filters.
 
     Attributes:
-        module: the module.
-        parameters: their names; none for a mask.
-        filters: of each entry along the first dimension, its filter, -1 for none.
+        module: The module.
+        parameters: The parameters' names; empty for a mask.
+        filters: By entry along the first dimension, its filter, -1 for none.
     """
 
     module: nn.Module
@@ -63,23 +65,26 @@ class Entries:
     filters: tuple[int, ...]
 
     def of(self, filters: Tensor) -> Tensor:
-        """Return the indices of these filters' entries, for indices of filters (n,)."""
+        """Return the indices of the entries of some filters, given by their indices (n,)."""
         each = torch.tensor(self.filters, device=filters.device)
         return torch.isin(each, filters).nonzero().squeeze(1)
 
 
 class Trail:
-    """Follows the output of one convolution through a network, in each of its modes.
+    """Follow the output of one convolution through a network, in each of its modes.
 
     Attributes:
-        entries: by name of module, parameters that have to be zero with a filter of it.
-        masks: by name of module, masks that residual sums need.
-        norms: the norms of its output alone, before any activation.
-        sums: the residual sums that add to its output alone, None for one that is no module.
-        passed: names of the modules that the filters pass through, their convolution first.
-        uses: how many times a forward pass calls the convolution.
+        entries: By name of module, the parameters that must be zero with a filter.
+        masks: By name of module, the masks that residual sums need.
+        norms: The norms that read exactly its output, before any activation or other norm.
+        sums: The residual sums whose branch is exactly its output, before any activation; None for
+            a sum that is not a `ResidualSum`.
+        passed: Names of the modules that the filters pass through, their convolution first.
+        uses: How many times a forward pass calls the convolution.
 
-    Raises Refused or OnShortcut.
+    Raises:
+        Refused: A filter's zeros cannot be followed.
+        OnShortcut: The convolution is on the shortcut of a residual sum.
     """
 
     def __init__(self, networks: Sequence[Network], name: str) -> None:
@@ -102,7 +107,7 @@ class Trail:
             self._check_not_shared()
 
     def _follow(self, node: fx.Node) -> Zeros | None:
-        """Return where the filters are in a node's output; None if their zeros do not affect it."""
+        """Return the places of the filters in a node's output, or None if none is there."""
         sources = self.network.operands[node] or node.all_input_nodes
         found = {source: self._at[source] for source in sources if source in self._at}
         state = None
@@ -125,7 +130,7 @@ class Trail:
         key = self.network.key(node)
         if self._is_sum(node):
             return self._sum(node, found)
-        if key in ops.STACK:  # its sum looks at what is stacked
+        if key in ops.STACK:  # the rule for the sum reads the stacked tensors
             readers = self.network.readers(node)
             self._check(len(readers) == 1 and self._is_sum(readers[0]), node)
             return None
@@ -143,10 +148,13 @@ class Trail:
             f"it is not known whether {self.network.describe(node)} keeps a pruned filter zero"
         )
 
-    # Rules: from where the filters are in a node's inputs to where they are in its output
+    # Rules: from the places of the filters in a node's inputs to those in its output
 
     def _followed(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> Zeros:
-        """Unknown values of the other inputs are nan, and so are results that depend on them."""
+        """Follow the filters through an operation in `_FOLLOWED`.
+
+        Unknown values of the other inputs are nan, and so are results that depend on them.
+        """
         key, spoilt = self.network.key(node), [s.spoilt for s in found.values() if s.spoilt]
         if key in ops.MULTIPLY:
             if len(spoilt) < len(found):  # zero times anything is zero
@@ -171,7 +179,7 @@ class Trail:
         return replace(first, spoilt=next((s for s in spoilt if not self._is_sum(s)), node))
 
     def _placed(self, node: fx.Node, found: dict[fx.Node, Zeros]) -> tuple[int, ...]:
-        """The filter of each feature of a node's output, where inputs agree on it."""
+        """Return the filter of each feature of a node's output; the inputs must agree on it."""
         placed = []
         for source, state in found.items():
             origin = self.network.origin(node, source)
@@ -189,7 +197,7 @@ class Trail:
         if key in ops.FUNCTIONAL_CONVOLUTIONS:
             self._check(argument(node, 6, "groups", 1) == 1, node)
         if key in CONVOLUTIONS and module.groups == module.in_channels > 1:
-            # Every channel for itself.
+            # In a depthwise convolution each output depends on one channel.
             self._check(module.out_channels == module.in_channels, node)
             if module.bias is not None:
                 self._zero(node, ("bias",), state)
@@ -199,7 +207,7 @@ class Trail:
 
     def _norm(self, node: fx.Node, state: Zeros) -> Zeros:
         norm = self.network.module(node)
-        if isinstance(norm, nn.GroupNorm):  # its statistics are of several channels
+        if isinstance(norm, nn.GroupNorm):  # its statistics are over several channels
             self._check_unspoilt(node, [state])
         if state.direct and not state.normed and self._aligned(self.network.tensors(node)[0]):
             self.norms.add(norm)
@@ -234,20 +242,20 @@ class Trail:
         self._check_unspoilt(node, found.values())
         return None
 
-    # What a rule needs and finds
+    # Helpers of the rules
 
     def _is_sum(self, node: fx.Node | None) -> bool:
         return node is not None and bool(self.network.operands[node])
 
     def _aligned(self, tensor: fx.Node) -> bool:
-        """Return whether a tensor's channels are these filters, one for one, and not flattened."""
+        """Return whether a tensor's channels are the filters, one for one, and not flattened."""
         filters = tuple(range(self.network.shape(self.calls[0])[1]))
         return self._at[tensor].filters == filters and len(self.network.shape(tensor)) == 4
 
     def _can_mask(self, node: fx.Node, state: Zeros) -> bool:
         """Return whether a module returns this node, no more often than the convolution is called.
 
-        Hooks of the network itself are none of its graph, so that it cannot mask.
+        The network itself cannot mask, because its hooks are not in its graph.
         """
         name = self.network.returned.get(node, "")
         if not 0 < len(self.network.returns.get(name, ())) <= len(self.calls):
@@ -257,7 +265,7 @@ class Trail:
         return len(self.network.shape(node)) == 4
 
     def _zero(self, node: fx.Node, names: tuple[str, ...], state: Zeros) -> None:
-        """The filters' entries of these parameters of a module are zero with the filters."""
+        """Note that the filters' entries of a module's parameters must be zero."""
         module, name = self.network.module(node), self.network.name(node)
         self._check(len(getattr(module, names[0])) == len(state.filters), node)
         self._note(self.entries, name, Entries(module, names, state.filters))

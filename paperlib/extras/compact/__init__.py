@@ -1,7 +1,7 @@
-"""A physically smaller network from a pruned one, and what each of them costs.
+"""Cut the zeros out of a pruned network, and measure the costs of both networks.
 
-PyTorch's pruned networks are as large as dense ones: a pruned filter is a block of zeros. Here they
-are cut out, along with every channel and neuron that nothing after it would miss.
+In PyTorch a pruned network is as large as a dense one: a pruned filter is a block of zeros. Here
+pruned filters are cut out, along with every channel and neuron that no later layer uses.
 
 >>> from paperlib import models
 >>> from paperlib.compact import compact

@@ -1,7 +1,7 @@
-"""Find constant and unused channels by following a network's graph in evaluation mode.
+"""Follow a network's channels through its graph, from the input on, in evaluation mode.
 
-Forwards from the input: which channels are the same for every image and pixel, and with what value;
-which are one and the same; and which layers read and write them.
+This finds the channels that are the same for every image and pixel, and their values; the channels
+that stay or are cut together; and the layers that read and write channels.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from paperlib.pruning.features import Network
 from paperlib.pruning.graph import argument
 from paperlib.pruning.masks import BUFFER
 
-_AFFINE = {nn.Conv2d: 4, nn.Linear: 2}  # and the dimensions of the input they are understood for
+_AFFINE = {nn.Conv2d: 4, nn.Linear: 2}  # and the dimensions that their input must have
 _NORMS = {nn.BatchNorm1d, nn.BatchNorm2d}
 _ALONE = ops.ELEMENTWISE | ops.ACTIVATIONS | ops.PASSING | _NORMS | {ResidualSum}
 _FOLLOWED = _ALONE | (ops.SPATIAL - ops.ACROSS) | ops.MOVES | ops.REDUCE
@@ -32,8 +32,8 @@ class Channels:
     """A tensor's features along dimension 1.
 
     Attributes:
-        ids: (features,), the channel that each one is of; several are of one after a flattening.
-        values: (features,), what each one is for every image and pixel; nan where it varies.
+        ids: (features,), the channel of each feature; a flattened channel has several features.
+        values: (features,), the value of each for every image and pixel; nan where it varies.
     """
 
     ids: Tensor
@@ -45,10 +45,10 @@ class Axis:
     """A dimension of a module's parameter or buffer, or the padding of `PadChannels`.
 
     Attributes:
-        module: the module.
-        tensor: the tensor's name in it, "padding" for how many channels are added.
-        dim: which of its dimensions.
-        ids: the channels along it.
+        module: The module.
+        tensor: The tensor's name in the module; "padding" for the number of added channels.
+        dim: The dimension of the tensor.
+        ids: The channels along the dimension.
     """
 
     module: Any
@@ -59,7 +59,7 @@ class Axis:
 
 @dataclass
 class Reader:
-    """A layer each of whose outputs is made of all inputs, with the channels of both."""
+    """A layer whose every output depends on all inputs, with the channels of both."""
 
     module: Any
     reads: Channels
@@ -67,16 +67,18 @@ class Reader:
 
 
 class Following:
-    """Follows a network's channels from its input on.
+    """Follow a network's channels from its input on.
 
     Attributes:
-        count: how many channels there are; their ids are 0 to count - 1.
-        fixed: ids of channels that have to stay.
-        ties: (2, n) ids of channels that stay or go together.
-        readers: the layers that mix channels.
-        axes: all that has to be resized.
+        count: How many channels there are; their ids are 0 to count - 1.
+        fixed: Ids of channels that must stay.
+        ties: (2, n) ids of channels that stay or are cut together.
+        readers: The layers that mix channels.
+        axes: Everything that has to be resized.
 
-    Raises CompactError where the graph is not understood and pruned channels reach that place.
+    Raises:
+        CompactError: torch.fx cannot follow the network, or pruned channels reach an operation that
+            is not understood, or a module that has to be resized is used more than once.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
@@ -110,14 +112,14 @@ class Following:
         if channels is None:
             return self._unknown(node)
         if getattr(self.network.module(node), BUFFER, None) is not None:
-            # Its hook is not in the graph.
+            # The module's hook is not in the graph.
             mask = self._masked(self.network.name(node))
             self._tie(channels.ids, mask.ids)
             channels.values = torch.where(mask.values == 0, 0, channels.values)
         return channels
 
     def _unknown(self, node: fx.Node) -> Channels | None:
-        """Of an operation that is not understood nothing may be cut, neither before nor after."""
+        """Fix the channels before and after an operation that is not understood."""
         for source in self.network.tensors(node):
             channels = self.channels[source]
             if channels is None:
@@ -131,7 +133,7 @@ class Following:
         return self._fix(node)
 
     def _understood(self, node: fx.Node) -> Channels | None:
-        """Return the channels of a node's output, None where its operation is not known."""
+        """Return the channels of a node's output, None if its operation is not known."""
         key = self.network.key(node)
         sources = {s: c for s in self.network.tensors(node) if (c := self.channels[s]) is not None}
         if not sources or len(sources) < len(self.network.tensors(node)):
@@ -148,7 +150,7 @@ class Following:
             return None
         groups = getattr(module, "groups", 1)
         if groups > 1 and not groups == module.in_channels == module.out_channels:
-            # What it reads and writes stays as it is, zero or not.
+            # The channels of its input and output stay as they are, zero or not.
             self.fixed.append(source.ids)
             return self._fix(node)
         ignores, known = foldable(module, source.values), source.values.nan_to_num()
@@ -169,7 +171,7 @@ class Following:
         return writes
 
     def _carried(self, node: fx.Node, sources: dict[fx.Node, Channels]) -> Channels | None:
-        """Of an operation on single values, or one that moves channels or looks at their pixels."""
+        """Follow channels through an operation on values or pixels, or one that moves channels."""
         key, module = self.network.key(node), self.network.module(node)
         ids = torch.full(self.network.shape(node)[1:2], -1)
         for source, channels in sources.items():
@@ -203,7 +205,7 @@ class Following:
             return torch.arange(self.network.shape(node)[1])
         return self.network.origin(node, source)
 
-    # What the rules are made of
+    # Helpers of the rules
 
     def _new(self, values: Tensor) -> Channels:
         ids = torch.arange(self.count, self.count + len(values))
@@ -222,7 +224,7 @@ class Following:
         self.ties.append(torch.stack([ids, others]))
 
     def _masked(self, name: str) -> Channels:
-        """The channels of a module's mask."""
+        """Return the channels of a module's mask, and note that the mask must be resized."""
         module = self.network.modules[name]
         mask = self._new(module.get_buffer(BUFFER).flatten())
         self._once(f"{name}.{BUFFER}")
@@ -230,7 +232,7 @@ class Following:
         return mask
 
     def _resize(self, node: fx.Node, channels: Channels) -> Channels:
-        """Have a module's tensors resized along their first dimension."""
+        """Note that a module's tensors must be resized along their first dimension."""
         module = self.network.module(node)
         self._once(self.network.name(node))
         names = ("padding",) if isinstance(module, PadChannels) else (*_TENSORS, "keep")
@@ -244,17 +246,20 @@ class Following:
 
 
 def takes(module: Any) -> Tensor:
-    """Return, (outputs, inputs) bool, whether an output takes anything of an input."""
+    """Return whether each output uses each input: bool (outputs, inputs)."""
     return module.weight[..., None].flatten(2).any(2)
 
 
 def total(module: Any) -> Tensor:
-    """Return, (outputs, inputs), what outputs take of inputs that are the same at every pixel."""
+    """Return the factors (outputs, inputs) of inputs that are the same at every pixel."""
     return module.weight.detach()[..., None].flatten(2).sum(2)
 
 
 def foldable(module: nn.Module, values: Tensor) -> Tensor:
-    """Return, (inputs,) bool, whether all that a layer takes of an input is one constant."""
+    """Return whether a layer reads a single constant from each input: bool (inputs,).
+
+    Zero padding adds zeros to an input, so there the constant must be 0.
+    """
     padded = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"
     if padded and module.padding not in ((0, 0), "valid"):
         return values == 0

@@ -20,22 +20,22 @@ from paperlib.extras.compact.channels import CompactError
 from paperlib.extras.compact.network import example_input
 from paperlib.pruning.graph import in_mode
 
-_ENTRY = 128  # bytes, about, that one more tensor takes in a file's header
+_ENTRY = 128  # approximate bytes of a tensor's entry in a file's header
 
 
 def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str, int]:
-    """Return what a network takes: counts of parameters and multiply-adds, and bytes.
+    """Count a network's parameters, multiply-adds and bytes.
 
     Args:
-        model: the network.
-        example: the shape of an input.
+        model: The network.
+        example: The shape of an input.
 
     Returns:
-        parameters and nonzero: all of them, and those other than zero. multiply_adds: of
-        convolutions and dense layers for one image, zeros multiplied like the rest. bytes_dense:
-        of its tensors in a safetensors file. bytes_sparse: of one where a tensor that is smaller so
-        is stored as its values other than zero, in order, and a bitmap of where they are.
-        bytes_gzipped: of the latter, gzipped.
+        parameters: all of them. nonzero: those that are not zero. multiply_adds: those of
+        convolutions, dense layers and attention for one image; zeros count like other values.
+        bytes_dense: the size of a safetensors file of the network's tensors. bytes_sparse: the size
+        of such a file in which a tensor is stored as its nonzero values, in order, and a bitmap of
+        their places, if that is smaller. bytes_gzipped: the size of the latter, gzipped.
     """
     counter = FlopCounterMode(display=False)
     with in_mode(model, False), torch.no_grad(), _attention_in_parts(), counter:
@@ -54,7 +54,7 @@ def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str,
 
 @contextmanager
 def _attention_in_parts() -> Iterator[None]:
-    """Keep attention off PyTorch's fused operations, which cannot be counted."""
+    """Compute attention without PyTorch's fused operations, which cannot be counted."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -70,10 +70,22 @@ def cost_table(
     repeats: int = 20,
     image: Sequence[int] = (3, 32, 32),
 ) -> pd.DataFrame:
-    """Return `cost` and times of several networks, a row each, by name.
+    """Measure the costs and times of several networks on the CPU.
 
-    Columns: those of `cost`, and ms_batch_N for each N of `batches`: median milliseconds a batch on
-    the CPU. The networks are timed in turns, so that a busy machine slows all of them alike.
+    The networks are timed in turns, so a busy machine slows all of them alike.
+
+    Args:
+        networks: Networks by name.
+        batches: The batch sizes to time.
+        repeats: How many times each network is timed at each batch size.
+        image: The shape (channels, height, width) of an image.
+
+    Returns:
+        One row a network, by name. Columns: those of `cost`, and ms_batch_N for each N in
+        `batches`, the median time of a batch in milliseconds.
+
+    Raises:
+        CompactError: A network is not on the CPU.
     """
     table = pd.DataFrame({name: cost(model, (1, *image)) for name, model in networks.items()}).T
     for batch in batches:
@@ -82,7 +94,10 @@ def cost_table(
 
 
 def _encoded(model: nn.Module, sparse: bool = True) -> bytes:
-    """The network's tensors as a safetensors file; its header says how each is stored."""
+    """Return a network's tensors as a safetensors file, with their shapes and types in its header.
+
+    A sparse tensor is stored as NAME:values and NAME:bitmap.
+    """
     stored, entries = {}, {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
@@ -110,4 +125,4 @@ def _latencies(
             start = time.perf_counter()
             network(x)
             times.append(time.perf_counter() - start)
-    return [1000 * statistics.median(times[1:]) for times in seconds]  # the first one warms up
+    return [1000 * statistics.median(times[1:]) for times in seconds]  # the first pass is a warm-up

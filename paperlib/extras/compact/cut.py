@@ -1,4 +1,4 @@
-"""Find the channels that nothing after them uses, and cut them out."""
+"""Find the channels that no later layer uses, and cut them out."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ from paperlib.pruning.operations import NORMS
 
 @torch.no_grad()
 def cut(following: Following) -> None:
-    """Cut a network's layers down to the channels that are noticed, in place."""
+    """Cut a network's layers, in place, down to the channels that later layers use."""
     kept = _kept(following)
-    for layer in following.readers:  # the constants that it reads go into its bias
+    for layer in following.readers:  # constants that a layer reads are added to its bias
         gone, bias = ~kept[layer.reads.ids].to(following.device), layer.module.bias
         shift = total(layer.module)[:, gone] @ layer.reads.values[gone].nan_to_num()
         if shift[kept[layer.writes.ids]].any():
@@ -30,12 +30,12 @@ def cut(following: Following) -> None:
 
 
 def _kept(following: Following) -> Tensor:
-    """Return, by id of channel, whether it stays: bool (count,)."""
+    """Return whether each channel stays: bool (count,), by its id."""
     count = following.count
     pairs = torch.cat([torch.zeros(2, 0), *following.ties], 1).long().numpy()
     graph = coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=(count, count))
     group = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-    readers = []  # which inputs each of its outputs notices, and the groups of both
+    readers = []  # the inputs that each output uses, and the groups of both
     for layer in following.readers:
         notices = takes(layer.module) & ~foldable(layer.module, layer.reads.values)
         readers.append((notices.cpu(), group[layer.reads.ids], group[layer.writes.ids]))
@@ -54,7 +54,7 @@ def _kept(following: Following) -> Tensor:
 
 
 def _shorten(axis: Axis, kept: Tensor) -> None:
-    """Cut a tensor along a dimension, or how many channels are added to what is there."""
+    """Cut a tensor along a dimension, or reduce the number of channels that padding adds."""
     module, name = axis.module, axis.tensor
     tensor: Any = getattr(module, name, None)
     if name == "padding":
@@ -78,7 +78,7 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _fit(module: Any) -> None:
-    """Set the sizes that a layer states of itself to those of its tensors."""
+    """Set the sizes that a layer states to those of its tensors."""
     kind = layer_type(module)
     if kind is nn.Conv2d:
         module.out_channels, inputs = module.weight.shape[:2]

@@ -15,7 +15,7 @@ from paperlib.pruning.layers import parameter_owners, weight_refusal
 from paperlib.pruning.masks import multiply_by_mask
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
 
-TOLERANCE = 1000  # of the output's floating-point resolution, relative to its largest value
+TOLERANCE = 1000  # in floating-point resolutions (eps) of the output's largest value
 
 
 def compact(
@@ -23,23 +23,27 @@ def compact(
     *pruners: FilterPruner | WeightPruner,
     example: Sequence[int] | Tensor = (2, 3, 32, 32),
 ) -> nn.Module:
-    """Return a copy of a pruned network without what pruning has made superfluous.
+    """Return a copy of a pruned network without superfluous channels and neurons.
 
-    In evaluation mode, for images of the example's size, its outputs are the same but for rounding;
-    it can be trained on. A channel or neuron is cut if no layer that reads it would notice: it is
-    zero, or has no weights going out, or is a constant that can be folded into the reader's bias.
-    The channels of a residual stage are cut together or not at all. What cannot be cut exactly
-    stays, masked: so does a constant other than zero that a padded convolution reads, as with
-    `FilterPruner(norm=False)`, and all that a grouped convolution reads and writes. Every layer
-    keeps at least one channel. Forward hooks are not carried over.
+    In evaluation mode, for images of the example's size, the copy's outputs are the same but for
+    rounding. The copy can be trained further. A channel or neuron is cut if it is zero, or has no
+    outgoing weights, or is a constant that can be folded into the biases of its readers. The
+    channels of a residual stage are cut together or not at all.
+
+    A channel that cannot be cut exactly stays, with its zeros and masks. Examples are a constant
+    other than zero that a padded convolution reads, as with `FilterPruner(norm=False)`, and the
+    channels of a grouped convolution that is not depthwise. Every layer keeps at least one channel.
+    Forward hooks are not copied.
 
     Args:
-        model: the network. What is zero in it is all that counts.
-        pruners: those of this network; what they hold at zero is checked to be zero.
-        example: an input, or the shape of one, on which both networks are run and compared.
+        model: The network. Only its zeros decide about the cuts.
+        pruners: Pruners of this network. Everything that they hold at zero must be zero.
+        example: An input, or the shape of one, on which both networks are run and compared.
 
-    Raises CompactError, naming the module, where the network's graph is not understood, and where
-    a parameter is not zero that a pruner holds at zero.
+    Raises:
+        CompactError: The network's graph is not understood, a parameter is not zero although a
+            pruner holds it there, or the network does not run on the example, or the outputs would
+            differ. The message names the module, if there is one.
     """
     _check_parameters(model)
     _check_held(model, pruners)
@@ -105,7 +109,7 @@ def _check_same(expected: object, actual: object) -> None:
     for a, b in zip(_tensors(expected), _tensors(actual), strict=True):
         if a.is_floating_point():
             error, scale = (a - b).abs().max(), a.abs().max()
-            # Written so that outputs that are not finite do not pass.
+            # The negation refuses outputs that are not finite.
             if not error <= TOLERANCE * torch.finfo(a.dtype).eps * scale:
                 raise CompactError(
                     "the compact network would not be the same network: its outputs differ by "
@@ -114,7 +118,7 @@ def _check_same(expected: object, actual: object) -> None:
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
-    """The tensors in a network's output."""
+    """Yield the tensors in a network's output."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple | list | dict):

@@ -254,9 +254,9 @@ def build(
         in_channels: The number of channels of an image.
         width: The factor on the filters of every layer, and on the units of dense layers but the
             last. Positive.
-        dropout: The rate, in [0, 1), or a pair of rates for `conv4` (after each pool, after the
-            first dense layer). The other networks use the second rate only: before the last dense
-            layer, and in `vgg19_bn` before the second one, too.
+        dropout: The rate, in [0, 1): before the last dense layer, in `vgg19_bn` before the second
+            one, too, in `conv4` also after each pool. `conv4` alone takes a pair: the rates after
+            each pool and after the first dense layer.
 
     Raises:
         ValueError: A value is outside its range.
@@ -268,6 +268,8 @@ def build(
     rates = (dropout, dropout) if isinstance(dropout, int | float) else tuple(dropout)
     if len(rates) != 2 or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(f"dropout must be a rate in [0, 1), or a pair of them, got {dropout!r}")
+    if rates[0] != rates[1] and name != "conv4":
+        raise ValueError(f"a pair of dropout rates is for conv4, and {name} got {dropout!r}")
     return MODELS[name](num_classes, in_channels, width, rates)
 
 

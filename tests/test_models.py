@@ -121,7 +121,7 @@ def test_vgg19_computes_what_torchvisions_does():
     [
         ("conv4", 0.25, {0.25}),
         ("conv4", (0.25, 0.5), {0.25, 0.5}),
-        ("vgg11_bn", (0.25, 0.5), {0.5}),
+        ("vgg11_bn", 0.5, {0.5}),
         ("resnet20", 0.5, {0.5}),
         ("vgg19_bn", 0.5, {0.5}),
     ],
@@ -140,6 +140,7 @@ def test_dropout(name, dropout, rates):
         ({"dropout": 1.0}, r"\[0, 1\).*got 1.0"),
         ({"dropout": -0.1}, r"\[0, 1\).*got -0.1"),
         ({"dropout": (0.1, 0.2, 0.3)}, r"pair"),
+        ({"name": "vgg11_bn", "dropout": (0.25, 0.5)}, r"conv4.*vgg11_bn.*\(0.25, 0.5\)"),
     ],
 )
 def test_values_out_of_range(options, message):

@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from paperlib import experiments, plots, stats
+from paperlib.plots.style import MARKERS
 
 METHODS = {
     "No Pruning": "No Pruning",
@@ -279,15 +280,17 @@ def test_colours_can_be_told_apart():
 
 
 def test_a_method_looks_alike_everywhere():
-    """One colour by method; settings of one method differ in line, all of them in marker."""
+    """One colour and first marker by method; all settings of a panel differ in marker."""
     for name in experiments.FIGURES:
         plan = experiments.plan(name, experiments.Scale("paper", seeds=1))
         for _, mine in plan.groupby("network"):
             looks = plots.looks(mine)
             for method, label in mine[["method", "label"]].itertuples(index=False):
                 assert looks[label]["color"] == plots.PALETTE[method]
+            for method, group in mine.groupby("method"):
+                assert looks[group.label.iloc[0]]["marker"] == MARKERS[method]
             if len(looks) <= 8:  # else a line is a method
-                assert len({tuple(look.values()) for look in looks.values()}) == len(looks)
+                assert len({look["marker"] for look in looks.values()}) == len(looks)
 
 
 # Tables and claims

@@ -1,9 +1,10 @@
 """The one look of all figures: colours, line styles, sizes in inches, fonts as in print.
 
 A method has the same colour in all figures, from the colour-blind-safe palette of Okabe and Ito or
-grey. Settings of one method differ in line style, and all settings of a panel in marker.
+grey, and the same marker. Further settings of a method differ in line style and marker.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +29,8 @@ PALETTE = {
     "Yours": "#F0E442",
 }
 LINES = ("-", "--", ":", "-.")
-MARKERS = ("o", "^", "s", "D", "v", "<")
+MARKERS = dict(zip(PALETTE, "osDv<XPp*", strict=True))
+MORE_MARKERS = "^hd>8H"  # of further settings of the methods, in their order
 PANEL = (3.4, 2.7)
 BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 # The label of an axis, by the column that it shows.
@@ -108,17 +110,13 @@ def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
         by: The column that names settings; "method" if a line is a method.
     """
     settings = frame.drop_duplicates([by, "method"])
+    found, more = {}, itertools.cycle(MORE_MARKERS)
     of_method = settings.groupby("method").cumcount()
-    return {
-        label: {
-            "color": PALETTE[method],
-            "linestyle": LINES[nth % len(LINES)],
-            "marker": MARKERS[i % len(MARKERS)],
-        }
-        for i, (label, method, nth) in enumerate(
-            zip(settings[by], settings.method, of_method, strict=True)
-        )
-    }
+    for label, method, nth in zip(settings[by], settings.method, of_method, strict=True):
+        marker = next(more) if nth else MARKERS[method]
+        line = LINES[nth % len(LINES)]
+        found[label] = {"color": PALETTE[method], "linestyle": line, "marker": marker}
+    return found
 
 
 def focus(ax: Axes, values: Iterable[float]) -> None:

@@ -1,7 +1,8 @@
 """The one look of all figures: colours, line styles, sizes in inches, fonts as in print.
 
-A method has the same colour in all figures, from the colour-blind-safe palette of Okabe and Ito or
-grey, and the same marker. Further settings of a method differ in line style and marker.
+A method has the same colour and marker in all figures; further settings of it differ in line style
+and marker. Colours are from the colour-blind-safe palettes of Okabe and Ito and, for a method of
+the user's, of Tol; Scratch is grey.
 """
 
 import itertools
@@ -26,7 +27,7 @@ PALETTE = {
     "Zeroing": "#CC79A7",
     "Gaussian": "#56B4E9",
     "Dropout": "#E69F00",
-    "Yours": "#F0E442",
+    "Yours": "#882255",
 }
 LINES = ("-", "--", ":", "-.")
 MARKERS = dict(zip(PALETTE, "osDv<XPp*", strict=True))
@@ -36,6 +37,7 @@ BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha
 # The label of an axis, by the column that it shows.
 NAMES = {
     "mean_stability": "mean stability (%)",
+    "recalibrated_stability": "mean stability, recalibrated (%)",
     "best_accuracy": "best test accuracy (%)",
     "accuracy": "test accuracy near the end (%)",
     "gap": "generalization gap (points)",
@@ -46,6 +48,7 @@ NAMES = {
     "epoch": "epoch",
     "events": "pruning events",
     "parameters": "parameters left",
+    "pre": "test accuracy (%)",
     "post": "test accuracy (%)",
     "stability": "stability of an event (%)",
     "rate": "iterative pruning rate (%)",

@@ -179,8 +179,9 @@ def recalibrated(
 ) -> float:
     """Return the test accuracy with batch norm's running statistics taken anew.
 
-    They are taken from the first `RECALIBRATION_IMAGES` training images, without augmentation. A
-    last batch of one image is left out, because some batch norms cannot train on it.
+    They are taken from the first `RECALIBRATION_IMAGES` training images, without augmentation, in a
+    fixed random order: a batch of one class would have statistics of its own. A last batch of one
+    image is left out, because some batch norms cannot train on it.
 
     Args:
         model: A replica of the run's network. Its statistics are replaced.
@@ -194,7 +195,9 @@ def recalibrated(
     """
     if not batch_norms(model):
         return math.nan
-    batches = list(train.first(RECALIBRATION_IMAGES)[0].split(RECALIBRATION_BATCH))
+    images, _ = train.first(RECALIBRATION_IMAGES)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    batches = list(images[order.to(images.device)].split(RECALIBRATION_BATCH))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches.pop()
     with loop.kernels(model):

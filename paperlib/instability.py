@@ -32,15 +32,13 @@ def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
     Args:
         epochs: Columns: run; epoch, 0-based; trained, False for the epoch that scratch pruning
             takes; train_accuracy; pre and post, test accuracy before and after the epoch's event;
-            removed, the filters or weights pruned at its end, 0 without an event; seconds; and,
-            if it was measured, recalibrated, test accuracy after the event with batch norms'
-            statistics taken anew. All accuracies are in percent.
+            removed, the filters or weights pruned at its end, 0 without an event; seconds. All
+            accuracies are in percent.
 
     Returns:
         Columns: run; events, the number of events in trained epochs; mean_stability over them, in
-        percent, 100 without any; recalibrated_stability, the same with recalibrated in place of
-        post, NaN if it was not measured; accuracy, the primary outcome, which is the mean post of
-        the three trained epochs before the last trained one, NaN if fewer than four were trained;
+        percent, 100 without any; accuracy, the primary outcome, which is the mean post of the three
+        trained epochs before the last trained one, NaN if fewer than four were trained;
         best_accuracy, the highest post of a trained epoch from the last event on; best_epoch, the
         first epoch that reaches it; gap, train minus test accuracy there; last_accuracy, the last
         post; seconds, the sum.
@@ -48,9 +46,7 @@ def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
     frame = epochs.sort_values(["run", "epoch"], ignore_index=True)
     event = frame.trained & (frame.removed > 0)
     events = frame[event]
-    recalibrated = stability(events.pre, events.get("recalibrated", np.nan))
-    both = {"stability": stability(events.pre, events.post), "recalibrated": recalibrated}
-    by_run = events.assign(**both).groupby("run")
+    by_run = events.assign(stability=stability(events.pre, events.post)).groupby("run")
     last_event = frame.run.map(by_run.epoch.max()).fillna(-1)
     eligible = frame[frame.trained & (frame.epoch >= last_event)]
     from_end = frame.trained[::-1].groupby(frame.run[::-1]).cumsum()  # 1 at the last trained epoch
@@ -60,8 +56,7 @@ def summarize(epochs: pd.DataFrame) -> pd.DataFrame:
     out = pd.DataFrame(index=pd.Index(frame.run.unique(), name="run"))
     out["events"] = by_run.size().reindex(out.index, fill_value=0)
     out["mean_stability"] = by_run.stability.mean().reindex(out.index)
-    out["recalibrated_stability"] = by_run.recalibrated.mean().reindex(out.index)
-    out.loc[out.events == 0, ["mean_stability", "recalibrated_stability"]] = 100.0
+    out.loc[out.events == 0, "mean_stability"] = 100.0
     out["accuracy"] = outcome.mean().where(outcome.size() == OUTCOME_EPOCHS)
     out["best_accuracy"] = best.post
     out["best_epoch"] = best.epoch

@@ -303,12 +303,14 @@ class Run:
         Returns:
             How many filters or weights were removed, and the columns `BESIDE`. If some were
             removed, these are the loss on training images before and after, and the test accuracy
-            with recalibrated batch norms.
+            with recalibrated batch norms. With noise they stay NaN: it acts on the passes to come,
+            which these measurements must not take.
         """
         removed, beside = 0, dict.fromkeys(BESIDE, math.nan)
         with_images = self.loop, self.train, self.evaluation_batch
         if event := self.events.get(epoch):
-            pre_loss = diagnostics.training_loss(self.replica(), *with_images)
+            if self.noise is None:
+                beside["pre_loss"] = diagnostics.training_loss(self.replica(), *with_images)
             chooser = self.pruner if self.noise is None else self.noise.pruner
             _reseed(chooser, self.config.seed, "filters", epoch)
             if epoch == min(self.events):
@@ -319,9 +321,10 @@ class Run:
         last = epoch == self.config.epochs - 1
         if self.noise is not None and last:
             self.noise.remove()
-        if removed:
+        if not removed:
+            beside["pre_loss"] = math.nan
+        elif self.noise is None:
             replica = self.replica()
-            beside["pre_loss"] = pre_loss
             beside["post_loss"] = diagnostics.training_loss(replica, *with_images)
             beside["recalibrated"] = diagnostics.recalibrated(replica, *with_images, self.test)
         if last:

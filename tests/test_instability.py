@@ -53,12 +53,6 @@ SUMMARIES = {
         epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 80], removed=[0, 3, 0, 1, 0]),
         {"events": 2, "mean_stability": 75},
     ),
-    "stability after recalibration": (
-        epochs([40, 60, 70], pre=[50, 80, 70], removed=[1, 2, 0]).assign(
-            recalibrated=[45.0, 80.0, math.nan]
-        ),
-        {"mean_stability": (80 + 75) / 2, "recalibrated_stability": (90 + 100) / 2},
-    ),
     "the best counts from the last event on": (
         epochs([95, 90, 60, 70, 75, 74], pre=[95, 99, 98, 70, 75, 74], removed=[0, 2, 4, 0, 0, 0]),
         {"best_accuracy": 75, "best_epoch": 4},

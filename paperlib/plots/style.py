@@ -37,7 +37,6 @@ BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha
 # The label of an axis, by the column that it shows.
 NAMES = {
     "mean_stability": "mean stability (%)",
-    "recalibrated_stability": "mean stability, recalibrated (%)",
     "best_accuracy": "best test accuracy (%)",
     "accuracy": "test accuracy near the end (%)",
     "gap": "generalization gap (points)",

@@ -79,11 +79,17 @@ def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> Claim
     Returns:
         The claim, with gates, contrasts and a verdict. Two seeds are enough only for a clear
         difference.
+
+    Raises:
+        ValueError: The plan lacks "none", or two other settings.
     """
+    names = list(plan.setting.unique())
+    if UNPRUNED not in names or len(names) < 3:
+        raise ValueError(f"a verdict needs {UNPRUNED!r} and two other settings, got {names}")
     columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
     frame = plan.merge(runs[columns].drop_duplicates("run"), "left", on="run")
     frame = frame.assign(figure=FIGURE, done=frame.accuracy.notna(), finite=True)
     rule = Yours()
     rule.network = plan.network.iloc[0]
-    rule.compared = [name for name in frame.setting.unique() if name != UNPRUNED]
+    rule.compared = [name for name in names if name != UNPRUNED]
     return rule.judge(frame, gates.evaluate(frame, epochs), secondary=False)

@@ -106,7 +106,7 @@ def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     at = PROFILES[scale.profile]
     rows = []
     for setting in scale.settings(shown):
-        config = at.scale(setting, scale.data, scale.precision)
+        config = _scaled(name, setting, scale)
         about = {
             "network": setting.network,
             "method": setting.method,
@@ -123,6 +123,13 @@ def plan(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     same = frame.config.map(lambda c: c.with_(flatness=None, histograms=False).identity)
     return frame[~same.duplicated()].reset_index(drop=True)
+
+
+def _scaled(name: str, setting: Setting, scale: Scale) -> Config:
+    """Return the configuration of a figure's setting at a scale."""
+    at = PROFILES[scale.profile]
+    config = at.scale(setting, scale.data, scale.precision)
+    return config.with_(flatness=None, histograms=False) if name in at.alone else config
 
 
 def queue(scale: Scale | str = "small", names: Iterable[str] = ()) -> list[Config]:
@@ -213,7 +220,7 @@ def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
     for side in (Scale("paper"), scale):
         at, rows = PROFILES[side.profile], []
         for setting in settings:
-            config = at.scale(setting, side.data, side.precision)
+            config = _scaled(name, setting, side)
             rows.append(_described(config, len(at.seeds_of(shown, setting, side.seeds))))
         columns[side.profile] = pd.DataFrame(rows, index=index)
     both = pd.concat(columns, axis=1).swaplevel(axis=1)

@@ -38,6 +38,8 @@ class Profile:
         choosing: The number of a setting's choosing seeds; None takes all.
         left_out: Settings that this scale does not show, as (network, name) pairs.
         flatness: The measurement of flatness, for settings that have one.
+        alone: Figures that measure nothing beside accuracy, and so share no run with figures that
+            do: those runs were made on another device (docs/evidence.md, amendments).
     """
 
     name: str
@@ -53,6 +55,7 @@ class Profile:
     choosing: int | None = None
     left_out: frozenset[tuple[str, str]] = frozenset()
     flatness: Flatness | None = None
+    alone: frozenset[str] = frozenset()
 
     def shown(self, figure: Figure) -> tuple[Setting, ...]:
         """Return the settings of a figure that this scale shows."""
@@ -199,6 +202,7 @@ PROFILES = {
                 step=0.005,
                 test_images=2000,
             ),
+            alone=frozenset(("figure-3", "figure-5", "figure-C1", "figure-C2", "figure-D2")),
         ),
         Profile("paper"),
     )

@@ -171,6 +171,22 @@ def test_the_first_verdict_that_applies(means, how, expected):
     assert verdicts.verdict([difference(mean, **how) for mean in means], 0.5) == expected
 
 
+@pytest.mark.parametrize("mean", [0.5, -0.5, 0.0])
+def test_equal_differences_show_no_deviation(mean):
+    contrast = verdicts.paired("a - b", pd.Series([mean, mean]))
+    assert verdicts.verdict([contrast], 0.5) == "undecided"
+    assert math.isnan(contrast.p)
+
+
+def test_the_interval_that_decides_is_noted():
+    """For equivalence that is 90%, and not the 95% that stands beside it."""
+    differences = 0.2 + spread(0.3)
+    low, high = scipy_stats.ttest_1samp(differences, 0).confidence_interval(0.90)
+    contrast = verdicts.paired("a - b", differences, region=(-1, 1))
+    assert f"90% interval [{low:+.2f}, {high:+.2f}]" in contrast.note
+    assert "p against -0.5" in difference(0.2, region=(-0.5, math.inf)).note
+
+
 @pytest.mark.parametrize(("lost", "expected"), [(1, "supported"), (2, "undecided")])
 def test_more_than_one_pair_in_ten_dropped_decides_nothing(lost, expected):
     runs = conv4_runs(large=82 + WOBBLE)
@@ -197,6 +213,8 @@ def test_power_of_two_contrasts_counts_that_they_go_together():
     single, same, apart = (verdicts.power(c, 20_000) for c in (pairs[:1], pairs[:2], pairs[1:]))
     assert same == pytest.approx(single, abs=0.012)
     assert apart == pytest.approx(single**2, abs=0.012)
+    premise = replace(pairs[1], kind="premise")
+    assert verdicts.power([premise, pairs[2]], 20_000) == pytest.approx(single**2, abs=0.012)
 
 
 # Whether a claim is judged at all
@@ -254,7 +272,7 @@ ONE_AT_CHANCE = np.where(np.arange(N), 82 + WOBBLE, 10)
         ("T1", t1_runs(**L40, none=81.9), "undecided"),
         ("T1", t1_runs(**L40, none=84.0), "mixed"),
         ("T1", t1_runs(**L40, none=84.0, s4=84.0), "contradicted"),
-        ("T1", t1_runs(), "negligible"),
+        ("T1", t1_runs(l40=80 + 0.1 * WOBBLE), "negligible"),
         ("T3", t3_runs(81, 81), "supported"),
         ("T3", t3_runs(81, 80), "undecided"),
         ("T3", t3_runs(81, 79), "mixed"),
@@ -288,7 +306,7 @@ def test_verdicts_of_each_claim(name, runs, verdict):
 
 def test_t1_goes_by_stability_as_measured():
     """Whatever the settings are called: here S 13% is least and L 13% most stable."""
-    stability = {"smallest 40": 94 + WOBBLE, "largest 40": 99.5 + WOBBLE, "smallest 4": 97.0}
+    stability = {"smallest 40": 94 - WOBBLE, "largest 40": 99.5 + WOBBLE, "smallest 4": 97.0}
     claim = judged("T1", t1_runs(s40=82 + WOBBLE, l40=80.5, stability=stability))
     assert [c.name for c in contrasts(claim)] == ["SMALLEST 40 - LARGEST 40", "SMALLEST 40 - NONE"]
     assert claim.verdict == "supported"
@@ -301,7 +319,8 @@ def test_t1_needs_stabilities_that_differ():
     claim = judged("T1", t1_runs(l40=82 + WOBBLE, stability=same))
     assert (claim.verdict, claim.contrasts) == ("not testable", ())
     assert [(gate.gate, gate.passed) for gate in claim.gates] == [("G5", False)]
-    claim = judged("T1", t1_runs(l40=82 + WOBBLE, stability={"smallest 40": 99 - WOBBLE}))
+    apart = {"smallest 40": 99 - WOBBLE, "largest 40": 94 + 0.5 * WOBBLE}
+    claim = judged("T1", t1_runs(l40=82 + WOBBLE, stability=apart))
     noted = [c.name for c in contrasts(claim, "secondary") if "G5" in c.note]
     assert noted in (["SMALLEST 40 - SMALLEST 4"], ["SMALLEST 4 - SMALLEST 40"])
 
@@ -474,6 +493,9 @@ def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):
     assert (r3.name, r3.verdict) == ("R3", claim.verdict)
     assert claims.to_dict(r3)["contrasts"] == claims.to_dict(claim)["contrasts"]
     assert any("84.9" in note for note in r3.notes)
+    lost = runs.assign(finite=~((runs.setting == best) & runs.choosing))
+    (contrast,) = contrasts(judged("R2", lost))
+    assert contrast.name != f"LARGEST 0.9 - {best.upper()}"
 
 
 # Frames, JSON and the store

@@ -461,3 +461,13 @@ def test_tables_show_steps_and_doses(name, setting, between, after, dose):
         mine = row.xs(side, level=1)
         assert [mine["steps between events"], mine["steps after the last event"]] == expected[:2]
         assert dose is None or mine["dose (filters an event, last layer)"] == expected[2]
+
+
+@pytest.mark.parametrize(("profile", "shared"), [("small", False), ("demo", True)])
+@pytest.mark.parametrize("name", ["figure-3", "figure-5", "figure-D2"])
+def test_figures_that_stand_alone(name, profile, shared):
+    """At small, the runs of Figure 2 that others could share were made on another device."""
+    mine, measured = experiments.plan(name, profile), experiments.plan("figure-2", profile)
+    assert bool(set(mine.run) & set(measured.run)) == shared
+    plain = {c.with_(flatness=None, histograms=False).identity for c in measured.config}
+    assert set(mine.run if not shared else ()) & plain or shared

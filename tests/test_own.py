@@ -73,6 +73,13 @@ def test_a_network_that_does_not_learn_cannot_be_judged(plan):
     assert {gate.gate for gate in claim.gates if gate.passed is False} == {"G1", "G2", "G3"}
 
 
+def test_a_plan_without_comparison_is_refused(plan):
+    found = measured(plan, 0.5)
+    for few in (plan[plan.setting != "none"], plan[plan.setting.isin(["none", "yours"])]):
+        with pytest.raises(ValueError, match="'none'"):
+            own.judge(few, *found)
+
+
 def test_a_run_that_is_missing_leaves_no_verdict(plan):
     epochs, runs = measured(plan, 0.5)
     claim = own.judge(plan, epochs, runs[1:])

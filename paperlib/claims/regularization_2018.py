@@ -50,7 +50,9 @@ class R2(Rule):
         chosen = {s: part.values(s, "accuracy", choosing=True) for s in DROPOUTS}
         if any(accuracies.empty for accuracies in chosen.values()):
             yield part.lacks("", "the profile has no seeds to choose the dropout by")
-        best = max(DROPOUTS, key=lambda setting: np.nan_to_num(chosen[setting].mean().round(9)))
+        best = max(
+            DROPOUTS, key=lambda setting: np.nan_to_num(round(float(chosen[setting].mean()), 9))
+        )
         yield f"dropout at its best: {part.labels[best]}"
         for kind, outcome in OUTCOMES.items():
             yield part.contrast(LARGE, best, outcome, kind)

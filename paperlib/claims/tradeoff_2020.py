@@ -158,7 +158,10 @@ def _together(networks: Sequence[Part], column: str, kind: Kind) -> list[Contras
     fitted, between, i_squared = stats.random_effects(effects, variances)
     name = f"{len(used)} networks together: less - more stable"
     counts = sum(c.n for c in used), sum(c.registered for c in each)
-    note = f"I squared {i_squared:.0f}%, tau {between**0.5:.2f} points"
+    plain = float(stats.fitted_mean(np.array(effects)).p())
+    note = (
+        f"I squared {i_squared:.0f}%, tau {between**0.5:.2f} points, plain t test p = {plain:.2g}"
+    )
     return [Contrast(name, kind, column, fitted, *counts, p=float(fitted.p()), note=note), *each]
 
 

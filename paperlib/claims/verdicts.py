@@ -154,12 +154,18 @@ def paired(
         pairs["covariate"] = covariate
     there, *beside = pairs.dropna().to_numpy().T
     fitted = stats.fitted_intercept(there, *beside) if beside else stats.fitted_mean(there)
+    if fitted.error == 0:  # equal differences, as of few images: they show no deviation
+        fitted = fitted._replace(error=math.nan)
     contrast = Contrast(
         name, kind, outcome, fitted, len(there), len(pairs), region, note=note, pairs=pairs
     )
     null = contrast.null
     flipped = math.nan if beside else stats.sign_flip(there - null)
-    return replace(contrast, p=float(fitted.p(null)), sign_flip=flipped)
+    if region not in (ABOVE, BELOW):
+        (low, high), (least, most) = fitted.interval(contrast.level), region
+        note = f"{contrast.level:.0%} interval [{low:+.2f}, {high:+.2f}] to lie above {least:g}"
+        note += f", p against {null:g}" if most == math.inf else f" and below {most:g}"
+    return replace(contrast, p=float(fitted.p(null)), sign_flip=flipped, note=note)
 
 
 def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
@@ -185,8 +191,8 @@ def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
 def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
     """Return the chance that paired contrasts support their claim if each has its true `effect`.
 
-    Differences are drawn with seed 0 from a normal distribution with the covariance observed.
-    Covariates stay as they are, and explain nothing.
+    Differences are drawn with seed 0 from a normal distribution with the covariance observed. A
+    premise has to hold, too. Covariates stay as they are, and explain nothing.
 
     Args:
         contrasts: The claim's contrasts. Adjusted ones, if any, are in the order of the co-primary
@@ -196,7 +202,7 @@ def power(contrasts: Sequence[Contrast], draws: int = POWER_DRAWS) -> float:
     Returns:
         The chance, or NaN for fewer than 2 complete pairs.
     """
-    primary = [c for c in contrasts if c.kind == "co-primary"]
+    primary = [c for c in contrasts if c.kind in ("co-primary", "premise")]
     adjusted = [c for c in contrasts if c.kind == "adjusted"]
     columns = [c.pairs.difference for c in primary] + [c.pairs.covariate for c in adjusted]
     pairs = pd.concat(columns, axis=1, join="inner").dropna().to_numpy()

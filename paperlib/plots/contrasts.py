@@ -67,7 +67,8 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
         for row in group[group.kind.notna()].itertuples():
             y = len(names)
             if math.isnan(row.low):
-                words = f"{row.estimate:.2f}, p = {p_value(row.p)} by permutation"
+                tested = "" if math.isnan(row.p) else f", p = {p_value(row.p)} by permutation"
+                words = f"{row.estimate:.2f}{tested}"
                 ax.annotate(words, (0, y), ha="center", va="center", fontsize=7, bbox=BEHIND_TEXT)
             else:
                 _interval(ax, y, row.estimate, row.low, row.high, color)

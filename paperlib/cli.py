@@ -164,6 +164,9 @@ def _execute(
 @cli.command("sweep")
 @of_figures("small")
 @options(EXECUTION)
+@click.option(
+    "--retrain-changed", is_flag=True, help="in place of a record here of other images, too"
+)
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
     """Train the missing runs of figures: NAME ... in that order, or all in the order of worth."""
     configs = experiments.queue(Scale(**asked), names)

@@ -67,6 +67,7 @@ def execute(
     jobs: int | None = None,
     *,
     retry_failed: bool = False,
+    retrain_changed: bool = False,
     per_device: int | None = None,
     send_back: bool = False,
     fast: bool = False,
@@ -83,6 +84,8 @@ def execute(
         device: As for `devices.choose_device`.
         jobs: The number of local processes; by default one a core, or one a GPU.
         retry_failed: Also run those that failed before.
+        retrain_changed: Also run those whose record in the store itself, not in results/, was made
+            with other data or code. It is removed when all runs can begin. Not for `send_back`.
         per_device: Runs in parallel in each process on a GPU. Elsewhere it is the number of
             processes, if `jobs` is None.
         send_back: Workers keep a store of their own and send the records.
@@ -102,9 +105,15 @@ def execute(
     """
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)
-    if changed := [state.why for state in found if state.state == "changed"]:
-        raise StoreError("\n".join(changed))
-    todo = [s for s in found if s.state in TO_RUN or (s.state == "failed" and retry_failed)]
+    changed = [state for state in found if state.state == "changed"]
+    removable = set[str]()
+    if retrain_changed and not send_back:
+        beneath = Store(store.path / "no records", store.results)
+        removable = set(store.own()) - set(beneath.identities())
+    if refused := [state.why for state in changed if state.run not in removable]:
+        raise StoreError("\n".join(refused))
+    again = {"changed"} | ({"failed"} if retry_failed else set())
+    todo = [state for state in found if state.state in again.union(TO_RUN)]
     failed = [_line(s, s.why) for s in found if s.state == "failed" and not retry_failed]
     done = 0
     if todo:
@@ -118,6 +127,8 @@ def execute(
         task = partial(train, path, store.results, device, together, fast, until)
         work = _Sweep(todo, store, task, together, measured)
         with nullcontext(executor) if executor else workers.Processes(devices) as used:
+            for state in changed:
+                store.remove(state.run)
             work.run(used, len(devices))
         done, failed = len(todo) - len(work.left), [*work.failed, *failed]
     if failed:

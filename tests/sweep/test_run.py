@@ -20,7 +20,7 @@ from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.sweep import SweepError, workers
 from paperlib.sweep.states import State, forecast, seconds, speeds
 from tests import small
-from tests.store.helpers import file, record
+from tests.store.helpers import exported, file, record
 
 QUICK = small.VGG.with_(model="conv4", epochs=2, batch=32, pruning=FilterPruning((0.5,), ((0, 1),)))
 DIVERGING = QUICK.with_(optimizer="sgd", learning_rate=1e30, seed=5)
@@ -318,8 +318,8 @@ def test_the_end_of_a_sweep_half_way(store, tmp_path, send, number):
     assert len(store.identities()) == len(store.runs()) == 1
 
 
-def test_records_of_other_data_or_folders(store, tmp_path):
-    """They stop a sweep before anything is run, and count as neither done nor missing."""
+def test_records_of_other_data_or_folders(store, tmp_path, threads):
+    """They stop a sweep before anything is run, and are replaced only if that is asked for."""
     known = record(QUICK, data="0" * 32)
     store.write(known)
     alike = [QUICK.with_(data=f"images:{tmp_path / place / 'photos'}") for place in "ab"]
@@ -332,4 +332,13 @@ def test_records_of_other_data_or_folders(store, tmp_path):
                 use(configs, store)
     with pytest.raises(StoreError, match="photos"):
         sweep.collect(alike, store)
+    with pytest.raises(ValueError, match=str(tmp_path / "b")):  # nothing to train on
+        sweep.execute([QUICK, alike[1]], store, threads, retrain_changed=True)
     assert len(store.own()) == 2
+    assert store.read(QUICK.identity).same_numbers(known)
+    with pytest.raises(StoreError, match=QUICK.identity):  # in the read-only layer
+        below = Store(store.path, exported(store, tmp_path / "other").results)
+        sweep.execute([QUICK], below, threads, retrain_changed=True)
+    assert sweep.execute([QUICK], store, threads, retrain_changed=True) == 1
+    assert len(store.read(QUICK).epochs) == QUICK.epochs
+    assert sweep.execute([QUICK], store, threads, retrain_changed=True) == 0

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from paperlib.config import Config
+from paperlib.config import Config, FilterPruning
 from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.store import checkpoints
 from paperlib.store.checkpoints import Stopped
@@ -100,7 +100,8 @@ def execute(
         SweepError: Runs failed, now or before. The others were done, unless the time was up or
             workers died `DEATHS` times in a row.
         StoreError: The store cannot be written, or has records of other data or code.
-        ValueError: Data cannot be loaded, or a named function differs from the one in its file.
+        ValueError: Data cannot be loaded; or a named function differs from the one in its file,
+            cannot be found, or does not work.
         workers.WorkersError: Worker processes cannot start.
     """
     until = math.inf if minutes is None else time.time() + 60 * minutes
@@ -127,6 +128,7 @@ def execute(
         task = partial(train, path, store.results, device, together, fast, until)
         work = _Sweep(todo, store, task, together, measured)
         with nullcontext(executor) if executor else workers.Processes(devices) as used:
+            _try_named(todo, used)
             for state in changed:
                 store.remove(state.run)
             work.run(used, len(devices))
@@ -151,6 +153,51 @@ def _prepare(todo: Sequence[State], store: Store, send_back: bool) -> None:
 
         for spec in specs:
             data.load(spec, store.path / "data")
+
+
+def _try_named(todo: Sequence[State], executor: Executor) -> None:
+    """Raise ValueError if a network or score of the user's does not work.
+
+    They are tried in a worker, because a module that this process has imported is not read again
+    when its file is edited.
+    """
+    named = {(s.config.model, s.config.pruning): s.config for s in todo if _names(s.config)}
+    try:
+        error = executor.submit(_first_error, list(named.values())).result() if named else None
+    except Exception as death:
+        if not workers.is_death(death):
+            raise
+        error = None  # the run itself will show whether it kills its process
+    if error:
+        raise ValueError(error)
+
+
+def _names(config: Config) -> bool:
+    return ":" in config.model + getattr(config.pruning, "score", "")
+
+
+def _first_error(configs: Sequence[Config]) -> str | None:
+    """Build each run's network, and prune it once if the score is the user's."""
+    import torch
+
+    from paperlib.extras.fast.together import is_fatal
+    from paperlib.networks import build, make_pruner
+    from paperlib.streams import seeded
+
+    for config in configs:
+        try:
+            model = build(config)
+            pruner = make_pruner(config, model)
+            if isinstance(config.pruning, FilterPruning) and ":" in config.pruning.score:
+                with seeded(config.seed, "check"):
+                    for parameter in model.parameters():  # as after a training batch
+                        parameter.grad = torch.randn_like(parameter)
+                getattr(pruner, "pruner", pruner).prune(1, 1)
+        except Exception as error:  # of any kind: the user's code runs
+            if is_fatal(error):
+                raise workers.WorkerDied(str(error)) from error
+            return f"{config.title}: {type(error).__name__}: {error}"
+    return None
 
 
 class _Sweep:

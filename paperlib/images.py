@@ -203,10 +203,11 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
                 bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
                 return np.stack(3 * [(np.asarray(image) >> (bits - 8)).astype(np.uint8)])
             if mode not in ("I", "F"):
+                shown: Image.Image = image
                 if mode.upper().endswith("A") or "transparency" in image.info:
                     black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-                    image = Image.alpha_composite(black, image.convert("RGBA"))
-                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+                    shown = Image.alpha_composite(black, image.convert("RGBA"))
+                return np.asarray(shown.convert("RGB")).transpose(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise all sorts
         reason = str(error).partition(" <")[0]  # without the address of a buffer
         raise DataError(f"{name} cannot be decoded as an image ({reason})") from error

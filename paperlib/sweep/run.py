@@ -73,9 +73,7 @@ def execute(
     fast: bool = False,
     minutes: float | None = None,
 ) -> int:
-    """Execute the runs that a store lacks, in the order given.
-
-    Ctrl-C keeps finished runs and checkpoints.
+    """Execute the runs that a store lacks, in this order; return how many were done.
 
     Args:
         configs: The configurations.
@@ -90,31 +88,21 @@ def execute(
             processes, if `jobs` is None.
         send_back: Workers keep a store of their own and send the records.
         fast: As for `training.run`.
-        minutes: The time limit. A run does not begin if, by the speeds so far, it would end later.
+        minutes: The time limit. A run begins only if it would end in time, by the speeds so far.
             When the time is up, runs stop with a checkpoint.
 
-    Returns:
-        The number of runs done.
-
     Raises:
-        SweepError: Runs failed, now or before. The others were done, unless the time was up or
-            workers died `DEATHS` times in a row.
+        KeyboardInterrupt: Finished runs and checkpoints are kept.
+        SweepError: Runs failed, now or before (the others were done), or workers die in a row.
         StoreError: The store cannot be written, or has records of other data or code.
-        ValueError: Data cannot be loaded; or a named function differs from the one in its file,
-            cannot be found, or does not work.
+        ValueError: Data cannot be loaded, or a named function differs from its file or fails.
         workers.WorkersError: Worker processes cannot start.
     """
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)
-    changed = [state for state in found if state.state == "changed"]
-    removable = set[str]()
-    if retrain_changed and not send_back:
-        beneath = Store(store.path / "no records", store.results)
-        removable = set(store.own()) - set(beneath.identities())
-    if refused := [state.why for state in changed if state.run not in removable]:
-        raise StoreError("\n".join(refused))
-    again = {"changed"} | ({"failed"} if retry_failed else set())
-    todo = [state for state in found if state.state in again.union(TO_RUN)]
+    _check_changed(found, store, retrain_changed and not send_back)
+    again = {*TO_RUN, "changed"} | ({"failed"} if retry_failed else set())
+    todo = [state for state in found if state.state in again]
     failed = [_line(s, s.why) for s in found if s.state == "failed" and not retry_failed]
     done = 0
     if todo:
@@ -122,15 +110,10 @@ def execute(
         if executor is None:
             devices, together = workers.devices(device, jobs, per_device, len(todo))
         _prepare(todo, store, send_back)
-        measured = speeds(store, device)
-        tqdm.write(forecast(todo, len(devices) * together, measured), file=sys.stderr)
         path = None if send_back else store.path.absolute()
         task = partial(train, path, store.results, device, together, fast, until)
-        work = _Sweep(todo, store, task, together, measured)
+        work = _Sweep(todo, store, task, together, speeds(store, device))
         with nullcontext(executor) if executor else workers.Processes(devices) as used:
-            _try_named(todo, used)
-            for state in changed:
-                store.remove(state.run)
             work.run(used, len(devices))
         done, failed = len(todo) - len(work.left), [*work.failed, *failed]
     if failed:
@@ -140,6 +123,15 @@ def execute(
 
 def _line(state: State, why: Exception | str) -> str:
     return f"  {state.config.title}: {why or type(why).__name__}"
+
+
+def _check_changed(found: Sequence[State], store: Store, removable: bool) -> None:
+    """Raise StoreError if records of other data or code may not be removed."""
+    beneath = set(Store(store.path / "no records", store.results).identities())
+    fixed = beneath if removable else {state.run for state in found}
+    changed = [state for state in found if state.state == "changed"]
+    if refused := [state.why for state in changed if state.run in fixed]:
+        raise StoreError("\n".join(refused))
 
 
 def _prepare(todo: Sequence[State], store: Store, send_back: bool) -> None:
@@ -222,6 +214,12 @@ class _Sweep:
     def run(self, executor: Executor, processes: int) -> None:
         """Work until each run is done, here or elsewhere, or has failed, or the time is up."""
         self.executor = executor
+        told = forecast(self.todo, processes * self.together, self.measured)
+        tqdm.write(told, file=sys.stderr)
+        _try_named(self.todo, executor)
+        for state in self.todo:
+            if state.state == "changed":
+                self.store.remove(state.run)
         count = processes if self.together > 1 else len(self.todo)
         try:
             with tqdm(total=sum(s.left for s in self.todo), unit=" epochs") as self.bar:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -21,10 +22,20 @@ FAILED, WRONG = 1, 2  # exit codes: a run, notebook or record failed; the comman
 Asked = dict[str, Any]
 Names = tuple[str, ...]
 
+
+def _store(context: click.Context, option: click.Parameter, path: str | None) -> runs.Store:
+    """Return the store at a path, or the default one; refuse what is there and no open folder."""
+    store = runs.Store(path)
+    readable = store.path.is_dir() and os.access(store.path, os.R_OK | os.X_OK)
+    if store.path.exists() and not readable:
+        raise runs.StoreError(f"the run store {store.path} is not a folder that can be read")
+    return store
+
+
 STORE = click.option(
     *("--runs", "store"),
     metavar="DIR",
-    callback=lambda context, option, path: runs.Store(path),
+    callback=_store,
     help="the run store  [default: runs]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="as JSON")
@@ -164,6 +175,9 @@ def _execute(
 @cli.command("sweep")
 @of_figures("small")
 @options(EXECUTION)
+@click.option(
+    "--retrain-changed", is_flag=True, help="in place of a record here of other images, too"
+)
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
     """Train the missing runs of figures: NAME ... in that order, or all in the order of worth."""
     configs = experiments.queue(Scale(**asked), names)
@@ -303,6 +317,8 @@ def import_command(sources: tuple[str, ...], store: runs.Store) -> None:
 @STORE
 def clean_command(yes: bool, store: runs.Store) -> None:
     """Remove records that no setting refers to, and leftovers of unfinished or failed runs."""
+    if not store.path.is_dir():
+        raise runs.StoreError(f"there is no run store {store.path}")
     unused = archive.leftovers(store, plans.is_setting)
     for path in unused:
         click.echo(path.relative_to(store.path))

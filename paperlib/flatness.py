@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,14 @@ def hessian_spectrum(
         lanczos.ConvergenceError: 20 k + 200 Hessian-vector products are not enough.
     """
     loss = Loss(model, images, labels, held, chunk)
+    most = len(loss.free)
+    if not (isinstance(k, Integral) and 1 <= k <= most):
+        raise ValueError(f"k must be an integer within 1 and {most} free parameters, got {k!r}")
+    if not (isinstance(tol, Real) and tol > 0):
+        raise ValueError(f"tol must be a positive number, got {tol!r}")
     product, like = hessian_operator(loss), loss.like
     values, vectors, _ = leading_eigenpairs(
-        product, len(loss.free), k, tol=tol, dtype=like.dtype, device=like.device
+        product, most, k, tol=tol, dtype=like.dtype, device=like.device
     )
     return values, loss.filled(vectors)
 
@@ -284,6 +290,9 @@ def sharpness(
     Returns:
         Mean losses and accuracies in percent, (D, E) each, float64 on the CPU.
     """
+    steps = _finite("epsilons", epsilons)
+    if not isinstance(directions, Tensor):
+        raise ValueError(f"directions must be a tensor, got {type(directions).__name__}")
     loss = Loss(model, images, labels, held, chunk)
     if directions.shape[1:] != (loss.size,) or not directions.isfinite().all():
         raise ValueError(
@@ -291,12 +300,23 @@ def sharpness(
             f"got {tuple(directions.shape)}"
         )
     directions = loss.filled(loss.picked(directions.to(loss.like)))
-    out = torch.empty(2, len(directions), len(epsilons), dtype=torch.float64)
+    out = torch.empty(2, len(directions), len(steps), dtype=torch.float64)
     for i, direction in enumerate(directions):
-        for j, epsilon in enumerate(epsilons):
-            moved = loss.moved(float(epsilon) * direction)
+        for j, epsilon in enumerate(steps):
+            moved = loss.moved(epsilon * direction)
             out[0, i, j], out[1, i, j] = loss.evaluate(moved)
     return out[0], out[1]
+
+
+def _finite(name: str, values: Tensor | Sequence[float]) -> list[float]:
+    """Return values as finite numbers, or raise ValueError."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):  # one number, or none
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} must be a sequence of finite numbers, got {values!r}")
+    return numbers
 
 
 def find_delta_w(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -178,7 +178,8 @@ def _decode(files: dict[str, bytes], source: Path) -> Decoded:
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode an image file.
 
-    Of 16 bits the upper 8 are kept, as Pillow keeps them of colour images.
+    It is turned as its EXIF orientation says. What is transparent is laid on black. Of 16 bits the
+    upper 8 are kept, as Pillow keeps them of colour images.
 
     Args:
         data: The file's bytes.
@@ -188,17 +189,25 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         uint8 (3, H, W).
 
     Raises:
-        DataError: The file is damaged, or its pixels have no fixed range (modes I and F).
+        DataError: The file is damaged or has several frames, or its pixels have no fixed range
+            (modes I and F).
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            mode = image.mode
+            mode, frames = image.mode, getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a JPEG with a preview
+                raise ValueError(f"it has {frames} frames")
+            ImageOps.exif_transpose(image, in_place=True)
             # Older versions of Pillow open a PNG or PGM of 16 bits in mode I.
             if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
                 bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
                 return np.stack(3 * [(np.asarray(image) >> (bits - 8)).astype(np.uint8)])
             if mode not in ("I", "F"):
-                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+                shown: Image.Image = image
+                if mode.upper().endswith("A") or "transparency" in image.info:
+                    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+                    shown = Image.alpha_composite(black, image.convert("RGBA"))
+                return np.asarray(shown.convert("RGB")).transpose(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise all sorts
         reason = str(error).partition(" <")[0]  # without the address of a buffer
         raise DataError(f"{name} cannot be decoded as an image ({reason})") from error

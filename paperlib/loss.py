@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from paperlib import devices
@@ -63,6 +65,8 @@ class Loss:
         held: Held | None = None,
         chunk: int | None = None,
     ) -> None:
+        for name, value in (("images", images), ("labels", labels)):
+            _require_tensor(name, value)
         shape, kinds = tuple(labels.shape), (images.dtype, labels.dtype)
         _require(
             len(images) > 0 and shape == (len(images),), f"{len(images)} images, labels {shape}"
@@ -80,7 +84,9 @@ class Loss:
         self.held = _checked_held(self.weights, held or {})
         self.like = next(iter(self.weights.values()))
         self.images, self.labels = images.to(self.like), labels.to(self.like.device, torch.long)
-        self.chunk = chunk or (64 if self.like.device.type == "cpu" else 512)
+        whole = chunk is None or (isinstance(chunk, Integral) and chunk > 0)
+        _require(whole, f"chunk must be a number of images or None, got {chunk!r}")
+        self.chunk = int(chunk or (64 if self.like.device.type == "cpu" else 512))
         none = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
         held_flat = torch.cat([mask.flatten() for mask in (none | self.held).values()])
         self.size, self.free = len(held_flat), (~held_flat).nonzero().flatten()
@@ -226,18 +232,24 @@ class Loss:
                 text = "%s does not compute in float64: its gradient is checked roughly (%s)"
                 log.warning(text, self.name, error)
                 matches = (_match(few, step, 1, 50 * AGREEMENT, 1e-2) for step in COARSE)
+            computed = [n for n, module in self.model.named_modules() if is_parametrized(module)]
+            also = f", or the parametrization of {', '.join(computed)}," if computed else ""
             _require(
                 right and any(matches),
                 f"the derivatives that autograd gives for {self.name} disagree with its loss or "
-                "each other: a custom autograd function may have a wrong backward, or a part may "
-                "run without gradients (torch.no_grad, detach). Parameters that are no coordinates "
-                "belong in `held`",
+                f"each other: a custom autograd function{also} may have a wrong backward, or a "
+                "part may run without gradients (torch.no_grad, detach). Parameters that are no "
+                "coordinates belong in `held`",
             )
 
 
 def _require(valid: bool, message: str) -> None:
     if not valid:
         raise ValueError(message)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    _require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
 
 
 class _Within(nn.Module):
@@ -277,7 +289,10 @@ def _raised(tensors: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _checked_held(weights: Weights, held: Held) -> dict[str, Tensor]:
     """Return `held` on the weights' device, or raise ValueError."""
+    kind = type(held).__name__
+    _require(isinstance(held, Mapping), f"held must be masks as pruner.held() gives, got {kind}")
     for name, mask in held.items():
+        _require_tensor(f"held[{name!r}]", mask)
         _require(name in weights, f"held: the model has no parameter {name!r}")
         shape, found = tuple(weights[name].shape), (mask.dtype, tuple(mask.shape))
         _require(found == (torch.bool, shape), f"held[{name!r}] must be bool {shape}, got {found}")

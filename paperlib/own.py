@@ -13,6 +13,7 @@ from paperlib.claims import gates
 from paperlib.claims.gates import UNPRUNED
 from paperlib.claims.tradeoff_2020 import T1
 from paperlib.claims.verdicts import Claim
+from paperlib.store.provenance import CHECKSUMS, images_path
 
 FIGURE, LIKE, YOURS = "figure-2", "largest 40", "yours"
 SHOWN = (UNPRUNED, "smallest 4", "smallest 40", LIKE)
@@ -38,17 +39,21 @@ def settings(
 
     Args:
         profile: The scale.
-        score: "module:function", a function of a convolution that gives a value a filter. Its
-            events are those of Prune_L. None leaves this setting out.
+        score: "module:function", a function of a convolution that gives a value a filter; or a
+            name of `pruning.SCORES`. Its events are those of Prune_L. None leaves this setting out.
         target: The filters that are pruned, by the score's values: "smallest" or "largest".
-        model: "module:function" of a network, in place of VGG11. The last four convolutions that
-            can be pruned are pruned.
+        model: "module:function" of a network, or a name of `models.MODELS`, in place of VGG11. The
+            last four convolutions that can be pruned are pruned.
         data: A data set in place of the profile's.
         seeds: The number of seeds, in place of the profile's.
 
     Returns:
         The columns of `experiments.plan`.
+
+    Raises:
+        ValueError: A name is unknown. Functions are looked up when runs begin.
     """
+    _check_names(score, target, model, data)
     plan = experiments.plan(FIGURE, experiments.Scale(profile, data, seeds))
     plan = plan[(plan.network == "VGG11") & plan.setting.isin(SHOWN)]
     if score is not None:
@@ -66,6 +71,24 @@ def settings(
         ]
     plan["run"] = [config.identity for config in plan.config]
     return plan.reset_index(drop=True)
+
+
+def _check_names(score: str | None, target: str, model: str | None, data: str | None) -> None:
+    """Raise ValueError for names that are unknown, except those of functions."""
+    path = images_path(data or "")
+    if data is not None and data not in CHECKSUMS and not (path and path.exists()):
+        there = ", ".join(CHECKSUMS)
+        raise ValueError(f"unknown data {data!r}: one of {there}, or images:PATH of images there")
+    if target not in (valid := ("smallest", "largest")):
+        raise ValueError(f"unknown target {target!r}: one of {', '.join(valid)}")
+    for what, name in (("score", score), ("model", model)):
+        if name is not None and ":" not in name:
+            from paperlib import models, pruning
+
+            names = pruning.SCORES if what == "score" else tuple(models.MODELS)
+            if name not in names:
+                there = ", ".join(names)
+                raise ValueError(f"unknown {what} {name!r}: one of {there}, or module:function")
 
 
 def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> Claim:

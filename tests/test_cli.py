@@ -56,7 +56,10 @@ WRONG = [
     ("figures figure-1 --profile smoke --runs FILE", "file"),
     ("runs nope", "nope"),
     ("runs show abc", "'abc'"),
-    ("runs export OUT", "export"),
+    *((f"{n} --runs FILE", "file") for n in ("status", "runs list", "runs clean", "claims R1")),
+    ("runs clean --runs OUT", "out"),
+    ("runs export OUT.parquet", "export"),
+    ("runs export OUT.csv", "out.csv .parquet"),
     ("runs import FILE", "file"),
     ("data", "SPEC"),
     ("data nope", "'nope' digits cifar10 images:PATH"),
@@ -191,11 +194,12 @@ def executed(monkeypatch):
 
 def test_the_order_of_a_sweep(paperlib, executed):
     line = "sweep figure-B1 figure-1 --profile smoke --seeds 2 --fast --minutes 1.5"
-    code, out, _ = paperlib(line)
+    code, out, _ = paperlib(f"{line} --retrain-changed")
     plans = [experiments.plan(f"figure-{n}", Scale("smoke", seeds=2)) for n in ("B1", "1")]
     runs = [config.identity for config in executed["runs"]]
     assert runs == list(dict.fromkeys(run for plan in plans for run in plan.run))
     assert (code, executed["fast"], executed["minutes"]) == (0, True, 1.5)
+    assert executed["retrain_changed"]
     assert f"{len(runs)} left" in out
     paperlib("sweep --profile smoke")
     assert executed["runs"] == experiments.queue("smoke")

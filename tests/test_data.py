@@ -331,6 +331,52 @@ def test_16_bits_become_8(suffix, factor):
     assert np.array_equal(found, np.stack(3 * [gray]))
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+ORIENTED = {  # each EXIF orientation, and how its rows and columns are stored (EXIF 2.3, 4.6.4)
+    1: PIXELS,
+    2: PIXELS[:, ::-1],
+    3: PIXELS[::-1, ::-1],
+    4: PIXELS[::-1],
+    5: PIXELS.transpose(1, 0, 2),
+    6: PIXELS.transpose(1, 0, 2)[::-1],
+    7: PIXELS.transpose(1, 0, 2)[::-1, ::-1],
+    8: PIXELS.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+def encoded(pixels: np.ndarray, suffix: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, suffix, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+def test_images_are_turned_as_their_exif_says(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    for suffix in ("png", "tiff"):
+        file = encoded(np.ascontiguousarray(ORIENTED[orientation]), suffix, exif=exif)
+        assert np.array_equal(images.decode_image(file, "a"), PIXELS.transpose(2, 0, 1))
+
+
+def test_what_is_transparent_is_laid_on_black():
+    alpha = np.random.default_rng(1).integers(0, 256, (4, 6, 1), np.uint8)
+    expected = (PIXELS * (alpha / 255)).transpose(2, 0, 1)
+    found = images.decode_image(encoded(np.concatenate([PIXELS, alpha], 2)), "a")
+    assert np.abs(found - expected).max() <= 1
+    one = tuple(map(int, PIXELS[1, 2]))
+    found = images.decode_image(encoded(PIXELS, transparency=one), "a")
+    visible = (one != PIXELS).any(2, keepdims=True)
+    assert np.array_equal(found, (PIXELS * visible).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tiff", "webp"])
+def test_several_frames_are_refused(suffix):
+    more = {"save_all": True, "append_images": [Image.fromarray(PIXELS[::-1])]}
+    with pytest.raises(DataError, match=r"a\b.* 2 "):
+        images.decode_image(encoded(PIXELS, suffix, **more), "a")
+
+
 @pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
 def test_pixels_without_a_range_are_refused(kind, mode, tmp_path):
     file = io.BytesIO()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from explicit import Explicit, network
 from torch import nn
 
 from paperlib import flatness, models
+from paperlib.pruning import Pruner
 
 torch.set_num_threads(1)
 
@@ -199,6 +201,12 @@ BAD = {
     "'nowhere'": {"held": {"nowhere": torch.zeros(3, dtype=torch.bool)}},
     "(4,)": {"held": {"0.bias": torch.zeros(4, dtype=torch.bool)}},
     "torch.float32": {"held": {"0.bias": torch.zeros(3)}},
+    "'0.bias'": {"held": {"0.bias": [True, False, False]}},
+    "Pruner": {"held": Pruner()},
+    "list": {"labels": [0] * IMAGES},
+    "ndarray": {"images": np.zeros((IMAGES, 1, 6, 6), np.float32)},
+    "chunk": {"chunk": 0},
+    "2.5": {"chunk": 2.5},
 }
 
 
@@ -218,9 +226,15 @@ def test_bad_input_is_named(value, measure):
 
 
 def test_bad_sizes_are_named():
-    for k in (-1, 0, 176):
+    for k in (-1, 0, 176, 2.0):
         with pytest.raises(ValueError, match=str(k)):
             flatness.hessian_spectrum(network(), *batch(), k)
-    for directions in (torch.zeros(1, 5), torch.full((1, 175), math.nan)):
+    for tol in (0, -1, math.nan, "a"):
+        with pytest.raises(ValueError, match=f"tol .*{tol}"):
+            flatness.hessian_spectrum(network(), *batch(), 1, tol=tol)
+    for directions in (torch.zeros(1, 5), torch.full((1, 175), math.nan), np.zeros((1, 175))):
         with pytest.raises(ValueError, match="directions"):
             flatness.sharpness(network(), *batch(), directions, [0.1])
+    for epsilons in (0.25, [0.1, math.nan], ["a"], torch.tensor(0.5)):
+        with pytest.raises(ValueError, match="epsilons"):
+            flatness.sharpness(network(), *batch(), torch.zeros(1, 175), epsilons)

@@ -13,6 +13,7 @@ from explicit import Explicit, network
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from paperlib import flatness
@@ -181,6 +182,15 @@ WRONG = {  # and the measures that it spoils
 def test_wrong_derivatives_are_refused(kind):
     use, spoilt = WRONG[kind]
     check_refused(Net(use), BOTH[:spoilt], named="Net")
+
+
+def test_a_weight_that_is_computed_wrongly_is_named():
+    """As with weight norm, whose second derivative PyTorch gets wrong on a CPU."""
+    model = nn.Sequential(Net(), nn.Linear(3, 3))
+    reversal = nn.Module()
+    reversal.forward = REVERSAL
+    register_parametrization(model[1], "weight", reversal)
+    check_refused(model, BOTH, named="of 1,")
 
 
 @pytest.mark.parametrize("convert", [lambda h: h.float(), lambda h: h @ torch.ones(3, 3)])

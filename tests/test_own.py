@@ -57,6 +57,23 @@ def test_a_network_of_ones_own_is_in_every_setting():
 
 
 @pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("target", wrong) for wrong in ("small", "random")),
+        *(("data", wrong) for wrong in ("imagenet", "images:/nope")),
+        ("model", "VGG11"),
+        ("score", "my_pruning.unlike"),
+    ],
+)
+def test_unknown_names_are_refused(name, wrong):
+    valid = {"target": "largest", "data": "digits", "model": "vgg19_bn", "score": "l1"}
+    own.settings("smoke", **valid)
+    with pytest.raises(ValueError, match=wrong) as error:
+        own.settings("smoke", **valid | {name: wrong})
+    assert valid[name] in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("effect", "verdict"), [(0.5, "supported"), (-0.5, "contradicted"), (0, "negligible")]
 )
 def test_the_verdict_is_the_truth(plan, effect, verdict):

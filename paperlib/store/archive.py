@@ -61,13 +61,15 @@ def export(store: Store, file: Path, runs: Iterable[str | Config] | None = None)
 
     Args:
         store: The store.
-        file: The path of the file.
+        file: The path of the file, with the suffix .parquet.
         runs: The runs; None for all.
 
     Raises:
         KeyError, DamagedRecord, Mismatch: As for `Store.records`.
-        StoreError: There are no runs, or the file cannot be written.
+        StoreError: There are no runs, or the file cannot be written or has another suffix.
     """
+    if Path(file).suffix != ".parquet":
+        raise StoreError(f"runs are written to a .parquet file, not to {file}")
     found = [replace(record, config=record.config.portable) for record in store.records(runs)]
     if not found:
         raise StoreError(f"there are no runs to export in {store.path}")

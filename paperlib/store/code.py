@@ -55,7 +55,10 @@ def source_checksum(spec: str) -> str | None:
     file = getattr(module, "__file__", None)
     if file is None:
         return _sha256("".join(_sources(spec, module, parts)).encode())
-    content = Path(file).read_bytes()
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:  # it was deleted, or the code comes from stdin
+        raise ValueError(f"{spec} has to be in a file: {file} cannot be read") from error
     checksum, loaded = _sha256(content), getattr(module, "__spec__", None)
     if name not in _seen or _seen[name][0] is not loaded:
         _seen[name] = loaded, checksum

@@ -146,8 +146,9 @@ def comparison(
         for key, name in names.items():
             if then.get(key) and now[key] and then[key] != now[key]:
                 return (
-                    f"it was made with other {name}: checksum {then[key]}, now {now[key]}. Choose "
-                    "another run folder with --runs, or remove the record"
+                    f"it was made with other {name}: checksum {then[key]}, now {now[key]}. Keep it "
+                    "and give what changed a new name, or train the run anew in its place: "
+                    "sweep.collect(..., retrain_changed=True), paperlib sweep --retrain-changed"
                 )
         return None
 

@@ -176,6 +176,11 @@ class Store:
         records.write(self._file(record.run), record)
         self._failed_file(record.run).unlink(missing_ok=True)
 
+    def remove(self, run: str) -> None:
+        """Remove the store's own record of a run."""
+        for path in (self._file(run), self._file(run).with_suffix(".npz")):
+            path.unlink(missing_ok=True)
+
     def add(self, record: RunRecord) -> str:
         """Take over a run of another store. A whole record is never replaced.
 

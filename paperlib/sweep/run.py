@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from paperlib.config import Config
+from paperlib.config import Config, FilterPruning
 from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.store import checkpoints
 from paperlib.store.checkpoints import Stopped
@@ -67,14 +67,13 @@ def execute(
     jobs: int | None = None,
     *,
     retry_failed: bool = False,
+    retrain_changed: bool = False,
     per_device: int | None = None,
     send_back: bool = False,
     fast: bool = False,
     minutes: float | None = None,
 ) -> int:
-    """Execute the runs that a store lacks, in the order given.
-
-    Ctrl-C keeps finished runs and checkpoints.
+    """Execute the runs that a store lacks, in this order; return how many were done.
 
     Args:
         configs: The configurations.
@@ -83,28 +82,27 @@ def execute(
         device: As for `devices.choose_device`.
         jobs: The number of local processes; by default one a core, or one a GPU.
         retry_failed: Also run those that failed before.
+        retrain_changed: Also run those whose record in the store itself, not in results/, was made
+            with other data or code. It is removed when all runs can begin. Not for `send_back`.
         per_device: Runs in parallel in each process on a GPU. Elsewhere it is the number of
             processes, if `jobs` is None.
         send_back: Workers keep a store of their own and send the records.
         fast: As for `training.run`.
-        minutes: The time limit. A run does not begin if, by the speeds so far, it would end later.
+        minutes: The time limit. A run begins only if it would end in time, by the speeds so far.
             When the time is up, runs stop with a checkpoint.
 
-    Returns:
-        The number of runs done.
-
     Raises:
-        SweepError: Runs failed, now or before. The others were done, unless the time was up or
-            workers died `DEATHS` times in a row.
+        KeyboardInterrupt: Finished runs and checkpoints are kept.
+        SweepError: Runs failed, now or before (the others were done), or workers die in a row.
         StoreError: The store cannot be written, or has records of other data or code.
-        ValueError: Data cannot be loaded, or a named function differs from the one in its file.
+        ValueError: Data cannot be loaded, or a named function differs from its file or fails.
         workers.WorkersError: Worker processes cannot start.
     """
     until = math.inf if minutes is None else time.time() + 60 * minutes
     found = states(configs, store)
-    if changed := [state.why for state in found if state.state == "changed"]:
-        raise StoreError("\n".join(changed))
-    todo = [s for s in found if s.state in TO_RUN or (s.state == "failed" and retry_failed)]
+    _check_changed(found, store, retrain_changed and not send_back)
+    again = {*TO_RUN, "changed"} | ({"failed"} if retry_failed else set())
+    todo = [state for state in found if state.state in again]
     failed = [_line(s, s.why) for s in found if s.state == "failed" and not retry_failed]
     done = 0
     if todo:
@@ -112,11 +110,9 @@ def execute(
         if executor is None:
             devices, together = workers.devices(device, jobs, per_device, len(todo))
         _prepare(todo, store, send_back)
-        measured = speeds(store, device)
-        tqdm.write(forecast(todo, len(devices) * together, measured), file=sys.stderr)
         path = None if send_back else store.path.absolute()
         task = partial(train, path, store.results, device, together, fast, until)
-        work = _Sweep(todo, store, task, together, measured)
+        work = _Sweep(todo, store, task, together, speeds(store, device))
         with nullcontext(executor) if executor else workers.Processes(devices) as used:
             work.run(used, len(devices))
         done, failed = len(todo) - len(work.left), [*work.failed, *failed]
@@ -127,6 +123,15 @@ def execute(
 
 def _line(state: State, why: Exception | str) -> str:
     return f"  {state.config.title}: {why or type(why).__name__}"
+
+
+def _check_changed(found: Sequence[State], store: Store, removable: bool) -> None:
+    """Raise StoreError if records of other data or code may not be removed."""
+    beneath = set(Store(store.path / "no records", store.results).identities())
+    fixed = beneath if removable else {state.run for state in found}
+    changed = [state for state in found if state.state == "changed"]
+    if refused := [state.why for state in changed if state.run in fixed]:
+        raise StoreError("\n".join(refused))
 
 
 def _prepare(todo: Sequence[State], store: Store, send_back: bool) -> None:
@@ -140,6 +145,51 @@ def _prepare(todo: Sequence[State], store: Store, send_back: bool) -> None:
 
         for spec in specs:
             data.load(spec, store.path / "data")
+
+
+def _try_named(todo: Sequence[State], executor: Executor) -> None:
+    """Raise ValueError if a network or score of the user's does not work.
+
+    They are tried in a worker, because a module that this process has imported is not read again
+    when its file is edited.
+    """
+    named = {(s.config.model, s.config.pruning): s.config for s in todo if _names(s.config)}
+    try:
+        error = executor.submit(_first_error, list(named.values())).result() if named else None
+    except Exception as death:
+        if not workers.is_death(death):
+            raise
+        error = None  # the run itself will show whether it kills its process
+    if error:
+        raise ValueError(error)
+
+
+def _names(config: Config) -> bool:
+    return ":" in config.model + getattr(config.pruning, "score", "")
+
+
+def _first_error(configs: Sequence[Config]) -> str | None:
+    """Build each run's network, and prune it once if the score is the user's."""
+    import torch
+
+    from paperlib.extras.fast.together import is_fatal
+    from paperlib.networks import build, make_pruner
+    from paperlib.streams import seeded
+
+    for config in configs:
+        try:
+            model = build(config)
+            pruner = make_pruner(config, model)
+            if isinstance(config.pruning, FilterPruning) and ":" in config.pruning.score:
+                with seeded(config.seed, "check"):
+                    for parameter in model.parameters():  # as after a training batch
+                        parameter.grad = torch.randn_like(parameter)
+                getattr(pruner, "pruner", pruner).prune(1, 1)
+        except Exception as error:  # of any kind: the user's code runs
+            if is_fatal(error):
+                raise workers.WorkerDied(str(error)) from error
+            return f"{config.title}: {type(error).__name__}: {error}"
+    return None
 
 
 class _Sweep:
@@ -164,6 +214,12 @@ class _Sweep:
     def run(self, executor: Executor, processes: int) -> None:
         """Work until each run is done, here or elsewhere, or has failed, or the time is up."""
         self.executor = executor
+        told = forecast(self.todo, processes * self.together, self.measured)
+        tqdm.write(told, file=sys.stderr)
+        _try_named(self.todo, executor)
+        for state in self.todo:
+            if state.state == "changed":
+                self.store.remove(state.run)
         count = processes if self.together > 1 else len(self.todo)
         try:
             with tqdm(total=sum(s.left for s in self.todo), unit=" epochs") as self.bar:

@@ -159,6 +159,17 @@ def test_what_nothing_can_check_is_refused():
     assert checksums(*cells) == ["refused"] * 4
 
 
+def test_code_whose_file_is_not_there_is_refused(module):
+    importlib.import_module(module.stem)
+    module.unlink()
+    with pytest.raises(ValueError, match=str(module)):
+        source_checksum(f"{module.stem}:score")
+    lines = "from paperlib.store.code import source_checksum\ndef f(c): pass\nsource_checksum"
+    script = f"{lines}('__main__:f')\n"
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: __main__:f")
+
+
 @pytest.mark.parametrize("spec", ["vgg11_bn", "no_such_module:f", "paperlib.models:nope"])
 def test_names_of_nothing_have_no_checksum(spec):
     assert source_checksum(spec) is None

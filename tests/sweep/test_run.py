@@ -20,7 +20,7 @@ from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.sweep import SweepError, workers
 from paperlib.sweep.states import State, forecast, seconds, speeds
 from tests import small
-from tests.store.helpers import file, record
+from tests.store.helpers import exported, file, record
 
 QUICK = small.VGG.with_(model="conv4", epochs=2, batch=32, pruning=FilterPruning((0.5,), ((0, 1),)))
 DIVERGING = QUICK.with_(optimizer="sgd", learning_rate=1e30, seed=5)
@@ -156,6 +156,53 @@ def test_a_sweep_stops_when_its_time_is_up(store, together, monkeypatch):
     assert rest.count("partial") + rest.count("missing") == 3
 
 
+FAULTY = """
+from torch import nn
+from paperlib import models
+def one(num_classes, in_channels):
+    layers = nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4, num_classes))
+def whole(conv):
+    return conv.weight.abs().sum()
+def sloped(conv):
+    return (conv.weight * conv.weight.grad).flatten(1).sum(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "score", "named"),
+    [
+        ("conv4", "faulty:nope", "faulty:nope"),
+        ("conv4", "faulty:whole", "score"),
+        ("faulty:one", "l2", "1"),
+        ("faulty:whole", "l2", "num_classes"),
+        ("nowhere:f", "l2", "nowhere"),
+    ],
+)
+def test_faults_of_named_functions_are_found_before_anything_is_trained(
+    store, threads, tmp_path, monkeypatch, model, score, named
+):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pruning = FilterPruning((0.5, 0.5), ((0, 1), (0, 1)), score)
+    config = QUICK.with_(model=model, width=1.0, pruning=pruning)
+    with pytest.raises(ValueError, match=rf"(?s){config.identity}.*{named}"):
+        sweep.execute([*seeds(1), config], store, threads)
+    assert not store.identities()
+
+
+def test_named_functions_are_not_imported_here_and_may_use_gradients(store, tmp_path, monkeypatch):
+    """The next sweep of one process takes the file that is edited in between."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = QUICK.with_(pruning=FilterPruning((0.5,), ((0, 1),), "sloping:sloped"))
+    checksums = set()
+    for comment in ("# first", "# second"):
+        (tmp_path / "sloping.py").write_text(f"{FAULTY}{comment}")
+        assert sweep.execute([config], store, jobs=1, retrain_changed=True) == 1
+        checksums.add(store.read(config).provenance["source"])
+    assert len(checksums) == 2
+
+
 # Deaths
 
 DYING = """
@@ -185,7 +232,7 @@ def dying(tmp_path, monkeypatch) -> Config:
 
 
 def test_a_run_whose_process_dies_once_is_done(store, dying, tmp_path):
-    (tmp_path / "lives").write_text("1")
+    (tmp_path / "lives").write_text("2")  # the first time, the network is only tried
     assert sweep.execute([dying], store, jobs=1) == 1
 
 
@@ -197,7 +244,7 @@ def test_a_run_that_kills_its_process_is_found(store, dying, tmp_path, monkeypat
     monkeypatch.setattr(workers, "devices", lambda *_: (["cpu"], together))
     with pytest.raises(SweepError, match=dying.identity):
         sweep.execute([seeds(1)[0], dying, *seeds(3)[1:]], store)
-    assert (tmp_path / "lives").read_text() == "6"
+    assert (tmp_path / "lives").read_text() == "5"  # tried once before the three times
     assert store.identities() == identities(seeds(3))
     assert list(store.failures()) == [dying.identity]
     (tmp_path / "lives").write_text("0")
@@ -268,7 +315,8 @@ def test_two_sweeps_on_one_store(store, tmp_path):
     for process in processes:
         assert process.communicate(timeout=300)
         assert process.returncode == 0
-    assert len((tmp_path / "events").read_text().splitlines()) == 4 * 2
+    tried = range(1, 3)  # by each sweep that has runs to do
+    assert len((tmp_path / "events").read_text().splitlines()) - 4 * 2 in tried
     assert len(store.runs()) == 4
 
 
@@ -318,8 +366,8 @@ def test_the_end_of_a_sweep_half_way(store, tmp_path, send, number):
     assert len(store.identities()) == len(store.runs()) == 1
 
 
-def test_records_of_other_data_or_folders(store, tmp_path):
-    """They stop a sweep before anything is run, and count as neither done nor missing."""
+def test_records_of_other_data_or_folders(store, tmp_path, threads):
+    """They stop a sweep before anything is run, and are replaced only if that is asked for."""
     known = record(QUICK, data="0" * 32)
     store.write(known)
     alike = [QUICK.with_(data=f"images:{tmp_path / place / 'photos'}") for place in "ab"]
@@ -332,4 +380,13 @@ def test_records_of_other_data_or_folders(store, tmp_path):
                 use(configs, store)
     with pytest.raises(StoreError, match="photos"):
         sweep.collect(alike, store)
+    with pytest.raises(ValueError, match=str(tmp_path / "b")):  # nothing to train on
+        sweep.execute([QUICK, alike[1]], store, threads, retrain_changed=True)
     assert len(store.own()) == 2
+    assert store.read(QUICK.identity).same_numbers(known)
+    below = Store(store.path, exported(store, tmp_path / "other").results)
+    with pytest.raises(StoreError, match=QUICK.identity):  # it is in the read-only layer, too
+        sweep.execute([QUICK], below, threads, retrain_changed=True)
+    assert sweep.execute([QUICK], store, threads, retrain_changed=True) == 1
+    assert len(store.read(QUICK).epochs) == QUICK.epochs
+    assert sweep.execute([QUICK], store, threads, retrain_changed=True) == 0

@@ -20,8 +20,11 @@ _BASES = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
 def layer_type(module: nn.Module) -> type:
     """Return the torch layer whose forward pass a module has, or else the module's class.
 
-    A subclass of a layer counts as that layer if it keeps the layer's forward pass.
+    A subclass of a layer counts as that layer if it keeps the layer's forward pass. A module whose
+    forward pass was replaced is an `object`, of which nothing is known.
     """
+    if "forward" in vars(module):
+        return object
     for base in _BASES:
         if isinstance(module, base) and not has_own_forward(module, base):
             return base

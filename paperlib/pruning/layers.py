@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import is_lazy
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from paperlib.pruning import operations as ops
 from paperlib.pruning.features import Network
@@ -227,14 +228,20 @@ def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[s
         why = weight_refusal(entries.module, base, owners, *entries.parameters)
         if why := why or _read_directly(networks, name):
             return f"of {name!r}, which is zero with it, {why}"
-    for name in trail.passed:
-        module = networks[0].modules[name]
-        hooks = list(module._forward_hooks.values())
-        if name != trail.passed[0]:
-            hooks += module._forward_pre_hooks.values()
-        if any(hook is not multiply_by_mask and not hasattr(hook, "watches") for hook in hooks):
-            return f"{name!r} has a forward hook, which may change its output: remove the hook"
+    modules = networks[0].modules
+    found = [(repr(name), modules[name]._forward_hooks) for name in trail.passed]
+    found += [(repr(name), modules[name]._forward_pre_hooks) for name in trail.readers]
+    found += [("every module", _global_forward_hooks), ("every module", _global_forward_pre_hooks)]
+    for where, hooks in found:
+        if not all(map(_changes_nothing, hooks.values())):
+            return f"{where} has a forward hook, which may change a pruned filter: remove the hook"
     return None
+
+
+def _changes_nothing(hook: Any) -> bool:
+    """Return whether a forward hook leaves the zeros of pruned filters; those of torch do."""
+    of_torch = getattr(hook, "__module__", "").startswith("torch.nn.")
+    return of_torch or hook is multiply_by_mask or hasattr(hook, "watches")
 
 
 def _read_directly(networks: Sequence[Network], name: str) -> str | None:

@@ -19,7 +19,7 @@ from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.features import Network
 from paperlib.pruning.graph import argument
-from paperlib.pruning.operations import CONVOLUTIONS, NORMS
+from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
 _FOLLOWED = ops.ELEMENTWISE | ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | ops.MOVES | ops.REDUCE
 
@@ -201,7 +201,7 @@ class Trail:
         self._check(len(self.network.shape(self.network.tensors(node)[0])) == dims, node)
         if key in ops.FUNCTIONAL_CONVOLUTIONS:
             self._check(argument(node, 6, "groups", 1) == 1, node)
-        if key in CONVOLUTIONS and module.groups == module.in_channels > 1:
+        if key in (*CONVOLUTIONS, *TRANSPOSED) and module.groups == module.in_channels > 1:
             # In a depthwise convolution each output depends on one channel.
             self._check(module.out_channels == module.in_channels, node)
             if module.bias is not None:

@@ -36,7 +36,9 @@ class Net(nn.Module):
         self.features, self.means = nn.BatchNorm1d(6 * 64), nn.BatchNorm1d(6)
         self.c, self.one = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 1, 1)
         self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.transposed = nn.ConvTranspose2d(6, 6, 2, 2, output_padding=1, groups=6)
         self.wide = nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.spread = nn.ConvTranspose2d(6, 12, 2, groups=6)
         self.rows, self.gate = nn.Linear(8, 8), nn.Linear(6, 6)
         self.pools = nn.Sequential(nn.Dropout(0.2), nn.AvgPool2d(2), nn.Upsample(scale_factor=2))
         self.bias = nn.Parameter(torch.ones(6, 1, 1))
@@ -98,6 +100,7 @@ BETWEEN = {
     "two norms": lambda n, x: n.norm(x) * n.other(x),
     "norm after norm": lambda n, x: n.groups(F.silu(n.norm(x))),
     "depthwise with bias": lambda n, x: n.norm(n.depthwise(x).relu()),
+    "transposed depthwise": lambda n, x: n.transposed(x).relu(),
     "hard swish by hand": lambda n, x: x * F.relu6(x + 3) / 6,
     "gate by a dense layer": lambda n, x: (
         x * n.gate(F.adaptive_avg_pool2d(x, 1).flatten(1)).view(x.size(0), 6, 1, 1)
@@ -182,6 +185,7 @@ REFUSED = {
     "into another": (lambda n, x: torch.add(x, x, out=x), "add"),
     "rows of some channels": (lambda n, x: n.rows(x.view(-1, 8)).view(x.shape), "view"),
     "multiplier": (lambda n, x: n.wide(x)[:, :6], "wide"),
+    "transposed multiplier": (lambda n, x: n.spread(x)[:, :6], "spread"),
     "division": (lambda n, x: x / n.c(x), "truediv"),
     "as weights": (lambda n, x: F.conv2d(n.c(x), x[:, :, :1, :1]), "conv2d"),
 }

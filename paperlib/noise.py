@@ -18,11 +18,13 @@ are disturbed for a number of forward passes after the event. After that they tr
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from paperlib.pruning import FilterPruner, Pruner, PruningError
+from paperlib.pruning.operations import NORMS
 from paperlib.pruning.pruners import PassHook
 from paperlib.pruning.zeros import Entries
 
@@ -84,11 +86,16 @@ class FilterNoise(Pruner):
     ) -> None:
         if kind not in KINDS:
             raise PruningError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
-        if passes < 0:
-            raise PruningError(f"noise passes must be at least 0, got {passes}")
+        if not isinstance(passes, Integral) or passes < 0:
+            raise PruningError(f"noise passes must be a whole number, at least 0, got {passes!r}")
+        if not isinstance(pruner, FilterPruner):
+            raise PruningError(f"noise needs a FilterPruner, got a {type(pruner).__name__}")
         if pruner.norm:
             raise PruningError("noise leaves batch norm alone: its pruner needs norm=False")
+        modules = set(model.modules())
         for name, layer in pruner.layers.items():
+            if layer.conv not in modules:
+                raise PruningError(f"the pruner is of another network: it prunes {name!r} of that")
             if kind == "restored" and layer.leak:
                 raise PruningError(f"filters of {name!r} cannot be set to zero: {layer.leak}")
         self.pruner, self.kind, self.passes, self.generator = pruner, kind, passes, generator
@@ -197,7 +204,7 @@ class FilterNoise(Pruner):
         """Return the tensors of a layer that noise may change, and the filters' entries in them."""
         layer = self.layers[name]
         found = {"weight": (layer.conv.weight, layer.zeroed(False)[name])}
-        norms = [e for e in layer.entries.values() if not isinstance(e.module, nn.Conv2d)]
+        norms = [e for e in layer.entries.values() if isinstance(e.module, NORMS)]
         for i, entries in enumerate(norms):
             for key, of_norm in OF_NORMS.items():
                 tensor = getattr(entries.module, of_norm, None)

@@ -117,7 +117,8 @@ class FilterPruner(Pruner):
             `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).
         score: One of `SCORES`, or a function from the convolution to its scores (filters,).
-            "activation" observes the forward passes in training mode from now on.
+            "activation" observes every tenth forward pass in training mode from now on. Its scores
+            are equal until the tenth, and it does not prune before the first.
         target: Which scores are pruned: "smallest", "largest" or "random".
         layers: Names of convolutions in forward order. None takes as many of the last convolutions
             as there are fractions, and counts neither grouped ones nor those on shortcuts.
@@ -194,7 +195,8 @@ class FilterPruner(Pruner):
 
         Raises:
             PruningError: There is no such event, or the number of layers or a score's shape is
-                wrong, or scores or parameters are not finite. No mask is changed then.
+                wrong, or scores or parameters are not finite, or nothing was observed for the score
+                "activation". No mask is changed then.
         """
         numbers, counts = (
             [value] * len(self.layers) if isinstance(value, int) else list(value)
@@ -292,6 +294,8 @@ class FilterPruner(Pruner):
             raise PruningError(f"layer {name!r} or its norm is not finite")
         if self.target == "random":
             return None
+        if self.activation is not None and self.activation.passes == 0:
+            raise PruningError(f"score 'activation' of {name!r}: no pass in training mode so far")
         scores = scores_of(self.layers[name], self.score, self.activation)
         scores = torch.as_tensor(scores, device=self.masks[name].device)
         shape = tuple(self.masks[name].shape)

@@ -224,7 +224,7 @@ def test_noise_that_cannot_be():
         FilterNoise(model, FilterPruner(model, FRACTIONS), "zeroing", 1)
     with pytest.raises(PruningError, match="WeightPruner"):
         FilterNoise(model, WeightPruner(model, "0", 0.5), "zeroing", 1)
-    with pytest.raises(PruningError, match="another network.*'0'"):
+    with pytest.raises(PruningError, match=r"another network.*'0'"):
         FilterNoise(network(), pruner, "zeroing", 1)
     FilterNoise(nn.Sequential(model), pruner, "zeroing", 1)
 

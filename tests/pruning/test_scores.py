@@ -166,7 +166,7 @@ def test_activation_score_needs_a_pass_in_training_mode():
     with unchanged(model), pytest.raises(PruningError, match=r"'activation' of '3'"):
         pruner.prune(1, 1)
     assert gone(pruner) == {"3": []}
-    state = pruner.state_dict()
+    state = copy.deepcopy(pruner.state_dict())
     model.train()(images(size=8, double=False))
     assert pruner.prune(1, 1) == 3
     pruner.load_state_dict(state)

@@ -144,19 +144,25 @@ class FilterNoise(Pruner):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a `state_dict`; only weights of removed filters are changed: set to zero."""
-        self.removed = bool(state["noise.removed"])
-        self._spans.clear()
-        if self.removed:
-            self.pruner.load_state_dict(state)
-            return
-        self.pruner.load_masks(state)
-        for name, mask in self.masks.items():
-            span = {}
-            for key in ("passes", "filters", *self._tensors(name)):
-                if f"noise.{key}.{name}" in state:
-                    span[key] = state[f"noise.{key}.{name}"].clone().to(mask.device)
-            if span:
-                self._spans[name] = span | {"passes": span["passes"].cpu()}
+        restored = self.kind == "restored"
+        names = {
+            layer: {
+                key: f"noise.{key}.{layer}"
+                for key in ("passes", "filters", *(self._tensors(layer) if restored else ()))
+            }
+            for layer in self.masks
+        }
+        spans = {layer: keys for layer, keys in names.items() if state.keys() & keys.values()}
+        needed = {"noise.removed"}.union(*(keys.values() for keys in spans.values()))
+        if missing := sorted(needed - state.keys()):
+            raise PruningError(f"the state of this noise lacks {', '.join(map(repr, missing))}")
+        removed = bool(state["noise.removed"])
+        (self.pruner.load_state_dict if removed else self.pruner.load_masks)(state)
+        self.removed, self._spans = removed, {}
+        for layer, keys in spans.items() if not removed else ():
+            device = self.masks[layer].device
+            span = {key: state[name].clone().to(device) for key, name in keys.items()}
+            self._spans[layer] = span | {"passes": span["passes"].cpu()}
 
     @property
     def due(self) -> bool:

@@ -1,6 +1,7 @@
 """Noise on chosen filters, against training loops that spell out every batch."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -202,6 +203,17 @@ def test_restored_noise_reaches_norms_wherever_they_are():
     again = FilterNoise(model, pruner, "restored", 2)
     again.load_state_dict(state)
     assert not again.busy
+    noise.prune(1, 1)
+    pruner.masks["b"][:] = True
+    noise.prune(1, 1)
+    state = noise.state_dict()
+    for name in ("noise.removed", "noise.passes.b", "noise.scale.1.b", "mask.b"):
+        assert name in state
+        with pytest.raises(PruningError, match=f"'{re.escape(name)}'"):
+            again.load_state_dict({key: x for key, x in state.items() if key != name})
+    assert not again.busy
+    again.load_state_dict(state)
+    assert again.busy
 
 
 def test_restored_noise_needs_zeros_that_can_be_followed():

@@ -104,8 +104,10 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
     try:
         networks = [Network(model, training) for training in (True, False)]
     except Exception as error:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         raise PruningError(
-            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
+            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: "
+            + ("pass model.module instead" if parallel else str(error))
         ) from error
     if str(networks[0].graph) == str(networks[1].graph):
         del networks[1]
@@ -115,7 +117,9 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
 
 
 def check_network(model: nn.Module) -> None:
-    """Raise PruningError if a network is compiled: its code would not notice the pruning."""
+    """Raise PruningError if a network is no nn.Module, or is compiled and so notices no pruning."""
+    if not isinstance(model, nn.Module):
+        raise PruningError(f"a network must be an nn.Module, got {model!r}")
     for name, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
         if compiled or isinstance(module, torch.jit.ScriptModule):
@@ -123,6 +127,13 @@ def check_network(model: nn.Module) -> None:
             raise PruningError(
                 f"{where} is compiled: make the pruner with the network itself, and compile after"
             )
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise PruningError if a parameter is on the meta device, where it has no value."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise PruningError(f"{name!r} has no value: it is on the meta device")
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:

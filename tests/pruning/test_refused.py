@@ -139,6 +139,26 @@ def test_networks_that_are_compiled(way):
     assert_refused("compiled", WeightPruner, net, "0", 0.5)
 
 
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [
+        ("x", "'x'"),
+        (None, "None"),
+        (nn.Conv2d, "Conv2d"),
+        (layered(nn.Conv2d(6, 6, 3)).to("meta"), r"'0\.weight'.*meta"),
+    ],
+)
+def test_what_is_no_network_with_values(net, named):
+    assert_refused(named, FilterPruner, net, [0.5])
+    assert_refused(named, WeightPruner, net, "0", 0.5)
+
+
+def test_a_network_in_a_wrapper_for_several_devices():
+    net = nn.DataParallel(layered(nn.Conv2d(6, 6, 3)))
+    assert_refused(r"model\.module", FilterPruner, net, [0.5])
+    assert FilterPruner(net.module, [0.5]).prune(1, 1) == 3
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()

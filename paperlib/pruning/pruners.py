@@ -131,8 +131,9 @@ class FilterPruner(Pruner):
     nothing to it.
 
     Args:
-        model: Any network that torch.fx can trace, for images (N, C, H, W). Hooks that change a
-            layer's output are not noticed if they are registered later. If the forward pass states
+        model: Any network that torch.fx can trace, for images (N, C, H, W). Each mode is traced
+            once, so a choice that its code makes in Python, at random or by a counter, is not
+            noticed. Neither are hooks that change a layer's output, if registered later. If the forward pass states
             sizes, as `x.view(-1, 384)` does, images must be square and of a size in
             `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).

@@ -43,6 +43,10 @@ def has_own_forward(module: nn.Module, base: type) -> bool:
 class _Proxy(fx.Proxy):
     """A proxy of torch.fx that tells `x += y`, which writes into x, from `x + y`."""
 
+    def expand_as(self, other: fx.Proxy) -> fx.Proxy:
+        """Expand to the size of another tensor, whose values have no effect."""
+        return self.expand(other.shape)
+
 
 def _in_place(function: Callable) -> Callable:
     return lambda x, y: x.tracer.create_proxy("call_function", function, (x, y), {})

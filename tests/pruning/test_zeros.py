@@ -105,6 +105,10 @@ BETWEEN = {
     "gate by a dense layer": lambda n, x: (
         x * n.gate(F.adaptive_avg_pool2d(x, 1).flatten(1)).view(x.size(0), 6, 1, 1)
     ),
+    "gate that is expanded": lambda n, x: (
+        x * n.gate(x.mean((2, 3)))[..., None, None].sigmoid().expand_as(x)
+    ),
+    "means expanded": lambda n, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8) + x,
     "sizes looked up": lambda n, x: n.norm(x).view(x.size(0), x.size(1), -1, x.shape[3]),
     "odd pixels, padded": lambda n, x: F.pad(x[:, :, ::2, 1::2], (2, 2, 2, 2)),
     "local response": lambda n, x: F.local_response_norm(F.celu(x), 3),
@@ -126,6 +130,10 @@ JOINED = {
         lambda lost: torch.cat([lost.roll(3), lost[[1, 0, 2, 3, 4, 5]]]),
     ),
     "norm of what is spread": (lambda n, x: n.joined(torch.cat([n.one(x) * n.c(x), x], 1)), half),
+    "expanded": (
+        lambda n, x: n.joined(torch.cat([x[:, :1].expand(-1, 6, -1, -1), x], 1)),
+        lambda lost: torch.cat([lost[:1].expand(6), lost]),
+    ),
     "padded": (lambda n, x: F.pad(x, (0, 0, 0, 0, 2, 4)), lambda lost: F.pad(lost, (2, 4))),
 }
 

@@ -18,7 +18,6 @@ are disturbed for a number of forward passes after the event. After that they tr
 """
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from paperlib.pruning import FilterPruner, Pruner, PruningError
 from paperlib.pruning.operations import NORMS
 from paperlib.pruning.pruners import PassHook
+from paperlib.pruning.scores import whole
 from paperlib.pruning.zeros import Entries
 
 KINDS = ("zeroing", "gaussian", "restored")
@@ -86,8 +86,8 @@ class FilterNoise(Pruner):
     ) -> None:
         if kind not in KINDS:
             raise PruningError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
-        if not isinstance(passes, Integral) or passes < 0:
-            raise PruningError(f"noise passes must be a whole number, at least 0, got {passes!r}")
+        if whole(passes, "noise passes") < 0:
+            raise PruningError(f"noise passes must be at least 0, got {passes}")
         if not isinstance(pruner, FilterPruner):
             raise PruningError(f"noise needs a FilterPruner, got a {type(pruner).__name__}")
         if pruner.norm:

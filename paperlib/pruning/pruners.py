@@ -133,9 +133,9 @@ class FilterPruner(Pruner):
     Args:
         model: Any network that torch.fx can trace, for images (N, C, H, W). Each mode is traced
             once, so a choice that its code makes in Python, at random or by a counter, is not
-            noticed. Neither are hooks that change a layer's output, if registered later. If the forward pass states
-            sizes, as `x.view(-1, 384)` does, images must be square and of a size in
-            `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
+            noticed. Neither are hooks that change a layer's output, if registered later. If the
+            forward pass states sizes, as `x.view(-1, 384)` does, images must be square and of a
+            size in `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).
         score: One of `SCORES`, or a function from the convolution to its scores (filters,).
             "activation" observes every tenth forward pass in training mode from now on. Its scores

@@ -30,7 +30,7 @@ def kept_filters(filters: int, fraction: float, event: int, events: int) -> int:
         PruningError: `fraction` is not in [0, 1), or there is no such event.
     """
     check_fraction(fraction)
-    event, events = _whole(event), _whole(events)
+    event, events = whole(event, "event"), whole(events, "events")
     if not 1 <= event <= events:
         raise PruningError(f"event must be from 1 to {events}, got {event}")
     final = _final(filters, fraction)
@@ -62,7 +62,7 @@ def kept_weights(
     linear = kept_filters(weights, fraction, event, events)
     if schedule == "linear":
         return linear
-    final, event, events = _final(weights, fraction), _whole(event), _whole(events)
+    final, event, events = _final(weights, fraction), int(event), int(events)
     share = max(0.0, (events - 2 * event) / (2 * event * mu + events))
     return math.ceil(round(final + (weights - final) * share, 6))
 
@@ -77,11 +77,12 @@ def check_fraction(fraction: float) -> None:
         raise PruningError(f"a fraction to prune must be in [0, 1), got {fraction!r}")
 
 
-def _whole(number: int) -> int:
+def whole(number: int, what: str) -> int:
+    """Return a whole number as an int; raise PruningError, which says what it is, for another."""
     try:
         return operator.index(number)
     except TypeError:
-        raise PruningError(f"events are counted by whole numbers, got {number!r}") from None
+        raise PruningError(f"{what} must be a whole number, got {number!r}") from None
 
 
 def _final(count: int, fraction: float) -> int:

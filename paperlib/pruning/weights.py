@@ -1,7 +1,6 @@
 """The pruner of single weights (arXiv 1805.01930)."""
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -55,8 +54,9 @@ class WeightPruner(Pruner):
         check_network(model)
         check_values(model)
         names = [layer] if isinstance(layer, str) else as_list(layer, "layers")
-        single = isinstance(fraction, str | Real)
-        fractions = [fraction] * len(names) if single else as_list(fraction, "fractions")
+        if isinstance(fraction, int | float | str):
+            fraction = [fraction] * len(names)
+        fractions = as_list(fraction, "fractions")
         if len(fractions) != len(names):
             raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
         for f in fractions:

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.pruning import FilterPruner, Pruner, PruningError
+from paperlib.pruning.operations import NORMS
 from paperlib.pruning.pruners import PassHook
+from paperlib.pruning.scores import whole
 from paperlib.pruning.zeros import Entries
 
 KINDS = ("zeroing", "gaussian", "restored")
@@ -84,11 +86,16 @@ class FilterNoise(Pruner):
     ) -> None:
         if kind not in KINDS:
             raise PruningError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
-        if passes < 0:
+        if whole(passes, "noise passes") < 0:
             raise PruningError(f"noise passes must be at least 0, got {passes}")
+        if not isinstance(pruner, FilterPruner):
+            raise PruningError(f"noise needs a FilterPruner, got a {type(pruner).__name__}")
         if pruner.norm:
             raise PruningError("noise leaves batch norm alone: its pruner needs norm=False")
+        modules = set(model.modules())
         for name, layer in pruner.layers.items():
+            if layer.conv not in modules:
+                raise PruningError(f"the pruner is of another network: it prunes {name!r} of that")
             if kind == "restored" and layer.leak:
                 raise PruningError(f"filters of {name!r} cannot be set to zero: {layer.leak}")
         self.pruner, self.kind, self.passes, self.generator = pruner, kind, passes, generator
@@ -137,19 +144,25 @@ class FilterNoise(Pruner):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a `state_dict`; only weights of removed filters are changed: set to zero."""
-        self.removed = bool(state["noise.removed"])
-        self._spans.clear()
-        if self.removed:
-            self.pruner.load_state_dict(state)
-            return
-        self.pruner.load_masks(state)
-        for name, mask in self.masks.items():
-            span = {}
-            for key in ("passes", "filters", *self._tensors(name)):
-                if f"noise.{key}.{name}" in state:
-                    span[key] = state[f"noise.{key}.{name}"].clone().to(mask.device)
-            if span:
-                self._spans[name] = span | {"passes": span["passes"].cpu()}
+        restored = self.kind == "restored"
+        names = {
+            layer: {
+                key: f"noise.{key}.{layer}"
+                for key in ("passes", "filters", *(self._tensors(layer) if restored else ()))
+            }
+            for layer in self.masks
+        }
+        spans = {layer: keys for layer, keys in names.items() if state.keys() & keys.values()}
+        needed = {"noise.removed"}.union(*(keys.values() for keys in spans.values()))
+        if missing := sorted(needed - state.keys()):
+            raise PruningError(f"the state of this noise lacks {', '.join(map(repr, missing))}")
+        removed = bool(state["noise.removed"])
+        (self.pruner.load_state_dict if removed else self.pruner.load_masks)(state)
+        self.removed, self._spans = removed, {}
+        for layer, keys in spans.items() if not removed else ():
+            device = self.masks[layer].device
+            span = {key: state[name].clone().to(device) for key, name in keys.items()}
+            self._spans[layer] = span | {"passes": span["passes"].cpu()}
 
     @property
     def due(self) -> bool:
@@ -197,7 +210,7 @@ class FilterNoise(Pruner):
         """Return the tensors of a layer that noise may change, and the filters' entries in them."""
         layer = self.layers[name]
         found = {"weight": (layer.conv.weight, layer.zeroed(False)[name])}
-        norms = [e for e in layer.entries.values() if not isinstance(e.module, nn.Conv2d)]
+        norms = [e for e in layer.entries.values() if isinstance(e.module, NORMS)]
         for i, entries in enumerate(norms):
             for key, of_norm in OF_NORMS.items():
                 tensor = getattr(entries.module, of_norm, None)

@@ -354,6 +354,31 @@ def test_hooks_that_change_an_output():
         compact(network)
 
 
+class Modes(nn.Module):
+    """Has layers of its own in one mode."""
+
+    def __init__(self, training: nn.Module, evaluation: nn.Module) -> None:
+        super().__init__()
+        self.of_training, self.of_evaluation = training, evaluation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.of_training if self.training else self.of_evaluation)(x)
+
+
+def test_layers_that_one_mode_alone_runs():
+    end = nn.Conv2d(8, 4, 3)
+    norms = sequential(Modes(nn.BatchNorm2d(8), nn.BatchNorm2d(8)), end)
+    for network, named in (
+        (norms, r"'3\.of_evaluation', '3\.of_training'"),
+        (sequential(Modes(nn.Conv2d(8, 8, 1), nn.Identity()), end), r"'3\.of_training'"),
+    ):
+        with pytest.raises(CompactError, match=named):
+            compact(network, pruned(network, 0.5, layers=["0"]))
+    network = sequential(Modes(nn.Dropout(), nn.Identity()), end)
+    small = compacted(network, pruned(network, 0.5, layers=["0"]))
+    assert small.train()(torch.rand(2, 3, 8, 8)).shape == (2, 4, 4, 4)
+
+
 def test_a_wrong_cut_is_never_returned(monkeypatch):
     network = build("vgg11_bn")
     pruner = pruned(network, 0.5)

@@ -1,6 +1,7 @@
 """Noise on chosen filters, against training loops that spell out every batch."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from paperlib.noise import KINDS, FilterNoise
 from paperlib.papers import tradeoff_2020
 from paperlib.papers.noise_spans import training_batches, with_noise
-from paperlib.pruning import FilterPruner, PruningError
+from paperlib.pruning import FilterPruner, PruningError, WeightPruner
 from tests.pruning.pruned_networks import OPTIMIZERS, with_varied_norms
 
 # T: a training batch; E: an evaluation batch; 0, 1: an event of the first or second convolution.
@@ -160,19 +161,20 @@ def test_removal_is_for_good_and_leaves_batch_norm_alone(kind):
 
 
 class Late(nn.Module):
-    """Norms after an activation, after joining channels, and in groups."""
+    """Norms after an activation, after joining channels, and in groups; a depthwise layer."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3)
+        self.spread = nn.ConvTranspose2d(4, 4, 1, groups=4)
         self.groups, self.joined = nn.GroupNorm(2, 4), nn.BatchNorm2d(8)
         self.head = nn.Conv2d(8, 3, 1)
         for parameter in (*self.groups.parameters(), *self.joined.parameters()):
             nn.init.uniform_(parameter, 0.5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.a(x).relu(), self.groups(self.b(x).relu())], 1)
+        x = torch.cat([self.a(x).relu(), self.groups(self.spread(self.b(x).relu()))], 1)
         return self.head(self.joined(x))
 
 
@@ -201,6 +203,17 @@ def test_restored_noise_reaches_norms_wherever_they_are():
     again = FilterNoise(model, pruner, "restored", 2)
     again.load_state_dict(state)
     assert not again.busy
+    noise.prune(1, 1)
+    pruner.masks["b"][:] = True
+    noise.prune(1, 1)
+    state = noise.state_dict()
+    for name in ("noise.removed", "noise.passes.b", "noise.scale.1.b", "mask.b"):
+        assert name in state
+        with pytest.raises(PruningError, match=f"'{re.escape(name)}'"):
+            again.load_state_dict({key: x for key, x in state.items() if key != name})
+    assert not again.busy
+    again.load_state_dict(state)
+    assert again.busy
 
 
 def test_restored_noise_needs_zeros_that_can_be_followed():
@@ -216,10 +229,16 @@ def test_noise_that_cannot_be():
     pruner = FilterPruner(model, FRACTIONS, norm=False)
     with pytest.raises(PruningError, match=r"'rain'.*zeroing, gaussian, restored"):
         FilterNoise(model, pruner, "rain", 1)
-    with pytest.raises(PruningError, match="at least 0, got -1"):
-        FilterNoise(model, pruner, "zeroing", -1)
+    for passes in (-1, 1.5, "1"):
+        with pytest.raises(PruningError, match=f"noise passes .*got {passes!r}"):
+            FilterNoise(model, pruner, "zeroing", passes)
     with pytest.raises(PruningError, match="norm=False"):
         FilterNoise(model, FilterPruner(model, FRACTIONS), "zeroing", 1)
+    with pytest.raises(PruningError, match="WeightPruner"):
+        FilterNoise(model, WeightPruner(model, "0", 0.5), "zeroing", 1)
+    with pytest.raises(PruningError, match=r"another network.*'0'"):
+        FilterNoise(network(), pruner, "zeroing", 1)
+    FilterNoise(nn.Sequential(model), pruner, "zeroing", 1)
 
 
 # Passes and training batches

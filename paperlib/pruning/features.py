@@ -99,7 +99,9 @@ class Network(Traced):
         if node.op == "placeholder":
             return node.args[0] if node.args else torch.ones(2, *image)
         if node.op == "get_attr":
-            value = operator.attrgetter(self.name(node))(model)
+            name = self.name(node)
+            constant = self.attributes.get(name)
+            value = operator.attrgetter(name)(model) if constant is None else constant
             return torch.ones(value.shape) if isinstance(value, Tensor) else value
         if node.op == "output":
             out = fx.map_arg(node.args[0], values.__getitem__)

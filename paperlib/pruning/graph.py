@@ -1,12 +1,14 @@
 """A network's forward pass as a graph (torch.fx), and the types of its operations."""
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import is_lazy
 
 from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
@@ -18,8 +20,11 @@ _BASES = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
 def layer_type(module: nn.Module) -> type:
     """Return the torch layer whose forward pass a module has, or else the module's class.
 
-    A subclass of a layer counts as that layer if it keeps the layer's forward pass.
+    A subclass of a layer counts as that layer if it keeps the layer's forward pass. A module whose
+    forward pass was replaced is an `object`, of which nothing is known.
     """
+    if "forward" in vars(module):
+        return object
     for base in _BASES:
         if isinstance(module, base) and not has_own_forward(module, base):
             return base
@@ -37,6 +42,10 @@ def has_own_forward(module: nn.Module, base: type) -> bool:
 
 class _Proxy(fx.Proxy):
     """A proxy of torch.fx that tells `x += y`, which writes into x, from `x + y`."""
+
+    def expand_as(self, other: fx.Proxy) -> fx.Proxy:
+        """Expand to the size of another tensor, whose values have no effect."""
+        return self.expand(other.shape)
 
 
 def _in_place(function: Callable) -> Callable:
@@ -84,10 +93,11 @@ class _Tracer(fx.Tracer):
 class Traced:
     """A network's forward pass in one mode.
 
-    The network and torch's CPU generator stay as they were.
+    The network and torch's CPU generator stay as they were, as `unchanged` says.
 
     Attributes:
         graph: The operations, in the order of the forward pass.
+        attributes: By name, the tensors that the graph gets from attributes of the network itself.
         modules: The modules, by every name that they have.
         returns: By name of module, the node that each of its calls returns, None if a call does
             not return a single tensor.
@@ -99,8 +109,9 @@ class Traced:
     def __init__(self, model: nn.Module, training: bool) -> None:
         tracer = _Tracer()
         try:
-            with in_mode(model, training), torch.random.fork_rng(devices=[]):
+            with unchanged(model), in_mode(model, training), torch.random.fork_rng(devices=[]):
                 self.graph = tracer.trace(model)
+                self.attributes = {n: x for n, x in vars(model).items() if isinstance(x, Tensor)}
             self.returns = tracer.returns
         finally:
             vars(tracer).clear()  # the tracer is in a reference cycle and would keep the network
@@ -168,3 +179,48 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo afterwards what code does to a network's attributes, and to lists and tensors in them.
+
+    Dicts, sets and deques are undone as well. The contents of other objects are not.
+    """
+    seen: set[int] = set()
+    containers: list[tuple[Any, list]] = []
+    tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+    queue: list[Any] = [model]
+    for value in queue:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            queue.append(vars(value))
+        elif isinstance(value, (dict, list, set, deque, tuple)):
+            containers.append((value, _items(value)))
+            queue += containers[-1][1]
+        elif isinstance(value, Tensor) and not (is_lazy(value) or value.is_meta):
+            tensors.append((value, value.data, value.data.clone()))
+    try:
+        yield
+    finally:
+        for container, items in containers:
+            if [*map(id, _items(container))] != [*map(id, items)]:
+                container.clear()
+                if isinstance(container, dict):
+                    container.update(zip(items[::2], items[1::2], strict=True))
+                else:
+                    (container.update if isinstance(container, set) else container.extend)(items)
+        for tensor, data, before in tensors:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            if not data.equal(before):
+                data.copy_(before)
+
+
+def _items(container: Any) -> list:
+    """Return what a container holds; the keys and values of a dict, in turns."""
+    if isinstance(container, dict):
+        return [x for item in container.items() for x in item]
+    return list(container)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import is_lazy
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from paperlib.pruning import operations as ops
 from paperlib.pruning.features import Network
@@ -103,8 +104,10 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
     try:
         networks = [Network(model, training) for training in (True, False)]
     except Exception as error:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         raise PruningError(
-            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
+            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: "
+            + ("pass model.module instead" if parallel else str(error))
         ) from error
     if str(networks[0].graph) == str(networks[1].graph):
         del networks[1]
@@ -114,7 +117,9 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
 
 
 def check_network(model: nn.Module) -> None:
-    """Raise PruningError if a network is compiled: its code would not notice the pruning."""
+    """Raise PruningError if a network is no nn.Module, or is compiled and so notices no pruning."""
+    if not isinstance(model, nn.Module):
+        raise PruningError(f"a network must be an nn.Module, got {model!r}")
     for name, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
         if compiled or isinstance(module, torch.jit.ScriptModule):
@@ -122,6 +127,13 @@ def check_network(model: nn.Module) -> None:
             raise PruningError(
                 f"{where} is compiled: make the pruner with the network itself, and compile after"
             )
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise PruningError if a parameter is on the meta device, where it has no value."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise PruningError(f"{name!r} has no value: it is on the meta device")
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
@@ -227,14 +239,20 @@ def _leak(networks: Sequence[Network], trail: Trail, owners: Mapping[int, list[s
         why = weight_refusal(entries.module, base, owners, *entries.parameters)
         if why := why or _read_directly(networks, name):
             return f"of {name!r}, which is zero with it, {why}"
-    for name in trail.passed:
-        module = networks[0].modules[name]
-        hooks = list(module._forward_hooks.values())
-        if name != trail.passed[0]:
-            hooks += module._forward_pre_hooks.values()
-        if any(hook is not multiply_by_mask and not hasattr(hook, "watches") for hook in hooks):
-            return f"{name!r} has a forward hook, which may change its output: remove the hook"
+    modules = networks[0].modules
+    found = [(repr(name), modules[name]._forward_hooks) for name in trail.passed]
+    found += [(repr(name), modules[name]._forward_pre_hooks) for name in trail.readers]
+    found += [("every module", _global_forward_hooks), ("every module", _global_forward_pre_hooks)]
+    for where, hooks in found:
+        if not all(map(_changes_nothing, hooks.values())):
+            return f"{where} has a forward hook, which may change a pruned filter: remove the hook"
     return None
+
+
+def _changes_nothing(hook: Any) -> bool:
+    """Return whether a forward hook leaves the zeros of pruned filters; those of torch do."""
+    of_torch = getattr(hook, "__module__", "").startswith("torch.nn.")
+    return of_torch or hook is multiply_by_mask or hasattr(hook, "watches")
 
 
 def _read_directly(networks: Sequence[Network], name: str) -> str | None:

@@ -70,7 +70,9 @@ ACROSS = named("local_response_norm LocalResponseNorm")
 REDUCE = named("mean sum amax")
 STACK = named("stack")
 # Values are moved, joined, or surrounded by constants.
-MOVES = named("flatten Flatten view reshape getitem unsqueeze squeeze cat concat concatenate")
+MOVES = named(
+    "flatten Flatten view reshape expand getitem unsqueeze squeeze cat concat concatenate"
+)
 MOVES |= {F.pad, nn.ConstantPad2d, PadChannels}
 # They tell a tensor's size or type, and none of its values.
 TELLING = {

@@ -1,12 +1,19 @@
 """The interface of a pruner, and the pruner of whole filters (arXiv 1906.03728)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paperlib.pruning.layers import PrunableLayer, PruningError, check_order, survey
+from paperlib.pruning.layers import (
+    PrunableLayer,
+    PruningError,
+    check_order,
+    check_values,
+    survey,
+)
 from paperlib.pruning.masks import mask_of, set_mask
 from paperlib.pruning.scores import (
     ActivationScore,
@@ -77,8 +84,21 @@ class Pruner:
 
     def load_masks(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a `state_dict`, and leave the weights as they are."""
+        self._check_state(state)
         for name, mask in self.masks.items():
             mask.copy_(state[f"mask.{name}"])
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise PruningError unless a `state_dict` has the entries of this pruner's own."""
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        given = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+        wrong = [name for name, shape in own.items() if given.get(name) != shape]
+        wrong += [name for name in given if name.startswith("mask.") and name not in own]
+        if wrong:
+            raise PruningError(
+                f"the state is of another pruner; missing, of another shape, or of an unknown "
+                f"layer: {', '.join(map(repr, wrong))}"
+            )
 
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
@@ -111,13 +131,15 @@ class FilterPruner(Pruner):
     nothing to it.
 
     Args:
-        model: Any network that torch.fx can trace, for images (N, C, H, W). Hooks that change a
-            layer's output are not noticed if they are registered later. If the forward pass states
-            sizes, as `x.view(-1, 384)` does, images must be square and of a size in
-            `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
+        model: Any network that torch.fx can trace, for images (N, C, H, W). Each mode is traced
+            once, so a choice that its code makes in Python, at random or by a counter, is not
+            noticed. Neither are hooks that change a layer's output, if registered later. If the
+            forward pass states sizes, as `x.view(-1, 384)` does, images must be square and of a
+            size in `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).
         score: One of `SCORES`, or a function from the convolution to its scores (filters,).
-            "activation" observes the forward passes in training mode from now on.
+            "activation" observes every tenth forward pass in training mode from now on. Its scores
+            are equal until the tenth, and it does not prune before the first.
         target: Which scores are pruned: "smallest", "largest" or "random".
         layers: Names of convolutions in forward order. None takes as many of the last convolutions
             as there are fractions, and counts neither grouped ones nor those on shortcuts.
@@ -144,9 +166,12 @@ class FilterPruner(Pruner):
         norm: bool = True,
     ) -> None:
         check_target(target)
+        fractions = as_list(fractions, "fractions")
+        layers = None if layers is None else as_list(layers, "layers")
         for fraction in fractions:
             check_fraction(fraction)
         found = survey(model)
+        check_values(model)
         names = _chosen(model, found, fractions, layers, norm)
         self.layers = {name: found[name] for name in names}
         check_score(score, self.layers.values())
@@ -194,12 +219,10 @@ class FilterPruner(Pruner):
 
         Raises:
             PruningError: There is no such event, or the number of layers or a score's shape is
-                wrong, or scores or parameters are not finite. No mask is changed then.
+                wrong, or scores or parameters are not finite, or nothing was observed for the score
+                "activation". No mask is changed then.
         """
-        numbers, counts = (
-            [value] * len(self.layers) if isinstance(value, int) else list(value)
-            for value in (event, events)
-        )
+        numbers, counts = self._each(event), self._each(events)
         for values in (numbers, counts):
             if len(values) != len(self.layers):
                 found = f"{len(values)} layers, but {len(self.layers)} are pruned"
@@ -217,6 +240,11 @@ class FilterPruner(Pruner):
             self.masks[name][indices] = False
         self._refresh()
         return chosen
+
+    def _each(self, value: Any) -> list:
+        """Return an entry for each layer."""
+        value = value.tolist() if hasattr(value, "tolist") else value
+        return list(value) if isinstance(value, Iterable) else [value] * len(self.layers)
 
     def prune(self, event: Events, events: Events) -> int:
         """Prune at one event, given as for `choose`; return how many filters were removed."""
@@ -292,6 +320,8 @@ class FilterPruner(Pruner):
             raise PruningError(f"layer {name!r} or its norm is not finite")
         if self.target == "random":
             return None
+        if self.activation is not None and self.activation.passes == 0:
+            raise PruningError(f"score 'activation' of {name!r}: no pass in training mode so far")
         scores = scores_of(self.layers[name], self.score, self.activation)
         scores = torch.as_tensor(scores, device=self.masks[name].device)
         shape = tuple(self.masks[name].shape)
@@ -302,6 +332,14 @@ class FilterPruner(Pruner):
         if not scores[self.masks[name]].isfinite().all():
             raise PruningError(f"the score of {name!r} is not finite")
         return scores
+
+
+def as_list(values: Iterable, what: str) -> list:
+    """Return values as a list; raise PruningError for a string, or for a single number."""
+    if not isinstance(values, str):
+        with suppress(TypeError):
+            return list(values)
+    raise PruningError(f"{what} must be a list, got {values!r}")
 
 
 def _chosen(

@@ -1,6 +1,7 @@
 """Schedules, scores and targets: the filters or weights that an event prunes."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -29,6 +30,7 @@ def kept_filters(filters: int, fraction: float, event: int, events: int) -> int:
         PruningError: `fraction` is not in [0, 1), or there is no such event.
     """
     check_fraction(fraction)
+    event, events = whole(event, "event"), whole(events, "events")
     if not 1 <= event <= events:
         raise PruningError(f"event must be from 1 to {events}, got {event}")
     final = _final(filters, fraction)
@@ -60,15 +62,27 @@ def kept_weights(
     linear = kept_filters(weights, fraction, event, events)
     if schedule == "linear":
         return linear
-    final = _final(weights, fraction)
+    final, event, events = _final(weights, fraction), int(event), int(events)
     share = max(0.0, (events - 2 * event) / (2 * event * mu + events))
     return math.ceil(round(final + (weights - final) * share, 6))
 
 
 def check_fraction(fraction: float) -> None:
-    """Raise PruningError unless a fraction to prune is in [0, 1)."""
-    if not 0 <= fraction < 1:
-        raise PruningError(f"a fraction to prune must be in [0, 1), got {fraction}")
+    """Raise PruningError unless a fraction to prune is a number in [0, 1)."""
+    try:
+        valid = 0 <= fraction < 1
+    except (TypeError, ValueError, RuntimeError):
+        valid = False
+    if not valid:
+        raise PruningError(f"a fraction to prune must be in [0, 1), got {fraction!r}")
+
+
+def whole(number: int, what: str) -> int:
+    """Return a whole number as an int; raise PruningError, which says what it is, for another."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise PruningError(f"{what} must be a whole number, got {number!r}") from None
 
 
 def _final(count: int, fraction: float) -> int:

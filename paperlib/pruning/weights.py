@@ -10,10 +10,11 @@ from paperlib.pruning.layers import (
     PruningError,
     check_network,
     check_order,
+    check_values,
     parameter_owners,
     weight_refusal,
 )
-from paperlib.pruning.pruners import Pruner
+from paperlib.pruning.pruners import Pruner, as_list
 from paperlib.pruning.scores import check_target, kept_weights, select
 
 
@@ -51,8 +52,11 @@ class WeightPruner(Pruner):
     ) -> None:
         check_target(target)
         check_network(model)
-        names = [layer] if isinstance(layer, str) else list(layer)
-        fractions = [fraction] * len(names) if isinstance(fraction, int | float) else fraction
+        check_values(model)
+        names = [layer] if isinstance(layer, str) else as_list(layer, "layers")
+        if isinstance(fraction, int | float | str):
+            fraction = [fraction] * len(names)
+        fractions = as_list(fraction, "fractions")
         if len(fractions) != len(names):
             raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
         for f in fractions:
@@ -102,7 +106,8 @@ def _weighted(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear | n
     owners = parameter_owners(model)
     for name in names:
         if name not in known:
-            raise PruningError(f"no prunable layer {name!r}: one of {', '.join(known)}")
+            can = ", ".join(known) or "none, as the network has no nn.Linear and no nn.Conv2d"
+            raise PruningError(f"no prunable layer {name!r}: one of {can}")
         base = nn.Linear if isinstance(known[name], nn.Linear) else nn.Conv2d
         if why := weight_refusal(known[name], base, owners, "weight"):
             raise PruningError(f"cannot prune {name!r}: {why}")

@@ -19,7 +19,7 @@ from paperlib.models import ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.features import Network
 from paperlib.pruning.graph import argument
-from paperlib.pruning.operations import CONVOLUTIONS, NORMS
+from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
 _FOLLOWED = ops.ELEMENTWISE | ops.PASSING | ops.ACTIVATIONS | ops.SPATIAL | ops.MOVES | ops.REDUCE
 
@@ -80,6 +80,7 @@ class Trail:
         sums: The residual sums whose branch is exactly its output, before any activation; None for
             a sum that is not a `ResidualSum`.
         passed: Names of the modules that the filters pass through, their convolution first.
+        readers: Names of the modules that read the filters, or are given them.
         uses: How many times a forward pass calls the convolution.
 
     Raises:
@@ -93,6 +94,7 @@ class Trail:
         self.norms: set[nn.Module] = set()
         self.sums: set[nn.Module | None] = set()
         self.passed: list[str] = []
+        self.readers: list[str] = []
         self.uses = 0
         for network in networks:
             self.network = network
@@ -103,7 +105,10 @@ class Trail:
                 state = self._follow(node)
                 if state is not None:
                     self._at[node] = state
-            self.passed += [network.name(n) for n in self._at if n.op == "call_module"]
+            modules = [n for n in network.graph.nodes if n.op == "call_module"]
+            self.passed += [network.name(n) for n in modules if n in self._at]
+            read = (n for n in modules if self._at.keys() & n.all_input_nodes)
+            self.readers += map(network.name, read)
             self._check_not_shared()
 
     def _follow(self, node: fx.Node) -> Zeros | None:
@@ -196,7 +201,7 @@ class Trail:
         self._check(len(self.network.shape(self.network.tensors(node)[0])) == dims, node)
         if key in ops.FUNCTIONAL_CONVOLUTIONS:
             self._check(argument(node, 6, "groups", 1) == 1, node)
-        if key in CONVOLUTIONS and module.groups == module.in_channels > 1:
+        if key in (*CONVOLUTIONS, *TRANSPOSED) and module.groups == module.in_channels > 1:
             # In a depthwise convolution each output depends on one channel.
             self._check(module.out_channels == module.in_channels, node)
             if module.bias is not None:

@@ -5,6 +5,7 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from pruned_networks import (
 from torch import nn
 
 from paperlib.models import build
-from paperlib.pruning import FilterPruner, PruningError, prunable_layers
+from paperlib.pruning import FilterPruner, PruningError, WeightPruner, prunable_layers
 
 # Masked networks against cut ones
 
@@ -154,6 +155,17 @@ def test_events_of_some_layers():
     assert pruner.prune([None] * 4, 9) == 0
 
 
+@pytest.mark.parametrize("number", [np.int64, np.array, torch.tensor])
+def test_events_in_other_types_of_number(number):
+    pruner = FilterPruner(small_net(), [0.5, 0.5])
+    assert pruner.prune(number(1), number(2)) == 10 - 8 + 6 - 5
+    assert pruner.prune([number(2), None], 2) == 8 - 5
+    assert pruner.prune(number([2, 2]), 2) == 5 - 3
+    for schedule in ("linear", "annealing"):
+        one, other = (WeightPruner(small_net(), "3", 0.5, "largest", schedule, 1) for _ in "ab")
+        assert one.prune(number(1), number(4)) == other.prune(1, 4) > 0
+
+
 def test_the_last_layers_are_taken():
     pruner = FilterPruner(build("vgg11_bn", width=1 / 16), [0.1, 0.2])
     assert pruner.fractions == {"features.22": 0.1, "features.25": 0.2}
@@ -184,6 +196,26 @@ def test_state_of_before_takes_pruning_back():
     assert torch.equal(model(images()), expected)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state.clear(), r"'mask\.0'.*'mask\.3'.*'score\.0'.*'passes'"),
+        (lambda state: state.pop("score.3"), r"'score\.3'"),
+        (lambda state: state.update({"mask.3": torch.ones(4)}), r"'mask\.3'"),
+        (lambda state: state.update({"mask.3": None}), r"'mask\.3'"),
+        (lambda state: state.update({"mask.6": torch.ones(4)}), r"'mask\.6'"),
+    ],
+)
+def test_states_of_other_pruners(change, named):
+    model = small_net()
+    pruner = FilterPruner(model, [0.5, 0.5], "activation")
+    state = {name: torch.zeros_like(tensor) for name, tensor in pruner.state_dict().items()}
+    change(state)
+    with unchanged(model), pytest.raises(PruningError, match=named):
+        pruner.load_state_dict(state)
+    assert gone(pruner) == {"0": [], "3": []}
+
+
 # Bad input
 
 
@@ -194,6 +226,12 @@ def test_state_of_before_takes_pruning_back():
         ({"fractions": [0.5, -0.1]}, r"\[0, 1\), got -0.1"),
         ({"fractions": [math.nan]}, "got nan"),
         ({"fractions": [0.5] * 3}, "3 fractions, but Sequential has 2 .*convolutions: 0, 3"),
+        ({"fractions": ["0.5"], "layers": ["3"]}, "got '0.5'"),
+        ({"fractions": [[0.5, 0.5]]}, r"got \[0.5, 0.5\]"),
+        ({"fractions": "0.5"}, "got '0.5'"),
+        ({"fractions": 0.5}, "got 0.5"),
+        ({"fractions": torch.tensor(0.5)}, r"got tensor\(0.5"),
+        ({"fractions": [0.5], "layers": "0"}, "got '0'"),
         ({"fractions": [0.5], "layers": ["0", "3"]}, "1 fractions for 2 layers"),
         ({"layers": ["0", "4"]}, "no prunable layer '4': one of 0, 3"),
         ({"layers": ["3", "0"]}, "in forward order"),
@@ -231,6 +269,11 @@ def test_bad_scores_change_nothing(score, message):
         ([1], 2, "1 layers, but 2"),
         ([1, 1], [2, 2, 2], "2 are pruned"),
         ([None, 4], [1, 3], "from 1 to 3, got 4"),
+        (1.5, 2, "got 1.5"),
+        (1, 2.0, "got 2.0"),
+        ([1, 1.0], 2, "got 1.0"),
+        ("1", 2, "got '1'|1 layers"),
+        (torch.tensor(0.5), 2, "got 0.5"),
     ],
 )
 def test_bad_events(event, events, message):

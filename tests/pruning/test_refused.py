@@ -139,6 +139,26 @@ def test_networks_that_are_compiled(way):
     assert_refused("compiled", WeightPruner, net, "0", 0.5)
 
 
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [
+        ("x", "'x'"),
+        (None, "None"),
+        (nn.Conv2d, "Conv2d"),
+        (layered(nn.Conv2d(6, 6, 3)).to("meta"), r"'0\.weight'.*meta"),
+    ],
+)
+def test_what_is_no_network_with_values(net, named):
+    assert_refused(named, FilterPruner, net, [0.5])
+    assert_refused(named, WeightPruner, net, "0", 0.5)
+
+
+def test_a_network_in_a_wrapper_for_several_devices():
+    net = nn.DataParallel(layered(nn.Conv2d(6, 6, 3)))
+    assert_refused(r"model\.module", FilterPruner, net, [0.5])
+    assert FilterPruner(net.module, [0.5]).prune(1, 1) == 3
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -241,3 +261,38 @@ def test_hooks_that_may_change_an_output():
         handle.remove()
         FilterPruner(net, [0.5], "activation", layers=["0"])
         FilterPruner(net, [0.5], "activation", layers=["0"])
+
+
+def add_one(module, *values):
+    """A hook of any kind."""
+    return values[-1][0] + 1 if isinstance(values[-1], tuple) else values[-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("register", "named"),
+    [
+        (lambda net: net[2].register_forward_pre_hook(add_one), "'2'"),
+        (lambda net: net[2].register_forward_pre_hook(add_one, with_kwargs=True), "'2'"),
+        (lambda net: net[1].register_forward_pre_hook(add_one), "'1'"),
+        (lambda net: net[1].register_forward_hook(add_one, with_kwargs=True), "'1'"),
+        (lambda net: nn.modules.module.register_module_forward_hook(add_one), "every"),
+        (lambda net: nn.modules.module.register_module_forward_pre_hook(add_one), "every"),
+    ],
+)
+def test_hooks_that_may_change_what_is_read(register, named):
+    net = layered(nn.Conv2d(6, 4, 3))
+    handle = register(net)
+    try:
+        assert_refused(rf"'0'.*{named}", FilterPruner, net, [0.5], layers=["0"])
+        FilterPruner(net, [0.5], layers=["2"] if named == "'2'" else ["0"], norm=False)
+    finally:
+        handle.remove()
+    FilterPruner(net, [0.5], layers=["0"])
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_forward_passes_that_were_replaced(at):
+    net = layered(nn.MaxPool2d(2), nn.Conv2d(6, 4, 3))
+    forward = net[at].forward
+    net[at].forward = lambda x: forward(x + 1)
+    assert_refused(rf"'0'.*'{at}'", FilterPruner, net, [0.5], layers=["0"])

@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pruned_networks import exactly_kept, generator, gone, images, network, small_net
+from pruned_networks import exactly_kept, generator, gone, images, network, small_net, unchanged
 from scipy import stats
 from torch import nn
 
-from paperlib.pruning import FilterPruner, expected_activation, kept_filters, kept_weights, select
+from paperlib.pruning import (
+    FilterPruner,
+    PruningError,
+    expected_activation,
+    kept_filters,
+    kept_weights,
+    select,
+)
 
 # Schedules
 
@@ -150,6 +157,21 @@ def test_activation_score_by_brute_force():
         new = set(filters) - before[name]
         assert new == set(order[: len(new)])
         assert new
+
+
+def test_activation_score_needs_a_pass_in_training_mode():
+    model = small_net()
+    pruner = FilterPruner(model, [0.5], "activation")
+    model.eval()(images(size=8, double=False))
+    with unchanged(model), pytest.raises(PruningError, match=r"'activation' of '3'"):
+        pruner.prune(1, 1)
+    assert gone(pruner) == {"3": []}
+    state = copy.deepcopy(pruner.state_dict())
+    model.train()(images(size=8, double=False))
+    assert pruner.prune(1, 1) == 3
+    pruner.load_state_dict(state)
+    with pytest.raises(PruningError, match="'activation'"):
+        pruner.prune(1, 1)
 
 
 # Targets

@@ -9,7 +9,7 @@ from pruned_networks import OPTIMIZERS, assert_refused, exactly_kept, generator,
 from torch import nn
 
 from paperlib import models
-from paperlib.pruning import WeightPruner
+from paperlib.pruning import PruningError, WeightPruner
 
 
 def dense(outputs: int = 5, inputs: int = 20) -> nn.Module:
@@ -123,6 +123,9 @@ def test_several_layers_each_by_its_own_fraction():
         ({"layer": "dens"}, r"'dens': one of features\.0, .*features\.8, dense, fc"),
         ({"layer": "features.1"}, r"'features\.1'"),  # a ReLU
         ({"layer": ""}, "''"),
+        ({"layer": 3}, "got 3"),
+        ({"fraction": "0.5"}, "got '0.5'"),
+        ({"fraction": None}, "got None"),
         ({"layer": ["fc", "dense"]}, "forward order"),
         ({"layer": ["fc", "fc"]}, "once each"),
         ({"fraction": 1.0}, r"\[0, 1\), got 1"),
@@ -142,3 +145,17 @@ def test_what_cannot_be_done(options, named):
     options = {"layer": "dense", "fraction": 0.5} | options
     with unchanged(network):
         assert_refused(named, WeightPruner, network, **options)
+
+
+@pytest.mark.parametrize(("event", "events"), [([1], 2), (1.0, 2), (1, "2"), (None, 2)])
+@pytest.mark.parametrize("schedule", ["linear", "annealing"])
+def test_bad_events(event, events, schedule):
+    pruner = WeightPruner(models.build("conv4", width=0.1), "dense", 0.5, schedule=schedule)
+    with pytest.raises(PruningError, match=r"\[1\]|1\.0|'2'|None"):
+        pruner.prune(event, events)
+    assert pruner.masks["dense"].all()
+
+
+def test_layers_of_other_types_are_named_as_such():
+    network = nn.Sequential(nn.Conv1d(3, 6, 3), nn.Embedding(3, 6))
+    assert_refused(r"'0'.*nn\.Linear.*nn\.Conv2d", WeightPruner, network, "0", 0.5)

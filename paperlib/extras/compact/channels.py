@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.features import Network
-from paperlib.pruning.graph import argument
+from paperlib.pruning.graph import Traced, argument
 from paperlib.pruning.masks import BUFFER
 
 _AFFINE = {nn.Conv2d: 4, nn.Linear: 2}  # and the dimensions that their input must have
@@ -77,18 +77,25 @@ class Following:
         axes: Everything that has to be resized.
 
     Raises:
-        CompactError: torch.fx cannot follow the network, or pruned channels reach an operation that
-            is not understood, or a module that has to be resized is used more than once.
+        CompactError: torch.fx cannot follow the network, or only one of training and evaluation
+            mode runs some layer, or pruned channels reach an operation that is not understood, or a
+            module that has to be resized is used more than once.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         self.device, self.dtype = inputs.device, inputs.dtype
         try:
             self.network = Network(model, False, tuple(inputs.shape[1:]))
+            training = Traced(model, True)
         except Exception as error:
             raise CompactError(
                 f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
             ) from error
+        if differ := _layers(self.network) ^ _layers(training):
+            raise CompactError(
+                f"the copy could not be trained, because only one of training and evaluation mode "
+                f"runs {', '.join(map(repr, sorted(differ)))}"
+            )
         self.count = 0
         self.fixed: list[Tensor] = []
         self.ties: list[Tensor] = []
@@ -243,6 +250,12 @@ class Following:
         if name in self._resized:
             raise CompactError(f"{name!r} is used more than once in the forward pass")
         self._resized.add(name)
+
+
+def _layers(traced: Traced) -> set[str]:
+    """Return the names of the layers with parameters or buffers that a forward pass calls."""
+    called = (node for node in traced.graph.nodes if traced.module(node) is not None)
+    return {traced.name(node) for node in called if traced.module(node).state_dict()}
 
 
 def takes(module: Any) -> Tensor:

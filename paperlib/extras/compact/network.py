@@ -26,9 +26,9 @@ def compact(
     """Return a copy of a pruned network without superfluous channels and neurons.
 
     In evaluation mode, for images of the example's size, the copy's outputs are the same but for
-    rounding. The copy can be trained further. A channel or neuron is cut if it is zero, or has no
-    outgoing weights, or is a constant that can be folded into the biases of its readers. The
-    channels of a residual stage are cut together or not at all.
+    rounding. The copy can be trained further, so both modes must run the same layers. A channel or
+    neuron is cut if it is zero, or has no outgoing weights, or is a constant that can be folded
+    into the biases of its readers. The channels of a residual stage are cut together or not at all.
 
     A channel that cannot be cut exactly stays, with its zeros and masks. Examples are a constant
     other than zero that a padded convolution reads, as with `FilterPruner(norm=False)`, and the

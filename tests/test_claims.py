@@ -10,11 +10,11 @@ import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks import claims as simulations
-from paperlib import claims, experiments
+from paperlib import claims, experiments, stats
 from paperlib.claims import verdicts
+from paperlib.claims.contrasts import BELOW, Contrast, paired
 from paperlib.claims.gates import Gate
 from paperlib.claims.tradeoff_2020 import DOSE_AND_TARGET, NETWORKS, PERIODS, T2
-from paperlib.claims.verdicts import BELOW
 from paperlib.networks import events_of
 from paperlib.runs import RunRecord, Store
 from tests.store.helpers import file
@@ -94,7 +94,7 @@ def failing(name: str, figure: str, network: str) -> Gate:
     return Gate(name, network, figure, "S", False, 1.5, "too little")
 
 
-def contrasts(claim: verdicts.Claim, kind: str = "co-primary") -> list[verdicts.Contrast]:
+def contrasts(claim: verdicts.Claim, kind: str = "co-primary") -> list[Contrast]:
     return [contrast for contrast in claim.contrasts if contrast.kind == kind]
 
 
@@ -104,8 +104,8 @@ def spread(sd: float, seed: int = 0) -> pd.Series:
     return pd.Series(sd * (values - values.mean()) / values.std(ddof=1))
 
 
-def difference(mean: float, sd: float = 0.3, **how: object) -> verdicts.Contrast:
-    return verdicts.paired("a - b", mean + spread(sd), **how)
+def difference(mean: float, sd: float = 0.3, **how: object) -> Contrast:
+    return paired("a - b", mean + spread(sd), **how)
 
 
 # Contrasts and their rule
@@ -173,7 +173,7 @@ def test_the_first_verdict_that_applies(means, how, expected):
 
 @pytest.mark.parametrize("mean", [0.5, -0.5, 0.0])
 def test_equal_differences_show_no_deviation(mean):
-    contrast = verdicts.paired("a - b", pd.Series([mean, mean]))
+    contrast = paired("a - b", pd.Series([mean, mean]))
     assert verdicts.verdict([contrast], 0.5) == "undecided"
     assert math.isnan(contrast.p)
 
@@ -182,7 +182,7 @@ def test_the_interval_that_decides_is_noted():
     """For equivalence that is 90%, and not the 95% that stands beside it."""
     differences = 0.2 + spread(0.3)
     low, high = scipy_stats.ttest_1samp(differences, 0).confidence_interval(0.90)
-    contrast = verdicts.paired("a - b", differences, region=(-1, 1))
+    contrast = paired("a - b", differences, region=(-1, 1))
     assert f"90% interval [{low:+.2f}, {high:+.2f}]" in contrast.note
     assert "p against -0.5" in difference(0.2, region=(-0.5, math.inf)).note
 
@@ -202,14 +202,14 @@ def test_power_of_one_contrast(sd):
     power = verdicts.power([difference(0.3, sd)], draws=20_000)
     noncentral = scipy_stats.nct(N - 1, math.sqrt(N) / sd)
     assert power == pytest.approx(noncentral.sf(scipy_stats.t.ppf(0.975, N - 1)), abs=0.012)
-    assert math.isnan(verdicts.power([verdicts.paired("a - b", pd.Series([1.0, np.nan]))]))
+    assert math.isnan(verdicts.power([paired("a - b", pd.Series([1.0, np.nan]))]))
 
 
 def test_power_of_two_contrasts_counts_that_they_go_together():
     """The same differences twice have the power of one; independent ones its square."""
     one, other = spread(0.85), spread(0.85, seed=1)
     other = other - one * (one @ other) / (one @ one)
-    pairs = [verdicts.paired("a - b", v * 0.85 / v.std()) for v in (one, one, other)]
+    pairs = [paired("a - b", v * 0.85 / v.std()) for v in (one, one, other)]
     single, same, apart = (verdicts.power(c, 20_000) for c in (pairs[:1], pairs[:2], pairs[1:]))
     assert same == pytest.approx(single, abs=0.012)
     assert apart == pytest.approx(single**2, abs=0.012)
@@ -368,8 +368,8 @@ def test_t2_orders_the_targets_of_each_rate_and_drops_a_seed():
 )
 def test_a_permutation_test_decides_at_half_of_5_percent_a_side(tau, p, supported, contradicted):
     """At each side, also where there are two co-primary contrasts."""
-    fitted = verdicts.Fitted(tau, np.nan, 0)
-    contrast = verdicts.Contrast("tau", "co-primary", "accuracy", fitted, 21, 21, BELOW, p)
+    fitted = stats.Fitted(tau, np.nan, 0)
+    contrast = Contrast("tau", "co-primary", "accuracy", fitted, 21, 21, BELOW, p)
     assert (contrast.supported, contrast.contradicted(0.975)) == (supported, contradicted)
 
 

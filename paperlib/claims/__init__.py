@@ -27,8 +27,9 @@ import pandas as pd
 
 from paperlib import measures, plans
 from paperlib.claims import regularization_2018, tradeoff_2020
+from paperlib.claims.contrasts import Contrast
 from paperlib.claims.gates import evaluate
-from paperlib.claims.verdicts import Claim, Contrast
+from paperlib.claims.verdicts import Claim
 from paperlib.plans import Scale
 from paperlib.runs import Store
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from paperlib.claims.contrasts import OUTCOMES
 from paperlib.claims.gates import UNPRUNED
-from paperlib.claims.verdicts import OUTCOMES, Findings, Part, Rule
+from paperlib.claims.verdicts import Findings, Part, Rule
 
 CONV4 = "conv4"
 LARGE, SMALL = "largest 0.9", "smallest 0.9"

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from paperlib import stats
+from paperlib.claims.contrasts import BELOW, OUTCOMES, Contrast, Kind, paired
 from paperlib.claims.gates import UNPRUNED
-from paperlib.claims.verdicts import BELOW, OUTCOMES, Contrast, Findings, Kind, Part, Rule, paired
+from paperlib.claims.verdicts import Findings, Part, Rule
 from paperlib.stats import Fitted
 
 VGG, RESNET18 = "VGG11", "ResNet18"

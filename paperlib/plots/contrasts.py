@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paperlib import stats
-from paperlib.claims.verdicts import DECIDING, DELTA, OTHER_DELTA
+from paperlib.claims.contrasts import DECIDING
+from paperlib.claims.verdicts import DELTA, OTHER_DELTA
 from paperlib.plots.style import BEHIND_TEXT, Look, p_value, panels
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"

@@ -32,8 +32,7 @@ def train(
     """Do runs in this process, with one thread; the next begins as soon as one has ended.
 
     Args:
-        path: The path of the run store; None if the worker uses a store of its own and sends its
-            records.
+        path: Of the run store; None if the worker uses one of its own and sends its records.
         results: The store's read-only layer.
         device: As for `devices.choose_device`.
         together: The number of runs that take turns.

@@ -42,8 +42,7 @@ def train(
             `until` does not begin.
 
     Returns:
-        The outcome of each run. Errors other than Claimed, Stopped and StoreError become a
-        RuntimeError.
+        Each run's outcome. Errors but Claimed, Stopped and StoreError become a RuntimeError.
 
     Raises:
         WorkerDied: This process can do no more work.

@@ -14,8 +14,9 @@ harmless: both writers produce the same record.
 """
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from paperlib.store.records import StoreError
 BEAT_SECONDS = 15.0
 LEASE_SECONDS = 120.0
 POLL_SECONDS = 0.5
-FOREVER_SECONDS = 1e9
+EMPTY_SECONDS = 10.0  # an empty file of this age is of a process that died before it wrote
 RETRY_SECONDS = 0.05  # if files cannot be exchanged, a dead holder's is removed, then replaced
 # Leases that were not acquired. Each remembers since when the holder has not refreshed its file.
 _watched: dict[Path, SoftFileLease] = {}
@@ -71,7 +72,7 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
         StoreError: The claim cannot be written.
     """
     path = Path(store) / "claims" / f"{run}.lease"
-    limit, poll = (FOREVER_SECONDS, POLL_SECONDS) if wait else (RETRY_SECONDS, RETRY_SECONDS)
+    limit, poll = (EMPTY_SECONDS, POLL_SECONDS) if wait else (RETRY_SECONDS, RETRY_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lease = _watched.pop(path, None) or SoftFileLease(
@@ -80,7 +81,10 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
             heartbeat_interval=BEAT_SECONDS,
             thread_local=False,  # a run's claim is returned by whichever thread ends it
         )
-        lease.acquire(timeout=limit, poll_interval=poll)
+        while not lease.is_locked:
+            _remove_empty(path)
+            with suppress(Timeout) if wait else nullcontext():
+                lease.acquire(timeout=limit, poll_interval=poll)
     except Timeout:
         _watched[path] = lease
         raise Claimed(f"run {run} is claimed by {_name(lease)}") from None
@@ -90,6 +94,18 @@ def claim(store: str | os.PathLike, run: str, wait: bool = True) -> Iterator[Cla
         yield Claim(run, lease)
     finally:
         lease.release()
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove a claim whose process died as it made the file, before it wrote its name there.
+
+    Nobody else would: an empty file says nothing of its holder. If the holder is alive after all,
+    two processes do the run, with the same numbers.
+    """
+    with suppress(FileNotFoundError):
+        state = path.stat()
+        if state.st_size == 0 and time.time() - state.st_mtime > EMPTY_SECONDS:
+            path.unlink()
 
 
 def _name(lease: SoftFileLease) -> str:

@@ -157,6 +157,19 @@ def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
 # Runs
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_an_empty_claim_is_of_a_process_that_died_as_it_made_it(tmp_path, wait):
+    path = tmp_path / "claims" / "a.lease"
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(Claimed), claim(tmp_path, "a", wait=False):
+        pass  # it may be written any moment
+    old = time.time() - 2 * lease.EMPTY_SECONDS
+    os.utime(path, (old, old))
+    with claim(tmp_path, "a", wait=wait):
+        assert path.stat().st_size > 0
+
+
 def test_a_run_that_is_claimed(tmp_path):
     store = Store(tmp_path)
     with claim(tmp_path, QUICK.identity), pytest.raises(Claimed, match=QUICK.identity):

@@ -108,7 +108,7 @@ def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, 
     """Draw figures (all, or NAME ...) into figures/PROFILE: missing runs, then notebooks.
 
     Without --profile, a figure is drawn at profile small for the networks whose runs are all there
-    (results/ counts), and else at demo, which trains for minutes.
+    (results/ counts), and else at demo, whose runs are in results/, too.
     """
     from paperlib.sweep import notebooks
 
@@ -142,7 +142,7 @@ def figures_command(names: Names, asked: Asked, store: runs.Store, fresh: bool, 
 
 
 def _queue(scales: dict[str, Scale]) -> list[Config]:
-    """Return the runs of figures, in the order of worth if these are all figures."""
+    """Return the runs of figures, in the order of the evidence if these are all figures."""
     ordered: list[Config] = []
     for scale in dict.fromkeys(scales.values()):
         names = [name for name in scales if scales[name] == scale]
@@ -176,10 +176,10 @@ def _execute(
 @of_figures("small")
 @options(EXECUTION)
 @click.option(
-    "--retrain-changed", is_flag=True, help="in place of a record here of other images, too"
+    "--retrain-changed", is_flag=True, help="also runs whose record was made from other images"
 )
 def sweep_command(names: Names, asked: Asked, store: runs.Store, **how: Any) -> None:
-    """Train the missing runs of figures: NAME ... in that order, or all in the order of worth."""
+    """Train the missing runs of figures: NAME ... in that order, or all, the evidence first."""
     configs = experiments.queue(Scale(**asked), names)
     done = _execute(configs, store, **how)
     left = len(sweep.missing(configs, store)) if how["minutes"] else 0
@@ -206,7 +206,10 @@ def status_command(
         click.echo(frame.to_json(orient="records", indent=1))
         return
     _print(frame.drop(columns="states"), "{:.2f}")
-    for state in {state.run: state for row in frame.states for state in row}.values():
+    distinct = {state.run: state for row in frame.states for state in row}.values()
+    done = sum(state.state == "done" for state in distinct)
+    click.echo(f"{done} of {len(distinct)} runs are done; figures share runs")
+    for state in distinct:
         if every or state.state not in ("done", "missing"):
             click.echo(f"{state.state}: {state.config.title}: {state.why}")
 
@@ -232,10 +235,8 @@ def claims_command(
     for claim in judged:
         power = "" if pd.isna(claim.power) else f", power {claim.power:.2f} for {claim.effect}"
         click.echo(f"{claim.name}: {claim.verdict} ({claim.n} runs{power}). {claim.statement}")
-        for gate in claim.gates:
-            if gate.passed is False:
-                where = f"{gate.figure} {gate.network} {gate.setting}".strip()
-                click.echo(f"  {gate.gate} fails: {where}: {gate.text}")
+        for failure in claim.failures:
+            click.echo(f"  {failure}")
     frame = claims.to_frame(judged).dropna(subset="contrast")
     if len(frame):
         shown = ["claim", "kind", "contrast", "outcome", "n", "estimate", "low", "high"]
@@ -343,7 +344,8 @@ def _chosen(store: runs.Store, names: Names, asked: Asked) -> list[str] | None:
 
 
 def _print(frame: pd.DataFrame, number: str) -> None:
-    click.echo(frame.to_string(index=False, float_format=number.format, na_rep=""))
+    text = frame.to_string(index=False, float_format=number.format, na_rep="")
+    click.echo(text if len(frame) else "none")
 
 
 def main() -> None:

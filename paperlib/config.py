@@ -292,9 +292,10 @@ class Config(_Settings):
     def title(self) -> str:
         """A short name for people, in errors and progress bars."""
         p, noise = self.pruning, self.noise
+        dropped = f" dropout {self.dropout}" if self.dropout else ""
         pruned = f" {p.target} {p.rate:.2g}%" if p else ""
         noised = f" {noise.kind} {noise.passes}" if noise else ""
-        return f"{self.model}{pruned}{noised} seed {self.seed} ({self.identity})"
+        return f"{self.model}{dropped}{pruned}{noised} seed {self.seed} ({self.identity})"
 
     def with_(self, **changes: Any) -> "Config":
         """Return the configuration with some changes."""

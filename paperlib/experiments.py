@@ -41,12 +41,17 @@ def resolve(name: str, profile: str = "auto", store: Store | None = None, **chan
         return Scale(profile, **change)
     small = Scale("small", **change)
     runs = pd.concat([plan(name, small), plan(name, replace(small, seeds=None))])
-    missing = {config.identity for config in sweep.missing(runs.config, store or Store())}
-    lacking = set(runs.network[runs.run.isin(missing)])
-    if not lacking:
+    complete = complete_networks(runs, store or Store())
+    if len(complete) == runs.network.nunique():
         return small
-    complete = tuple(n for n in runs.network.unique() if n not in lacking)
     return replace(small, networks=complete) if complete else replace(small, profile="demo")
+
+
+def complete_networks(runs: pd.DataFrame, store: Store) -> tuple[str, ...]:
+    """Return the networks of a plan whose runs are all in a store."""
+    missing = {config.identity for config in sweep.missing(runs.config, store)}
+    lacking = set(runs.network[runs.run.isin(missing)])
+    return tuple(network for network in runs.network.unique() if network not in lacking)
 
 
 def load(

@@ -4,6 +4,7 @@ The picture is an image in a widget. The kernel draws nothing into the page.
 """
 
 import io
+import itertools
 from collections.abc import Sequence
 
 import ipywidgets as widgets
@@ -19,7 +20,9 @@ MOST_NAMES = 10  # settings in a legend; with more, the legend has methods
 def frames(
     profiles: Sequence[str] = ("small", "demo"), store: Store | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the epochs and runs of all figures that a store has. Nothing is trained.
+    """Return the epochs and runs of all figures, for networks whose runs a store has in full.
+
+    So no part of a comparison is shown early. Nothing is trained.
 
     Args:
         profiles: The profiles to look for.
@@ -29,13 +32,13 @@ def frames(
         (epochs, runs), each with the columns of `experiments.plan` and profile. If flatness was
         measured in any run, runs has its measures, too.
     """
-    plans = [
-        experiments.plan(name, profile).assign(profile=profile)
-        for profile in profiles
-        for name in experiments.FIGURES
-    ]
+    store, plans = store or Store(), []
+    for profile, name in itertools.product(profiles, experiments.FIGURES):
+        plan = experiments.plan(name, profile)
+        complete = plan.network.isin(experiments.complete_networks(plan, store))
+        plans.append(plan[complete].assign(profile=profile))
     plan = pd.concat(plans, ignore_index=True).drop_duplicates(["profile", "run"])
-    return experiments.frames(plan, store or Store())
+    return experiments.frames(plan, store)
 
 
 class Explorer(widgets.VBox):
@@ -64,7 +67,7 @@ class Explorer(widgets.VBox):
         choices = [self.place, self.x, self.y, self.run]
         super().__init__([*choices, self.picture, self.words])
         if runs.empty:
-            self.words.value = "There are no runs yet: draw a figure first."
+            self.words.value = "No figure has all its runs yet: draw one first."
             return
         for choice in choices:
             choice.observe(self._narrow if choice is self.place else self._draw, "value")

@@ -209,12 +209,13 @@ def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
         scale: A `Scale`, or the name of a profile.
 
     Returns:
-        One row a setting. The columns have two levels: the quantity, and "paper" or the profile's
-        name. Steps and doses decide whether a miniature is faithful (docs/evidence.md).
+        One row a setting, with its label at `scale`. The columns have two levels: the quantity, and
+        "paper" or the profile's name. Steps and doses decide whether a miniature is faithful
+        (docs/evidence.md).
     """
     shown, scale = figure(name), Scale.of(scale)
     settings = scale.settings(shown)
-    names = [(s.network, label(s.method, s.config)) for s in settings]
+    names = [(s.network, label(s.method, _scaled(name, s, scale))) for s in settings]
     index = pd.MultiIndex.from_tuples(names, names=["network", "setting"])
     columns = {}
     for side in (Scale("paper"), scale):

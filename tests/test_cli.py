@@ -116,11 +116,12 @@ def test_status(paperlib, half_done):
     assert states == ["done", "done", "failed", "damaged", "damaged", "missing", "missing"]
     assert "the loss is nan" in one["states"][2]["why"]
     assert (other["figure"], other["runs"], other["missing"]) == ("figure-B1", 7, 7)
-    header, first, _, *told = paperlib(line)[1].splitlines()
+    header, first, _, total, *told = paperlib(line)[1].splitlines()
     assert header.split() == ["figure", "runs", *STATES, "hours", "unknown"]
     assert first.split() == ["figure-1", "7", "2", "0", "1", "2", "0", "2", "5.00", "0"]
+    assert total.split()[:3] == ["2", "of", "14"]
     assert [text.split(":")[0] for text in told] == ["failed", "damaged", "damaged"]
-    assert len(paperlib(f"{line} -v")[1].splitlines()) == 3 + 7 + 7
+    assert len(paperlib(f"{line} -v")[1].splitlines()) == 4 + 7 + 7
 
 
 LIGHT = """

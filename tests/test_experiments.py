@@ -112,7 +112,7 @@ PAPER = {
         *(noise("Zeroing", "zeroing", *n) for n in SPANS),
         *(noise("Gaussian", "gaussian", *n) for n in SPANS),
     ],
-    "figure-D2": [*NOISE_CONTROLS, *(noise("Zeroing", "restored", *n, 256) for n in RESTORED)],
+    "figure-D2": [*NOISE_CONTROLS, *(noise("Restored", "restored", *n, 256) for n in RESTORED)],
     "figure-B1": [VGG_NONE],
     "figure-B2": [
         VGG_NONE,
@@ -447,7 +447,7 @@ def test_annotate():
 @pytest.mark.parametrize(
     ("name", "setting", "between", "after", "dose"),
     [
-        ("figure-2", "VGG11 Prune_S 1.3%", (1564, 313), (19_550, 2817), (6.8, 2.2)),
+        ("figure-2", "VGG11 Prune_S 1.7%", (1564, 313), (19_550, 2817), (6.8, 2.2)),
         ("figure-2", "VGG11 Prune_L 13%", (15_640, 2504), (30_498, 4069), (65.7, 16.4)),
         ("figure-3", "VGG11 Prune_R 90%", ("one event",) * 2, (124_338, 19_093), (460, 115)),
         ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 4069), (69.4, 17.3)),

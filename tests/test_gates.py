@@ -22,7 +22,9 @@ def run(config: Config, setting: str, seed: int = 0, network: str = "VGG11", fig
     """A registered run's row."""
     config = config.with_(seed=seed)
     about = {"figure": figure, "network": network, "setting": setting, "seed": seed}
-    return about | {"choosing": False, "run": config.identity, "config": config}
+    return (
+        about | {"label": setting} | {"choosing": False, "run": config.identity, "config": config}
+    )
 
 
 def history(row: dict, **columns: object) -> pd.DataFrame:
@@ -217,7 +219,7 @@ def test_the_share_of_noise_at_every_profile(figure, profile):
             longer = type(noise)(noise.kind, noise.passes + more, noise.evaluation_batch)
             row |= {"config": row["config"].with_(noise=longer)}
             passed = None if row["setting"].endswith(" 0") else not more
-            assert evaluate((row, history(row)))["share", row["setting"]].passed is passed
+            assert evaluate((row, history(row)))["share", row["label"]].passed is passed
 
 
 # All of them

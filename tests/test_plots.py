@@ -276,7 +276,8 @@ GREY, WINE = "#5F5F5F", "#882255"  # the latter from Tol's muted colours, in pla
 
 def test_colours_can_be_told_apart():
     colors = list(plots.PALETTE.values())
-    assert len(set(colors)) == len(colors)
+    assert len(set(colors)) == len(colors) - 1
+    assert plots.PALETTE["Restored"] == plots.PALETTE["Zeroing"]  # in no figure together
     assert set(colors) <= {*OKABE_ITO.split(), GREY, WINE}
 
 

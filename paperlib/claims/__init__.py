@@ -118,11 +118,12 @@ def _flatness(runs: Iterable[str], store: Store) -> pd.DataFrame:
 
 
 def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
-    """Return one row a contrast, and one for each claim that has none."""
+    """Return one row a contrast; for each claim that has none, one with the gates that fail."""
     rows = []
     for claim in claims:
         about = {"claim": claim.name, "verdict": claim.verdict, "runs": claim.n}
-        contrasts = [_row(contrast) for contrast in claim.contrasts] or [{}]
+        contrasts = [_row(contrast) for contrast in claim.contrasts]
+        contrasts = contrasts or [{"note": "; ".join(claim.failures) or None}]
         rows += [about | {"power": claim.power} | contrast for contrast in contrasts]
     return pd.DataFrame(rows, columns=["claim", "verdict", "runs", "power", *ROW])
 

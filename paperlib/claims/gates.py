@@ -49,7 +49,8 @@ class Gate:
         gate: The gate's name.
         network: The network of the runs.
         figure: The figure of the runs.
-        setting: The setting of the runs; empty if the gate is about all settings.
+        setting: The setting's label; empty if the gate is about all settings. A setting that the
+            profile lacks has its name.
         passed: None if the gate does not apply.
         number: The measured number, in the unit given in `text`; NaN if nothing was measured.
         text: The result in words.
@@ -75,21 +76,21 @@ def evaluate(runs: pd.DataFrame, epochs: pd.DataFrame) -> list[Gate]:
     """Evaluate G1 to G4 and the share of noise, for each network of each figure.
 
     Args:
-        runs: One row a run of a figure, with columns figure, network, setting, run, config and
-            choosing. Runs of seeds that only choose dropout are left out.
+        runs: One row a run of a figure, with columns figure, network, setting, label, run, config
+            and choosing. Runs of seeds that only choose dropout are left out.
         epochs: One row an epoch, keyed by run. The means are over the runs that it has.
     """
     epochs = epochs.reindex(columns=["run", "epoch", *CURVES]).drop_duplicates(["run", "epoch"])
     results = []
     for (figure, network), group in runs[~runs.choosing].groupby(["figure", "network"], sort=False):
-        configs = group.drop_duplicates("setting").set_index("setting").config
-        found = group[["run", "setting"]].merge(epochs, on="run")
-        means = found.groupby(["setting", "epoch"])[CURVES].mean().round(DIGITS)
-        for setting, config in configs.items():
-            if setting in means.index:
-                of_setting = _of_setting(setting, config, means.loc[setting])
-                results += [Gate(n, network, figure, setting, *r) for n, r in of_setting.items()]
-        fitting = [config for config in configs if _fits_training_set(config)]
+        settings = group.drop_duplicates("setting")
+        curves = group[["run", "setting"]].merge(epochs, on="run")
+        means = curves.groupby(["setting", "epoch"])[CURVES].mean().round(DIGITS)
+        for row in settings.itertuples():
+            if row.setting in means.index:
+                found = _of_setting(row.setting, row.config, means.loc[row.setting])
+                results += [Gate(n, network, figure, row.label, *r) for n, r in found.items()]
+        fitting = [config for config in settings.config if _fits_training_set(config)]
         results.append(Gate("G4", network, figure, "", *_doses(fitting)))
     return results
 

@@ -75,7 +75,7 @@ class R3(R2):
 class R4(Rule):
     """Prune_S and No Pruning are equivalent within delta, a point."""
 
-    statement = "Pruning 90% of the weights, the small ones, leaves accuracy about unchanged."
+    statement = "Pruning the smallest 90% of the weights leaves accuracy about unchanged."
     figures = ("figure-R1",)
     network = CONV4
     gates = ("G2",)

@@ -126,6 +126,15 @@ class Claim:
         """The runs that are there of those registered, such as "39 of 40"."""
         return f"{self.done} of {self.registered}"
 
+    @property
+    def failures(self) -> list[str]:
+        """The gates that fail, in words."""
+        return [
+            f"{g.gate} fails: {' '.join((g.figure, g.network, g.setting)).strip()}: {g.text}"
+            for g in self.gates
+            if g.passed is False
+        ]
+
 
 class Part:
     """The runs of one network in some figures, by setting.

@@ -114,7 +114,7 @@ FIGURE_4 = tuple(
 SPANS = {"zeroing": (0, 51, 1106), "gaussian": (0, 51, 1106), "restored": (89, 630, 1220, 2480)}
 NOISE_CONTROLS = seeded(10, VGG_NO_PRUNING, VGG_PRUNE_WEIGHTS)
 FIGURE_5 = (*NOISE_CONTROLS, *_noise("zeroing", "Zeroing"), *_noise("gaussian", "Gaussian"))
-FIGURE_D2 = (*NOISE_CONTROLS, *_noise("restored", "Zeroing", evaluation_batch=256))
+FIGURE_D2 = (*NOISE_CONTROLS, *_noise("restored", "Restored", evaluation_batch=256))
 FIGURE_B2 = (
     VGG_NO_PRUNING,
     *(_vgg(*setting, score="ebn") for setting in THREE),

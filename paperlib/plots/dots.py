@@ -17,7 +17,8 @@ from paperlib.stats import FEWEST
 def dots(ax: Axes, x: pd.Series, y: pd.Series, look: Look, label: str = "") -> None:
     """Draw the dots of one setting."""
     shown = {"color": look["color"], "marker": look["marker"], "label": label}
-    ax.scatter(x, y, s=22, edgecolor="white", linewidth=0.5, zorder=3, **shown)
+    size = 60 if look["marker"] == "*" else 22  # a star fills little of its box
+    ax.scatter(x, y, s=size, edgecolor="white", linewidth=0.5, zorder=3, **shown)
 
 
 def scatter(

@@ -28,10 +28,11 @@ PALETTE = {
     "Gaussian": "#56B4E9",
     "Dropout": "#E69F00",
     "Yours": "#882255",
+    "Restored": "#CC79A7",  # zeroing, for a while
 }
 LINES = ("-", "--", ":", "-.")
-MARKERS = dict(zip(PALETTE, "osDv<XPp*", strict=True))
-MORE_MARKERS = "^hd>8H"  # of further settings of the methods, in their order
+MARKERS = dict(zip(PALETTE, "osDv<XPp*>", strict=True))
+MORE_MARKERS = "^hd8H"  # of further settings of the methods, in their order
 PANEL = (3.4, 2.7)
 BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 # The label of an axis, by the column that it shows.

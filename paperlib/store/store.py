@@ -149,7 +149,7 @@ class Store:
         """Return `epochs` and `runs`. Raises the errors of `records`."""
         every = self.records(runs)
         if not every:
-            return pd.DataFrame({"run": []}), pd.DataFrame({"run": []})
+            return pd.DataFrame({"run": []}, dtype=str), pd.DataFrame({"run": []}, dtype=str)
         tables = [pa.table(records.columns_of(record)) for record in every]
         epochs = pa.concat_tables(tables, promote_options="permissive").to_pandas()
         names = pd.Series([record.run for record in every])

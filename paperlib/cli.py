@@ -290,6 +290,7 @@ def show_command(run: str, store: runs.Store) -> None:
 @of_figures(None)
 def export_command(file: Path, names: Names, asked: Asked, store: runs.Store) -> None:
     """Write runs, all or those of figures or a profile, to one Parquet FILE, as results/ holds."""
+    file = file.expanduser()
     count = archive.export(store, file, _chosen(store, names, asked))
     click.echo(f"{count} runs in {file}, {_megabytes([file])}")
 

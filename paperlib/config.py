@@ -26,16 +26,6 @@ def _require(valid: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def schedule(first: int, last: int, period: int) -> tuple[int, ...]:
-    """Return every `period`-th epoch from `first` to `last`, inclusive: a layer's events."""
-    _require(
-        0 <= first <= last and period >= 1,
-        "a schedule needs 0 <= first <= last and a period of at least 1 epoch, "
-        f"got first {first}, last {last}, period {period}",
-    )
-    return tuple(range(first, last + 1, period))
-
-
 class _Settings:
     """Settings whose fields have their declared types, so that equal ones hash alike."""
 
@@ -168,6 +158,7 @@ class Noise(_Settings):
     def _check(self) -> None:
         self._one_of("kind", "zeroing", "gaussian", "restored")
         self._at_least(0, "passes")
+        self._at_least(1, "evaluation_batch")
 
 
 @dataclass(frozen=True)
@@ -176,7 +167,7 @@ class Flatness(_Settings):
 
     Attributes:
         epoch: When.
-        images: How many test images curvature and noise are measured on.
+        images: How many test images curvature and noise are measured on; all if there are fewer.
         eigenvalues: How many of the Hessian.
         directions: How many eigenvectors sharpness is measured along.
         reach: How far along them, both ways.
@@ -194,6 +185,8 @@ class Flatness(_Settings):
 
     def _check(self) -> None:
         self._at_least(1, "images", "directions")
+        if self.test_images is not None:
+            self._at_least(1, "test_images")
         most = self.directions <= self.eigenvalues
         _require(most, f"{self.directions} directions of {self.eigenvalues} eigenvalues")
         valid = 0 < self.step <= self.reach
@@ -201,8 +194,8 @@ class Flatness(_Settings):
 
     @property
     def epsilons(self) -> tuple[float, ...]:
-        """Every `step` from -`reach` to `reach`."""
-        steps = round(self.reach / self.step)
+        """Every `step` from -`reach` to `reach`, as far as they go."""
+        steps = math.floor(self.reach / self.step + 1e-9)
         return tuple(n * self.step for n in range(-steps, steps + 1))
 
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # torch's switches and global generators, and torch.fx's tracing, belong to the process: threads
 # take turns.
@@ -62,6 +63,17 @@ def switched(where: Any, **switches: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(where, name, value)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Compute attention without fused kernels: they have no second derivative and no count."""
+    attention = torch.backends.mha
+    with ExitStack() as stack:
+        stack.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
+        attention.set_fastpath_enabled(False)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager

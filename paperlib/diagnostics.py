@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from paperlib.batches import Batches
-from paperlib.config import Config, Flatness, WeightPruning
+from paperlib.config import Config, ConfigError, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
 from paperlib.loop import PlainLoop, batch_norms, evaluate, recalibrate
 from paperlib.pruning import Pruner, WeightPruner
@@ -54,6 +54,9 @@ def normalised_outputs(model: nn.Module, images: Tensor) -> np.ndarray:
     Returns:
         (8, 200) densities over all channels and pixels in [-5, 5], the deepest layer last. A
         network with fewer batch norms gives fewer rows.
+
+    Raises:
+        ConfigError: The network has no batch norm.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-8:]
     densities = {}
@@ -69,7 +72,12 @@ def normalised_outputs(model: nn.Module, images: Tensor) -> np.ndarray:
             stack.enter_context(norm.register_forward_pre_hook(observe))
         stack.callback(model.train, model.training)
         functional_call(model.train(), buffers, (images,))
-    return np.stack([densities[norm] for norm in norms])
+    if not densities:
+        raise ConfigError(
+            f"histograms=True needs batch norm, or pruning of single weights, and "
+            f"{type(model).__name__} has no BatchNorm2d that images pass"
+        )
+    return np.stack([densities[norm] for norm in norms if norm in densities])
 
 
 def magnitudes(weight: Tensor) -> np.ndarray:

@@ -29,7 +29,6 @@ from torch.func import grad, vmap
 from paperlib.extras.fast import convolutions
 from paperlib.lanczos import leading_eigenpairs
 from paperlib.loss import PROBED, Held, Loss, Weights
-from paperlib.measures import RISE
 from paperlib.measures import delta_w as delta_w
 from paperlib.measures import tic as tic
 
@@ -317,18 +316,3 @@ def _finite(name: str, values: Tensor | Sequence[float]) -> list[float]:
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} must be a sequence of finite numbers, got {values!r}")
     return numbers
-
-
-def find_delta_w(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    directions: Tensor,
-    held: Held | None = None,
-    *,
-    rise: float = RISE,
-) -> float:
-    """Compute `delta_w` of the `sharpness` at the multiples of 0.01 from -0.4 to 0.4."""
-    epsilons = [n * 0.01 for n in range(-40, 41)]
-    losses, _ = sharpness(model, images, labels, directions, epsilons, held)
-    return delta_w(losses, epsilons, float(losses[0, 40]), rise)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
@@ -148,23 +147,19 @@ class Loss:
     def measuring(self) -> Iterator[None]:
         """Compute in evaluation mode and full float32, by repeatable kernels with derivatives.
 
-        Attention uses the plain kernel, because the others have no second derivative. Afterwards
-        all settings are as before.
+        Afterwards all settings are as before.
         """
-        attention = torch.backends.mha
         contexts: list[AbstractContextManager] = [
             torch.enable_grad(),
             torch.autocast(self.like.device.type, enabled=False),
             devices.switched(torch.backends.cudnn, benchmark=False, deterministic=True),
             devices.full_float32(),
-            sdpa_kernel(SDPBackend.MATH),
+            devices.plain_attention(),
             *(devices.switched(module, training=False) for module in self.model.modules()),
         ]
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
-            stack.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
-            attention.set_fastpath_enabled(False)
             yield
 
     def few(self, dtype: torch.dtype) -> "Loss":

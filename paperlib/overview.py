@@ -88,7 +88,7 @@ def judged(
         precision: As for `Scale`.
         store: The store; None for the default one.
     """
-    asked = os.environ.get("PAPERLIB_PROFILE", "auto") if profile == "auto" else profile
+    asked = (os.environ.get("PAPERLIB_PROFILE") or "auto") if profile == "auto" else profile
     scale = experiments.Scale("small" if asked == "auto" else asked, data, precision=precision)
     return Judged(scale, tuple(claims.judge(scale, store)))
 

@@ -132,7 +132,7 @@ def band(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     There is no interval of fewer than `FEWEST` values, which would say nothing.
     """
     groups = frame.groupby(x)[y]
-    means, n = groups.mean(), groups.size()
+    means, n = groups.mean(), groups.count()
     low, high = Fitted(means, groups.sem().where(n >= FEWEST), n - 1).interval()
     return pd.DataFrame({"mean": means, "low": low, "high": high, "n": n}).reset_index()
 

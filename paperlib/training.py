@@ -20,7 +20,7 @@ from torch import nn
 
 from paperlib import data, diagnostics, inputs, models
 from paperlib.batches import Batches
-from paperlib.config import Config
+from paperlib.config import Config, ConfigError
 from paperlib.devices import autocast, choose_device, full_float32, memory_format, one_at_a_time
 from paperlib.diagnostics import Arrays, Callback, Moment
 from paperlib.extras.fast import loops
@@ -28,6 +28,7 @@ from paperlib.loop import PlainLoop, Totals, finish
 from paperlib.networks import build, check_images, events_of, make_optimizer, make_pruner
 from paperlib.networks import imagenet_outputs as imagenet_outputs
 from paperlib.noise import FilterNoise
+from paperlib.papers.noise_spans import steps as steps_of
 from paperlib.pruning import Pruner
 from paperlib.runs import RunRecord, Store
 from paperlib.store import checkpoints, lease
@@ -191,6 +192,21 @@ class Run:
         self.loop = make_loop(config, self.model, self.optimizer, self.pruner, device, captured)
         self.events = events_of(config.pruning)
         self.evaluation_batch = evaluation_batch(device)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuse more eigenvalues than parameters; warn of noise computed for other images."""
+        config, size = self.config, sum(p.numel() for p in self.model.parameters())
+        if config.flatness and config.flatness.eigenvalues > size:
+            wanted = config.flatness.eigenvalues
+            raise ConfigError(f"{wanted} eigenvalues of a network of {size} parameters")
+        if config.noise and steps_of(config) != len(self.train):
+            warnings.warn(
+                f"{config.title}: Figures 5 and D2 compute how long noise lasts for "
+                f"{steps_of(config)} training batches an epoch, and these images have "
+                f"{len(self.train)}",
+                stacklevel=2,
+            )
 
     def new_network(self) -> nn.Module:
         """Return the network at its initial weights, on the device."""

@@ -23,7 +23,6 @@ from paperlib.config import (
     Noise,
     WeightPruning,
     from_dict,
-    schedule,
     to_dict,
 )
 
@@ -193,9 +192,6 @@ def test_the_rate_is_that_of_the_layer_that_loses_most():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: schedule(-1, 3, 1), "first -1, last 3"),
-        (lambda: schedule(4, 3, 1), "first 4, last 3"),
-        (lambda: schedule(1, 3, 0), "period 0"),
         (lambda: FilterPruning((1.0,), ((1,),)), r"\[0, 1\).* got .1.0"),
         (lambda: FilterPruning((-0.1,), ((1,),)), r"got \(-0.1"),
         (lambda: FilterPruning((math.nan,), ((1,),)), r"FilterPruning.fractions takes .* nan"),
@@ -211,7 +207,9 @@ def test_the_rate_is_that_of_the_layer_that_loses_most():
         (lambda: replace(WEIGHTS, mu=-1.0), "mu must be at least 0, got -1.0"),
         (lambda: Noise("salt", 1), "'salt': one of zeroing, gaussian, restored"),
         (lambda: Noise("zeroing", -1), "at least 0, got -1"),
+        (lambda: Noise("zeroing", 1, evaluation_batch=0), "at least 1, got 0"),
         (lambda: Flatness(0, images=0), "images must be at least 1, got 0"),
+        (lambda: Flatness(0, test_images=0), "test_images must be at least 1, got 0"),
         (lambda: Flatness(0, eigenvalues=5, directions=6), "6 directions"),
         (lambda: Flatness(0, directions=0), "directions .* got 0"),
         (lambda: Flatness(0, step=0.0), "step .* got 0"),
@@ -238,3 +236,8 @@ def test_the_rate_is_that_of_the_layer_that_loses_most():
 def test_what_cannot_be_run(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_epsilons_stay_within_reach():
+    assert Flatness(0, reach=0.4, step=0.15).epsilons == pytest.approx((-0.3, -0.15, 0, 0.15, 0.3))
+    assert len(Flatness(0).epsilons) == 81

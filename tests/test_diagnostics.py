@@ -13,7 +13,7 @@ from torch import nn
 
 from paperlib import diagnostics, training
 from paperlib.batches import Batches
-from paperlib.config import FilterPruning, Noise
+from paperlib.config import ConfigError, FilterPruning, Flatness, Noise
 from paperlib.loop import PlainLoop
 from paperlib.training import build, run
 
@@ -182,3 +182,12 @@ def test_recalibration_mixes_classes():
     pixels = values.double() / 255
     assert norm.running_mean.numpy() == pytest.approx(pixels.mean().item(), rel=0.02)
     assert norm.running_var.numpy() == pytest.approx(pixels.var().item(), rel=0.05)
+
+
+def test_what_cannot_be_measured_is_refused_before_training():
+    """Histograms without batch norm, and more eigenvalues than parameters."""
+    conv4 = VGG.with_(model="conv4", histograms=True, width=1 / 16)
+    many = VGG.with_(flatness=Flatness(0, eigenvalues=10**9))
+    for config, named in ((conv4, "BatchNorm2d"), (many, "1000000000")):
+        with pytest.raises(ConfigError, match=named):
+            run(config, device="cpu", callback=lambda moment: pytest.fail("it has trained"))

@@ -12,7 +12,7 @@ from paperlib import experiments
 from paperlib.config import Config, FilterPruning, Flatness, Noise, WeightPruning, to_dict
 from paperlib.experiments import FIGURES, PROFILES, Scale
 from paperlib.models import build, scaled
-from paperlib.papers.noise_spans import images_of, training_batches
+from paperlib.papers.noise_spans import images_of, steps, training_batches
 from paperlib.papers.settings import Setting
 from paperlib.plans import LAST_FILTERS, TIERS
 from paperlib.pruning import kept_filters, kept_weights, prunable_layers
@@ -472,3 +472,17 @@ def test_figures_that_stand_alone(name, profile, shared):
     plain = {c.with_(flatness=None, histograms=False).identity for c in measured.config}
     assert bool(set(mine.run) & set(measured.run)) == shared
     assert set(mine.run) & (set(measured.run) if shared else plain)
+
+
+@pytest.mark.parametrize(
+    ("data", "train_per_class", "expected"),
+    [
+        ("cifar10", None, 391),
+        ("cifar10-jpeg", 1000, 79),
+        ("cifar100", 400, 313),
+        ("cifar100", 1000, 391),
+        ("digits", None, 8),
+    ],
+)
+def test_steps_of_an_epoch(data, train_per_class, expected):
+    assert steps(Config(data=data, train_per_class=train_per_class)) == expected

@@ -296,3 +296,11 @@ def test_quantiles_of_what_a_histogram_counted(q):
     quantile = stats.histogram_quantile(counts, edges, q)
     assert quantile == pytest.approx(np.quantile(values, q), rel=0.02)
     assert math.isnan(stats.histogram_quantile(0 * counts, edges, q))
+
+
+def test_a_band_counts_only_values():
+    frame = pd.DataFrame({"x": 0, "y": [1.0, 2.0, np.nan, np.nan]})
+    line = stats.band(frame, "x", "y").iloc[0]
+    assert (line["mean"], line.n) == (1.5, 2)
+    assert np.isnan(line.low)
+    assert np.isnan(line.high)

@@ -8,17 +8,16 @@ import math
 
 from paperlib.config import Config, Noise
 
-CIFAR_IMAGES = (50_000, 10_000)
+# Classes, training images and test images; of other data, those of CIFAR-10.
+COUNTS = {"digits": (10, 1000, 797), "cifar100": (100, 50_000, 10_000)}
 
 
 def images_of(config: Config) -> tuple[int, int]:
-    """Return the numbers of training and test images of a run with ten classes.
-
-    If the configuration takes all images, CIFAR's numbers are used.
-    """
+    """Return the numbers of training and test images; images at a path count as CIFAR-10."""
+    classes, train, test = COUNTS.get(config.data, (10, 50_000, 10_000))
     return (
-        10 * config.train_per_class if config.train_per_class else CIFAR_IMAGES[0],
-        10 * config.test_per_class if config.test_per_class else CIFAR_IMAGES[1],
+        min(train, classes * (config.train_per_class or train)),
+        min(test, classes * (config.test_per_class or test)),
     )
 
 

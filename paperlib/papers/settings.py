@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from paperlib.config import Config, schedule
+from paperlib.config import Config
 
 NO_PRUNING, SCRATCH, DROPOUT = "No Pruning", "Scratch", "Dropout"
 METHODS = {"smallest": "Prune_S", "random": "Prune_R", "largest": "Prune_L"}
@@ -26,7 +26,7 @@ class Schedule:
     def epochs(self) -> tuple[tuple[int, ...], ...]:
         """The epochs of the events, one tuple a layer."""
         return tuple(
-            schedule(a, b, self.period) for a, b in zip(self.first, self.last, strict=True)
+            tuple(range(a, b + 1, self.period)) for a, b in zip(self.first, self.last, strict=True)
         )
 
 

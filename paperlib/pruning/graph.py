@@ -1,7 +1,7 @@
 """A network's forward pass as a graph (torch.fx), and the types of its operations."""
 
+import copy
 import operator
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +93,7 @@ class _Tracer(fx.Tracer):
 class Traced:
     """A network's forward pass in one mode.
 
-    The network and torch's CPU generator stay as they were, as `unchanged` says.
+    A copy of the network is traced. It and torch's CPU generator stay as they were.
 
     Attributes:
         graph: The operations, in the order of the forward pass.
@@ -109,9 +109,11 @@ class Traced:
     def __init__(self, model: nn.Module, training: bool) -> None:
         tracer = _Tracer()
         try:
-            with unchanged(model), in_mode(model, training), torch.random.fork_rng(devices=[]):
-                self.graph = tracer.trace(model)
-                self.attributes = {n: x for n, x in vars(model).items() if isinstance(x, Tensor)}
+            # The code may change what it traces: attributes, lists, buffers.
+            traced = copy.deepcopy(model, _detached(model))
+            with in_mode(traced, training), torch.random.fork_rng(devices=[]):
+                self.graph = tracer.trace(traced)
+                self.attributes = {n: x for n, x in vars(traced).items() if isinstance(x, Tensor)}
             self.returns = tracer.returns
         finally:
             vars(tracer).clear()  # the tracer is in a reference cycle and would keep the network
@@ -181,46 +183,9 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo afterwards what code does to a network's attributes, and to lists and tensors in them.
-
-    Dicts, sets and deques are undone as well. The contents of other objects are not.
-    """
-    seen: set[int] = set()
-    containers: list[tuple[Any, list]] = []
-    tensors: list[tuple[Tensor, Tensor, Tensor]] = []
-    queue: list[Any] = [model]
-    for value in queue:
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            queue.append(vars(value))
-        elif isinstance(value, (dict, list, set, deque, tuple)):
-            containers.append((value, _items(value)))
-            queue += containers[-1][1]
-        elif isinstance(value, Tensor) and not (is_lazy(value) or value.is_meta):
-            tensors.append((value, value.data, value.data.clone()))
-    try:
-        yield
-    finally:
-        for container, items in containers:
-            if [*map(id, _items(container))] != [*map(id, items)]:
-                container.clear()
-                if isinstance(container, dict):
-                    container.update(zip(items[::2], items[1::2], strict=True))
-                else:
-                    (container.update if isinstance(container, set) else container.extend)(items)
-        for tensor, data, before in tensors:
-            if tensor.data_ptr() != data.data_ptr():
-                tensor.data = data
-            if not data.equal(before):
-                data.copy_(before)
-
-
-def _items(container: Any) -> list:
-    """Return what a container holds; the keys and values of a dict, in turns."""
-    if isinstance(container, dict):
-        return [x for item in container.items() for x in item]
-    return list(container)
+def _detached(model: nn.Module) -> dict[int, Tensor]:
+    """Return, by id, what stands for tensors that deepcopy refuses: computed, or without values."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    computed = [x for x in values if isinstance(x, Tensor) and not x.is_leaf]
+    lazy = {id(x): x for x in (*model.parameters(), *model.buffers()) if is_lazy(x)}
+    return lazy | {id(x): x.detach().clone() for x in computed}

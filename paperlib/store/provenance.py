@@ -41,13 +41,17 @@ def version(package: str) -> str:
 def commit() -> str | None:
     """Return the checkout's commit, with + if files differ from it; None outside a checkout.
 
+    An installed package inside another repository has none.
+
     PAPERLIB_COMMIT replaces it, for code that is copied to a cluster's nodes without its history.
     """
     if os.environ.get("PAPERLIB_COMMIT"):
         return os.environ["PAPERLIB_COMMIT"]
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        git += ["describe", "--always", "--dirty=+", "--exclude=*"]
+        root = Path(__file__).resolve().parents[2]
+        if not (root / ".git").exists():
+            return None
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -95,7 +99,8 @@ def known_checksum(spec: str, root: str | os.PathLike | None = None) -> str | No
     if path is None or not path.exists():
         return CHECKSUMS.get(spec)
     files = sorted(files_below(path)) if path.is_dir() else [path]
-    states = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.lstat()]]
+    stats = [(f, f.stat() if f == path else f.lstat()) for f in files]  # `path` may be a link
+    states = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats]
     state = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
     notes = [folder / f"checksum-{state}.txt" for folder in data_folders(root)]
     for note in notes:

@@ -28,6 +28,7 @@ from paperlib import measures
 from paperlib.config import Config, to_dict
 from paperlib.store import provenance, records
 from paperlib.store.paths import default_path, results_path
+from paperlib.store.provenance import images_path
 from paperlib.store.records import (
     UNREADABLE,
     DamagedRecord,
@@ -120,7 +121,9 @@ class Store:
                 raise KeyError(f"no run {run} in {self.path}")
             if not isinstance(record, RunRecord):
                 raise record
-            result.append(replace(record, epochs=record.epochs.copy()))  # the layer is kept
+            mine = replace(record, epochs=record.epochs.copy(), provenance=dict(record.provenance))
+            mine.arrays = {name: array.copy() for name, array in record.arrays.items()}
+            result.append(mine)  # the layer is kept
         return result
 
     def read(self, run: str | Config) -> RunRecord:
@@ -146,8 +149,9 @@ class Store:
     def frames(
         self, runs: Iterable[str | Config] | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return `epochs` and `runs`. Raises the errors of `records`."""
-        every = self.records(runs)
+        """Return `epochs` and `runs`, each run once. Raises the errors of `records`."""
+        once = {_identity(run): run for run in (self.identities() if runs is None else runs)}
+        every = self.records(once.values())
         if not every:
             return pd.DataFrame({"run": []}, dtype=str), pd.DataFrame({"run": []}, dtype=str)
         tables = [pa.table(records.columns_of(record)) for record in every]
@@ -260,7 +264,7 @@ def by_identity(configs: Iterable[Config]) -> dict[str, Config]:
     known: dict[str, Config] = {}
     for config in configs:
         first = known.setdefault(config.identity, config)
-        if first.data != config.data:
+        if images_path(first.data) != images_path(config.data):
             raise StoreError(
                 f"a run is known by the last part of the path of its images: rename one of "
                 f"{first.data!r} and {config.data!r}"

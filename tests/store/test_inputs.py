@@ -1,5 +1,6 @@
 """A record is of its data and its code: another's is never given in silence."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,20 @@ def test_records_that_were_imported(store, tmp_path):
     mine = Store(tmp_path / "mine")
     archive.merge(mine, below.results / "all.parquet")
     assert mine.read(config).config == config.portable
+
+
+def test_a_link_to_images_is_that_to_which_it_points(tmp_path):
+    link, target = tmp_path / "link.zip", tmp_path / "target.zip"
+    link.symlink_to(target)
+    for level in (20, 90):
+        photos(tmp_path / str(level), level)
+        archived = shutil.make_archive(str(tmp_path / str(level)), "zip", tmp_path / str(level))
+        shutil.copy(archived, target)
+        known = provenance.known_checksum(f"images:{archived}", tmp_path)
+        assert provenance.known_checksum(f"images:{link}", tmp_path) == known
+
+
+def test_one_folder_spelled_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    two = [PRUNED.with_(data=f"images:{path}") for path in ("~/my.zip", tmp_path / "my.zip")]
+    assert list(by_identity(two)) == [two[0].identity]

@@ -13,6 +13,7 @@ import pytest
 from paperlib import measures, runs
 from paperlib.config import Config, Flatness, Noise
 from paperlib.runs import DamagedRecord, Store, StoreError
+from paperlib.store import archive
 from tests.store.helpers import PRUNED, file, record, same
 
 RUN = PRUNED.identity
@@ -231,3 +232,15 @@ def test_where_folders_are(tmp_path, monkeypatch):
     assert Store().results == runs.results_path() == tmp_path / "home" / "RESULTS"
     assert runs.figures_path() == tmp_path / "home" / "FIGURES"
     assert Store("~/mine", "~/below").results == tmp_path / "home" / "below"
+
+
+def test_reading_gives_copies_and_frames_have_each_run_once(written, tmp_path):
+    """Records of the read-only layer are cached: a caller's change must not reach the next one."""
+    archive.export(written, tmp_path / "all.parquet")
+    layered = Store(tmp_path / "other", tmp_path)
+    mine = layered.read(RUN)
+    mine.arrays["loss"][:] = 0
+    mine.provenance["device"] = "abacus"
+    mine.epochs["post"] = 0.0
+    assert same(layered.read(RUN), written.read(RUN))
+    assert layered.runs([RUN, RUN]).equals(layered.runs([RUN]))

@@ -5,17 +5,16 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from paperlib import devices
 from paperlib.extras.compact.channels import CompactError
 from paperlib.extras.compact.network import example_input
 from paperlib.pruning.graph import in_mode
@@ -38,7 +37,7 @@ def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str,
         their places, if that is smaller. bytes_gzipped: the size of the latter, gzipped.
     """
     counter = FlopCounterMode(display=False)
-    with in_mode(model, False), torch.no_grad(), _attention_in_parts(), counter:
+    with in_mode(model, False), torch.no_grad(), devices.plain_attention(), counter:
         model(example_input(model, example))
     sparse = _encoded(model)
     parameters = list(model.parameters())
@@ -50,18 +49,6 @@ def cost(model: nn.Module, example: Sequence[int] = (1, 3, 32, 32)) -> dict[str,
         "bytes_sparse": len(sparse),
         "bytes_gzipped": len(gzip.compress(sparse, mtime=0)),
     }
-
-
-@contextmanager
-def _attention_in_parts() -> Iterator[None]:
-    """Compute attention without PyTorch's fused operations, which cannot be counted."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def cost_table(

@@ -197,6 +197,21 @@ def test_more_than_one_pair_in_ten_dropped_decides_nothing(lost, expected):
     assert contrasts(claim)[0].fitted.value == pytest.approx(2 + WOBBLE[lost:].mean())
 
 
+def test_dropped_pairs_of_a_premise_count():
+    runs = t5_runs(82, 83)
+    assert judged("T5", runs).verdict != "undecided"
+    lost = (runs.setting == "largest 40 weights") & (runs.seed == 0)
+    lost |= (runs.setting == "none") & (runs.seed == 1)
+    assert judged("T5", runs.assign(finite=~lost)).verdict == "undecided"
+
+
+def test_equal_differences_have_no_interval_in_spite_of_rounding():
+    contrast = paired("a - b", pd.Series([75.1 - 74.8, 75.4 - 75.1, 60.4 - 60.1, 0.3]))
+    assert contrast.pairs.difference.std() > 0
+    assert np.isnan(contrast.fitted.error)
+    assert not contrast.supported
+
+
 @pytest.mark.parametrize("sd", [0.6, 1.5])
 def test_power_of_one_contrast(sd):
     power = verdicts.power([difference(0.3, sd)], draws=20_000)
@@ -358,8 +373,11 @@ def test_t2_orders_the_targets_of_each_rate_and_drops_a_seed():
     permuted = contrasts(judged("T2", runs))[0]
     assert permuted.fitted.value == pytest.approx(sum(tau.statistic for tau in taus))
     lost = (runs.figure == "figure-3") & (runs.setting == "random 60") & (runs.seed == 1)
-    permuted = contrasts(judged("T2", runs.assign(finite=~lost)))[0]
-    assert (permuted.n, permuted.dropped) == (20, 1)
+    claim = judged("T2", runs.assign(finite=~lost))
+    assert (contrasts(claim)[0].n, contrasts(claim)[0].dropped) == (20, 1)
+    beside = (runs.figure == "figure-3") & runs.setting.str.endswith(" 60") & (runs.seed == 1)
+    other = runs.assign(finite=~lost, accuracy=runs.accuracy.where(~beside, 0.0))
+    assert judged("T2", other).power == claim.power  # the seed's other targets are left out, too
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,15 @@ def test_sign_flips_by_counting(values):
     assert np.isnan([stats.sign_flip(np.ones(n)) for n in (0, 40)]).all()
 
 
+def test_sign_flips_of_accuracies_tie_as_their_integers_do():
+    """Means of three accuracies of 10,000 images are multiples of 1/300 of a point."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = rng.integers(22_400, 22_600, (2, 8))
+        expected = stats.sign_flip((first - second).astype(float))
+        assert stats.sign_flip(first / 300 - second / 300) == expected
+
+
 def test_holm_by_hand():
     adjusted = stats.holm([0.03, np.nan, 0.01, 0.5, 0.02])
     assert adjusted == pytest.approx([0.06, np.nan, 0.04, 0.5, 0.06], nan_ok=True)

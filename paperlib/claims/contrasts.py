@@ -128,7 +128,7 @@ def paired(
         pairs["covariate"] = covariate
     there, *beside = pairs.dropna().to_numpy().T
     fitted = stats.fitted_intercept(there, *beside) if beside else stats.fitted_mean(there)
-    if fitted.error == 0:  # equal differences, as of few images: they show no deviation
+    if len(there) and np.ptp(there) < stats.TIE:  # equal, as of few images: no deviation to see
         fitted = fitted._replace(error=math.nan)
     contrast = Contrast(
         name, kind, outcome, fitted, len(there), len(pairs), region, note=note, pairs=pairs

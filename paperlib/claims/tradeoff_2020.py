@@ -113,6 +113,8 @@ class T2(Tradeoff):
         observed.
         """
         stability, accuracy = _by_rate(part, "mean_stability"), _by_rate(part, "accuracy")
+        lost = np.isnan(accuracy).any(2, keepdims=True)
+        stability, accuracy = (np.where(lost, np.nan, x) for x in (stability, accuracy))
         rates, _, targets = accuracy.shape
         residuals = accuracy - np.nanmean(accuracy, 1, keepdims=True)
         residuals -= residuals.mean(2, keepdims=True)
@@ -120,7 +122,7 @@ class T2(Tradeoff):
         deviation = np.sqrt(np.nansum(residuals**2) / freedom)
         rank = np.nanmean(stability, 1, keepdims=True).argsort(2).argsort(2)
         noise = np.random.default_rng(0).standard_normal((POWER_DRAWS, *accuracy.shape))
-        drawn = 0.5 - rank / (targets - 1) + deviation * noise
+        drawn = np.where(lost, np.nan, 0.5 - rank / (targets - 1) + deviation * noise)
         found = [stats.permuted_tau(stability, values, 499)[1] < 0.025 for values in drawn]
         _, together = (c.fitted for c in contrasts if c.kind == "co-primary")
         return float(np.mean(found) * stats.power_of_t(1.0, together))
@@ -157,7 +159,7 @@ def _together(networks: Sequence[Part], column: str, kind: Kind) -> list[Contras
     used = [c for c in each if c.fitted.error > 0]
     effects, variances = [c.fitted.value for c in used], [c.fitted.error**2 for c in used]
     fitted, between, i_squared = stats.random_effects(effects, variances)
-    name = f"{len(used)} networks together: less - more stable"
+    name = f"{len(used)} networks together"
     counts = sum(c.n for c in used), sum(c.registered for c in each)
     plain = float(stats.fitted_mean(np.array(effects)).p())
     note = (

@@ -48,10 +48,10 @@ def verdict(contrasts: Sequence[Contrast], delta: float) -> str:
     """
     primary = [c for c in contrasts if c.kind == "co-primary"]
     supported = {kind: all(c.supported for c in contrasts if c.kind == kind) for kind in DECIDING}
+    if any(c.dropped > MOST_DROPPED * c.registered for c in contrasts if c.kind in DECIDING):
+        return "undecided"
     if not supported["premise"]:
         return "no premise"
-    if any(c.dropped > MOST_DROPPED * c.registered for c in primary):
-        return "undecided"
     if supported["co-primary"]:
         return "supported" if supported["adjusted"] else "not apart from training loss"
     if any(c.contradicted(1 - (1 - LEVEL) / len(primary)) for c in primary):

@@ -41,8 +41,6 @@ def version(package: str) -> str:
 def commit() -> str | None:
     """Return the checkout's commit, with + if files differ from it; None outside a checkout.
 
-    An installed package inside another repository has none.
-
     PAPERLIB_COMMIT replaces it, for code that is copied to a cluster's nodes without its history.
     """
     if os.environ.get("PAPERLIB_COMMIT"):

@@ -51,7 +51,11 @@ class Counting(Net):
         return self.head(self.after(self, self.b(y)))
 
 
-@pytest.mark.parametrize("refused", [False, True])
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9)
+OLD = pytest.mark.skipif(OLD, reason="torch before 2.9 lets no proxy take a buffer's place")
+
+
+@pytest.mark.parametrize("refused", [pytest.param(False, marks=OLD), True])
 def test_following_a_network_takes_back_what_its_code_changes(refused):
     net = Counting(after=lambda n, x: x.mean((2, 3)) if not refused or x.sum() > 0 else x)
     addresses = {name: p.data_ptr() for name, p in net.state_dict().items()}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pruned_networks import exactly_kept, generator, gone, images, network, small_net, unchanged
 from scipy import stats
+from scipy.integrate import quad
 from torch import nn
 
 from paperlib.pruning import (
@@ -51,7 +52,7 @@ def expected_relu(gamma: float, beta: float) -> float:
     """By numerical integration, over where gamma z + beta is positive."""
     kink = np.clip(-beta / gamma, -40, 40)
     low, high = (kink, 40) if gamma > 0 else (-40, kink)
-    return stats.norm.expect(lambda z: gamma * z + beta, lb=low, ub=high, epsabs=1e-13)
+    return quad(lambda z: (gamma * z + beta) * stats.norm.pdf(z), low, high, epsabs=1e-13)[0]
 
 
 def closed_form(gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ def registered(claim: str) -> pd.DataFrame:
     figures = claims.CLAIMS[claim].reads
     plans = [experiments.plan(f, "small").assign(figure=f) for f in figures]
     runs = pd.concat(plans, ignore_index=True).drop(columns="config")
-    return runs.assign(done=True, finite=True, stability=runs.setting.map(_stability))
+    return runs.assign(done=True, finite=True, device="cpu", stability=runs.setting.map(_stability))
 
 
 def simulate(claim: str, truth: str, rng: np.random.Generator) -> pd.DataFrame:

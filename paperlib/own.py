@@ -109,7 +109,7 @@ def judge(plan: pd.DataFrame, epochs: pd.DataFrame, runs: pd.DataFrame) -> Claim
     names = list(plan.setting.unique())
     if UNPRUNED not in names or len(names) < 3:
         raise ValueError(f"a verdict needs {UNPRUNED!r} and two other settings, got {names}")
-    columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
+    columns = ["run", "accuracy", "best_accuracy", "mean_stability", "device"]
     frame = plan.merge(runs[columns].drop_duplicates("run"), "left", on="run")
     frame = frame.assign(figure=FIGURE, done=frame.accuracy.notna(), finite=True)
     rule = Yours()

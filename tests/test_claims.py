@@ -30,7 +30,7 @@ def registered(figure: str, network: str, accuracy: dict, **columns: dict) -> pd
     frame = pd.DataFrame(pairs, columns=["setting", "seed"])
     names = [f"{figure}.{network}.{setting}.{seed}" for setting, seed in pairs]
     frame = frame.assign(figure=figure, network=network, label=frame.setting.str.upper(), run=names)
-    frame = frame.assign(choosing=False, done=True, finite=True)
+    frame = frame.assign(choosing=False, done=True, finite=True, device="cpu")
     for name, values in {"accuracy": accuracy, **columns}.items():
         parts = [np.broadcast_to(values.get(s, values.get("_", 0.0)), N) for s in accuracy]
         frame[name] = np.concatenate(parts).astype(float)
@@ -343,6 +343,16 @@ def test_t1_needs_stabilities_that_differ():
 def test_t1_has_slopes_where_the_mixed_model_has_no_fit():
     secondary = contrasts(judged("T1", t1_runs()), "secondary")
     assert sum("on mean stability" in contrast.name for contrast in secondary) == 2
+
+
+def test_pairs_between_two_devices_are_told():
+    runs = conv4_runs(large=82 + WOBBLE)
+    some = (runs.setting == "largest 0.9") & (runs.seed < 3)
+    claim = judged("R1", runs.assign(device=runs.device.mask(some, "cuda")))
+    assert {c.note for c in contrasts(claim)} == {"3 of 10 pairs are between two devices"}
+    assert {c.note for c in contrasts(judged("R1", runs))} == {""}
+    alike = judged("R4", runs.assign(device=runs.device.mask(runs.setting == "none", "cuda")))
+    assert contrasts(alike)[0].note.endswith("1; 10 of 10 pairs are between two devices")
 
 
 # T2

@@ -26,14 +26,14 @@ def measured(plan: pd.DataFrame, effect: float, learned: float = 100.0):
     for run in plan.itertuples():
         instability = less[run.setting] + 0.1 * rng.standard_normal()
         accuracy = 80 + effect * instability + 0.3 * rng.standard_normal()
-        rows.append((run.run, accuracy, accuracy + 1, 100 - max(instability, 0)))
+        rows.append((run.run, accuracy, accuracy + 1, 100 - max(instability, 0), "cpu"))
         epoch = np.arange(run.config.epochs)
         pruning = run.config.pruning
         events = pruning.epochs[-1] if pruning is not None else ()
         curves = {"pre": accuracy, "post": accuracy, "train_accuracy": learned, "train_loss": 0.01}
         removed = np.where(np.isin(epoch, events), 4, 0)
         frames.append(pd.DataFrame({"run": run.run, "epoch": epoch, **curves, "removed": removed}))
-    columns = ["run", "accuracy", "best_accuracy", "mean_stability"]
+    columns = ["run", "accuracy", "best_accuracy", "mean_stability", "device"]
     return pd.concat(frames), pd.DataFrame(rows, columns=columns)
 
 

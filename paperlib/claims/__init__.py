@@ -9,6 +9,7 @@
     accuracy, best_accuracy      percent: the primary outcome and the paper's
     mean_stability               percent
     parameters                   left at the end, for R3
+    device                       one of torch's types, such as "cpu"
     curvature, noise, delta_w    Tr(H), Tr(C) and delta_w, for T4
     train_loss                   of the epoch at whose end these three were measured, for T4
 
@@ -34,7 +35,7 @@ from paperlib.plans import Scale
 from paperlib.runs import Store
 
 CLAIMS = {rule.name: rule for rule in (*tradeoff_2020.RULES, *regularization_2018.RULES)}
-SUMMARY = ["run", "accuracy", "best_accuracy", "mean_stability", "parameters"]
+SUMMARY = ["run", "accuracy", "best_accuracy", "mean_stability", "parameters", "device"]
 FLATNESS = ["run", "curvature", "noise", "delta_w", "train_loss"]
 # The failure note of a run whose loss was not finite matches this.
 NOT_FINITE = re.compile(r"loss of .* is (nan|inf|-inf) at epoch")

@@ -165,9 +165,12 @@ class Part:
             column: The column.
             choosing: Take the seeds that only choose dropout, instead of all others.
         """
-        runs = self.runs[(self.runs.setting == setting) & (self.runs.choosing == choosing)]
-        runs = runs.drop_duplicates("seed").set_index("seed")
+        runs = self._by_seed(setting, choosing)
         return runs[column].where(runs.finite).astype(float)
+
+    def _by_seed(self, setting: str, choosing: bool = False) -> pd.DataFrame:
+        runs = self.runs[(self.runs.setting == setting) & (self.runs.choosing == choosing)]
+        return runs.drop_duplicates("seed").set_index("seed")
 
     def differences(self, a: str, b: str, column: str = "accuracy") -> pd.Series:
         """Return the differences (registered,) of two settings by seed, for seeds of both."""
@@ -177,9 +180,17 @@ class Part:
     def contrast(
         self, a: str, b: str, column: str = "accuracy", kind: Kind = "co-primary", **how: Any
     ) -> Contrast:
-        """Return the contrast of setting `a` minus setting `b`; `how` is as for `paired`."""
+        """Return the contrast of setting `a` minus setting `b`; `how` is as for `paired`.
+
+        Its note tells how many of its pairs were made on two kinds of device.
+        """
         name = f"{self.labels[a]} - {self.labels[b]}"
-        return paired(name, self.differences(a, b, column), column, kind, **how)
+        contrast = paired(name, self.differences(a, b, column), column, kind, **how)
+        devices = pd.concat([self._by_seed(s).device for s in (a, b)], axis=1, join="inner")
+        if mixed := (devices.nunique(axis=1) > 1).sum():
+            note = f"{mixed} of {len(devices)} pairs are between two devices"
+            contrast = replace(contrast, note="; ".join(filter(None, (contrast.note, note))))
+        return contrast
 
     def by_stability(self, settings: Sequence[str]) -> list[str]:
         """Sort settings from the least to the most stable, by mean stability over all seeds."""

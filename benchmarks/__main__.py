@@ -4,8 +4,7 @@
     python -m benchmarks --only training
 
 Training is measured on the CPU and, where there is a GPU, there too, in ten minutes more. What else
-can be set: `python -m benchmarks.training --help`, and the same of flatness, gpu, sweep, faults,
-precision.
+can be set: `python -m benchmarks.training --help`, and the same of flatness, gpu, sweep and faults.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from paperlib import experiments, sweep
+from paperlib import experiments, plans, sweep
 from paperlib.claims import gates
 from paperlib.papers.settings import Setting
 from paperlib.runs import Store
@@ -34,22 +34,24 @@ NETWORKS = [network for _, network, *_ in PILOTS]
 def plan(profile: str, only: list[str] = NETWORKS, data: str | None = None) -> pd.DataFrame:
     """Return the pilot runs of a profile, seed by seed, as `gates.evaluate` takes them.
 
-    Columns figure, network, setting, seed, choosing (False), run and config.
+    Columns figure, network, setting, label, seed, choosing (False), run and config.
     """
     scale, rows = experiments.PROFILES[profile], []
     for figure, network, names, seeds in PILOTS:
         for setting in _settings(figure, network, names) if network in only else ():
             for seed in seeds:
                 config = scale.scale(setting, data).with_(seed=seed)
-                row = {"figure": figure, "network": network, "setting": setting.name, "seed": seed}
-                rows.append(row | {"choosing": False, "run": config.identity, "config": config})
+                label = plans.label(setting.method, config)
+                row = {"figure": figure, "network": network, "setting": setting.name}
+                row |= {"label": label, "seed": seed, "choosing": False}
+                rows.append(row | {"run": config.identity, "config": config})
     return pd.DataFrame(rows).sort_values("seed", kind="stable", ignore_index=True)
 
 
 def _settings(figure: str, network: str, names: tuple[str, ...]) -> list[Setting]:
     """Return a figure's settings by name; an unpruned one that it lacks is made from the last."""
     known = {s.name: s for s in experiments.figure(figure).settings if s.network == network}
-    whole = replace(known[names[-1]], name="none", schedule=None)
+    whole = replace(known[names[-1]], name="none", method="No Pruning", schedule=None)
     known.setdefault("none", replace(whole, config=whole.config.with_(pruning=None)))
     return [known[name] for name in names]
 
@@ -86,8 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     store, runs = Store(options.runs), plan(options.profile, options.only, options.data)
     try:
         if not options.show:
-            how = {"device": options.device, "jobs": options.jobs, "tell": print}
-            sweep.execute(runs.config, store, **how)
+            sweep.execute(runs.config, store, device=options.device, jobs=options.jobs)
     finally:
         print(report(runs, store))
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, training
+from benchmarks import gpu, pilots, training
 from paperlib import data
 
 CPU = torch.device("cpu")
@@ -67,3 +67,11 @@ def test_everything_for_a_gpu_runs_without_one(tmp_path):
         runs = -(-60 // row["runs"]) * row["runs"]
         hours = runs * 325 * 160 / row["images a second"] / 3600
         assert row["minutes of 60 runs"] == pytest.approx(60 * hours)
+
+
+def test_pilots_train_and_tell_gates_and_minutes(tmp_path, capsys):
+    pilots.main(["--profile", "smoke", "--only", "conv4", "--runs", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "2 of 2 pilot runs" in told
+    assert {line.split()[0] for line in told.splitlines() if line.startswith("G")} <= {"G1", "G2"}
+    assert "minutes of one" in told

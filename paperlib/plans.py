@@ -186,9 +186,9 @@ def _rate(config: Config) -> float:
 def label(method: str, config: Config) -> str:
     """Return a setting's name in a legend.
 
-    Examples are "Prune_S 13%" (of the filters, in an event), "Prune_L 90%" (of the weights, in
-    all), "Zeroing 51" (training batches) and "Dropout 0.25/0.5" (rates after pools and after the
-    dense layer).
+    Examples are "Prune_S 13%" (of the filters, in an event; "weights only" if batch norm stays),
+    "Prune_L 90%" (of the weights, in all), "Zeroing 51" (training batches) and "Dropout 0.25/0.5"
+    (rates after pools and after the dense layer).
     """
     if config.dropout:
         after_pool, after_dense = np.broadcast_to(config.dropout, 2)
@@ -197,8 +197,10 @@ def label(method: str, config: Config) -> str:
         return f"{method} {100 * max(config.pruning.fractions):g}%"
     if config.noise is not None:
         return f"{method} {training_batches(config) or '1 pass'}"
-    rate = _rate(config)
-    return method if math.isnan(rate) else f"{method} {rate:.2g}%"
+    if math.isnan(rate := _rate(config)):
+        return method
+    whole = not isinstance(config.pruning, FilterPruning) or config.pruning.norm
+    return f"{method} {rate:.2g}%" + ("" if whole else ", weights only")
 
 
 def table(name: str, scale: Scale | str = "small") -> pd.DataFrame:
@@ -269,6 +271,7 @@ def _described_pruning(config: Config) -> dict[str, object]:
     if isinstance(pruning, FilterPruning):
         events = pruning.epochs
         held = "weights, batch norm" if pruning.norm else "weights"
+        held = "nothing" if config.noise else held
         described |= {"score": pruning.score, "held at zero": held, **rate}
         if pruning.scratch:
             return described | {"event epochs": "before training"}
@@ -281,7 +284,7 @@ def _described_pruning(config: Config) -> dict[str, object]:
     described["event epochs"] = "; ".join(
         f"{e[0]} to {e[-1]} ({len(e)})" if len(e) > 1 else f"{e[0]}" for e in events
     )
-    described["steps between events"] = steps(config) * min(gaps) if gaps else "one event"
+    described["steps between a layer's events"] = steps(config) * min(gaps) if gaps else "one event"
     if isinstance(pruning, FilterPruning):
         count = round(config.width * LAST_FILTERS[config.model])
         kept = math.ceil(round((1 - pruning.fractions[-1]) * count, 6))
@@ -290,6 +293,8 @@ def _described_pruning(config: Config) -> dict[str, object]:
     last = max(epochs[-1] for epochs in events)
     described["steps after the last event"] = steps(config) * (config.epochs - 1 - last)
     if config.noise is not None:
-        lasts = f"{training_batches(config)} training batches, N = {config.noise.passes} passes"
+        passes = config.noise.passes + (config.noise.kind != "restored")
+        lasts = f"{training_batches(config)} training batches, {passes} passes in all"
+        lasts = "1 pass" if passes == 1 else lasts
         described |= {"noise": config.noise.kind, "noise lasts": lasts}
     return described

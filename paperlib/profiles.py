@@ -202,7 +202,9 @@ PROFILES = {
                 step=0.005,
                 test_images=2000,
             ),
-            alone=frozenset(("figure-3", "figure-5", "figure-C1", "figure-C2", "figure-D2")),
+            alone=frozenset(
+                ("figure-3", "figure-5", "figure-B2", "figure-C1", "figure-C2", "figure-D2")
+            ),
         ),
         Profile("paper"),
     )

@@ -460,7 +460,10 @@ def test_tables_show_steps_and_doses(name, setting, between, after, dose):
     row = experiments.table(name, "small").loc[tuple(setting.split(" ", 1))]
     for side, *expected in zip(("paper", "small"), between, after, dose or (0, 0), strict=True):
         mine = row.xs(side, level=1)
-        assert [mine["steps between events"], mine["steps after the last event"]] == expected[:2]
+        assert [
+            mine["steps between a layer's events"],
+            mine["steps after the last event"],
+        ] == expected[:2]
         assert dose is None or mine["dose (filters an event, last layer)"] == expected[2]
 
 

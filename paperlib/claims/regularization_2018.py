@@ -44,7 +44,7 @@ class R2(Rule):
     figures = ("figure-R1", "figure-R4")
     network = CONV4
     shown: tuple[str, ...] = ("figure-R2",)
-    gates = ("G2",)
+    gates: tuple[str, ...] = ("G2",)
     settings: tuple[str, ...] = (LARGE, *DROPOUTS)
 
     def _findings(self, part: Part, *networks: Part) -> Findings:
@@ -64,6 +64,7 @@ class R3(R2):
 
     statement = "The pruned network does this with 85% fewer parameters."
     shown = ("figure-R2", "figure-R6")
+    gates = ()
     settings = (*R2.settings, UNPRUNED)
 
     def _findings(self, part: Part, *networks: Part) -> Findings:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
+from statsmodels.api import OLS
 
 from benchmarks import claims as simulations
 from paperlib import claims, experiments, stats
@@ -148,6 +149,7 @@ def test_secondary_contrasts_are_corrected_together():
     [
         ((0.22, 0.22), {}, "supported"),
         ((0.22, 0.21), {}, "negligible"),
+        ((0.32, 0.0), {}, "negligible"),  # by the 90% interval
         ((0.40, 0.21), {}, "undecided"),
         ((0.34, 0.0), {}, "undecided"),
         ((-0.25, 0.0), {}, "negligible"),
@@ -232,6 +234,49 @@ def test_power_of_two_contrasts_counts_that_they_go_together():
     assert verdicts.power([premise, pairs[2]], 20_000) == pytest.approx(single**2, abs=0.012)
 
 
+def test_the_effect_that_power_is_for():
+    cases = [
+        ("accuracy", (0.0, math.inf), 1.0),
+        ("accuracy", BELOW, -1.0),
+        ("log_noise", BELOW, -0.1),
+        ("accuracy", (-1, 1), 0.0),
+        ("accuracy", (-0.5, math.inf), 0.0),
+    ]
+    for outcome, region, effect in cases:
+        assert difference(0.3, outcome=outcome, region=region).effect == effect
+
+
+def test_power_of_equivalence():
+    power = verdicts.power([difference(0.3, 0.85, region=(-1, 1))], draws=20_000)
+    drawn = np.random.default_rng(1).normal(0, 0.85, (20_000, N))
+    half = scipy_stats.t.ppf(0.95, N - 1) * drawn.std(1, ddof=1) / math.sqrt(N)
+    assert power == pytest.approx((abs(drawn.mean(1)) + half < 1).mean(), abs=0.015)
+
+
+def test_power_counts_adjusted_contrasts():
+    how = {"outcome": "log_noise", "region": BELOW}
+    plain = difference(0.0, 0.1, **how)
+    adjusted = difference(0.0, 0.1, kind="adjusted", covariate=3 + spread(1, seed=1), **how)
+    assert verdicts.power([plain]) > 0.6
+    assert verdicts.power([plain, adjusted]) < 0.4
+
+
+def test_p_and_sign_flip_are_against_the_null():
+    contrast = difference(-0.3, region=(-0.5, math.inf))
+    moved = (0.2 + spread(0.3)).to_numpy()
+    assert contrast.p == pytest.approx(scipy_stats.ttest_1samp(moved, 0).pvalue)
+    assert contrast.sign_flip == pytest.approx(stats.sign_flip(moved))
+
+
+def test_pairs_are_those_of_seeds_that_both_have():
+    runs = conv4_runs(large=82 + WOBBLE)
+    runs = runs[(runs.setting != "none") | (runs.seed < 5)]
+    some = (runs.setting == "largest 0.9") & (runs.seed < 3)
+    second = contrasts(judged("R1", runs.assign(device=runs.device.mask(some, "cuda"))))[1]
+    assert (second.n, second.registered) == (5, 5)
+    assert second.note == "3 of 5 pairs are between two devices"
+
+
 # Whether a claim is judged at all
 
 
@@ -298,6 +343,7 @@ ONE_AT_CHANCE = np.where(np.arange(N), 82 + WOBBLE, 10)
         ("T4", t4_runs(fall=0), "undecided"),  # never negligible
         ("T4", t4_runs(fall=0, by_loss=1), "not apart from training loss"),
         ("T5", t5_runs(81, 81), "supported"),
+        ("T5", t5_runs(82, 81), "supported"),
         ("T5", t5_runs(81, 80), "no premise"),
         ("T5", t5_runs(81, 79), "no premise"),
         ("T5", t5_runs(80, 81), "contradicted"),  # worse than Prune_L by more than delta
@@ -314,6 +360,18 @@ ONE_AT_CHANCE = np.where(np.arange(N), 82 + WOBBLE, 10)
 )
 def test_verdicts_of_each_claim(name, runs, verdict):
     assert judged(name, runs).verdict == verdict
+
+
+def test_a_run_of_two_figures_counts_once():
+    runs = simulated("R2")
+    assert judged("R2", runs).registered == runs.run.nunique() < len(runs)
+
+
+@pytest.mark.parametrize("name", ["T1", "R1"])
+def test_a_gate_that_does_not_apply_voids_nothing(name):
+    rule, runs = claims.CLAIMS[name], simulated(name)
+    gate = replace(failing("G2", rule.figures[0], rule.network), passed=None)
+    assert judged(name, runs, [gate]).verdict == judged(name, runs).verdict == "supported"
 
 
 # T1
@@ -353,6 +411,31 @@ def test_pairs_between_two_devices_are_told():
     assert {c.note for c in contrasts(judged("R1", runs))} == {""}
     alike = judged("R4", runs.assign(device=runs.device.mask(runs.setting == "none", "cuda")))
     assert contrasts(alike)[0].note.endswith("1; 10 of 10 pairs are between two devices")
+
+
+def test_stability_is_ordered_by_the_mean_over_seeds():
+    stability = {"smallest 4": np.where(np.arange(N), 99.0, 90.0)}
+    claim = judged("T1", t1_runs(l40=82 + WOBBLE, stability=stability))
+    assert contrasts(claim)[0].name == "LARGEST 40 - SMALLEST 4"
+
+
+def test_g5_goes_by_the_95_percent_interval():
+    stability = {"largest 40": 97.0, "smallest 40": 97.1, "smallest 4": 97.19 + spread(0.3)}
+    claim = judged("T1", t1_runs(l40=82 + WOBBLE, stability=stability))
+    assert [(gate.gate, gate.passed) for gate in claim.gates] == [("G5", False)]
+
+
+def test_slopes_leave_out_runs_that_were_lost():
+    runs = t1_runs(*np.random.default_rng(0).normal(80, 1, (4, N)))
+    lost = (runs.setting == "largest 40") & (runs.seed == 0)
+    secondary = contrasts(judged("T1", runs.assign(finite=~lost)), "secondary")
+    slopes = [c for c in secondary if "on mean stability" in c.name]
+    assert [(c.n, c.dropped) for c in slopes] == [(29, 1)] * 2
+
+
+def test_kendalls_tau_of_the_settings():
+    (tau,) = contrasts(judged("T1", t1_runs(s4=80.0, s40=81.0, l40=82 + WOBBLE)), "described")
+    assert (tau.fitted.value, tau.n) == (-1, 3)  # the less stable, the better
 
 
 # T2
@@ -431,6 +514,54 @@ def test_t2_leaves_out_networks_before_their_accuracies_are_read(kept, verdict):
     assert len(contrasts(claim, "described")) == (0 if verdict == "not testable" else kept)
 
 
+def test_t2_is_one_sided_at_half_of_5_percent(monkeypatch):
+    monkeypatch.setattr(stats, "permuted_tau", lambda *_: (-3.0, 0.03, 0.98))
+    permuted = contrasts(judged("T2", simulated("T2"), secondary=False))[0]
+    assert permuted.p == 0.06
+    assert not permuted.supported
+
+
+def test_t2_summary_of_the_networks():
+    runs = simulated("T2", "networks differ")
+    claim = judged("T2", runs, secondary=False)
+    each, together = contrasts(judged("T2", runs), "described"), contrasts(claim)[1]
+    effects, errors = zip(*(c.fitted[:2] for c in each), strict=True)
+    assert together.fitted == stats.random_effects(effects, np.square(errors))[0]
+    same = (runs.figure == "figure-C3") | (runs.figure == "table-C1")
+    claim = judged("T2", runs.assign(accuracy=runs.accuracy.mask(same, 80.0)), secondary=False)
+    together = contrasts(claim)[1]
+    assert (together.name, together.n, together.registered) == ("6 networks together", 30, 40)
+    assert np.isfinite(together.fitted.error)
+
+
+@pytest.mark.filterwarnings("ignore:The design matrix is rank-deficient")
+def test_t2_power_draws_from_the_deviation_observed(monkeypatch):
+    """Targets are at 0.5, 0 and -0.5 by their stability at a rate, seeds apart."""
+    runs, seen, real = simulated("T2", "no effect"), [], stats.permuted_tau
+    of_target = {"smallest": 97.0, "random": 99.0, "largest": 95.0}
+    runs["mean_stability"] = runs.setting.str.split().str[0].map(of_target).fillna(100.0)
+
+    def tau(stability, accuracy, draws, *_):
+        seen.append((stability, accuracy, draws))
+        return real(stability, accuracy, draws) if draws != 499 else (0.0, 0.03, 0.98)
+
+    monkeypatch.setattr(stats, "permuted_tau", tau)
+    assert judged("T2", runs).power == 0  # p = 0.03 of one side does not support the claim
+    drawn = np.array([accuracy for _, accuracy, draws in seen if draws == 499])
+    stability = seen[-1][0]
+    mine = runs[runs.figure == "figure-3"]
+    mine = mine.assign(cell=mine.setting.str.split().str[1] + "." + mine.seed.astype(str))
+    fit = OLS.from_formula("accuracy ~ setting + cell", mine).fit()
+    rank = stability.mean(1).argsort(1).argsort(1)
+    assert drawn.mean((0, 2)) == pytest.approx(0.5 - rank / 2, abs=0.15)
+    residuals = drawn - (0.5 - rank / 2)[:, None]
+    assert residuals.std() == pytest.approx(math.sqrt(fit.scale), rel=0.02)
+    monkeypatch.setattr(stats, "permuted_tau", lambda *_: (-7.0, 0.001, 1.0))
+    claim = judged("T2", runs)
+    together = contrasts(claim)[1].fitted
+    assert claim.power == pytest.approx(stats.power_of_t(1.0, together))
+
+
 # T3, T5
 
 
@@ -456,6 +587,18 @@ def test_t5_has_the_premise_that_pruning_is_better():
     assert premise.fitted.value == pytest.approx(3)
 
 
+def test_names_of_secondary_contrasts():
+    t3 = judged("T3", t3_runs(81, 81))
+    names = [c.name for c in contrasts(t3, "secondary") if c.null == -0.5]
+    assert names == [f"{n} 1106 - LARGEST 40 WEIGHTS" for n in ("ZEROING", "GAUSSIAN")]
+    t4 = judged("T4", t4_runs())
+    (delta_w,) = contrasts(t4, "secondary")
+    assert delta_w.name == "LARGEST 40 - SMALLEST 4"
+    assert delta_w.fitted.value == pytest.approx(0.03)
+    described = [c.name for c in contrasts(t4, "described")]
+    assert described == [f"{s} - NONE" for s in ("LARGEST 40", "SMALLEST 4") for _ in range(2)]
+
+
 # T4
 
 
@@ -473,6 +616,14 @@ def test_t4_adjusts_for_training_loss():
     assert len(contrasts(claim, "described")) == 4
     runs.loc[(runs.setting == "largest 40") & (runs.seed == 0), "curvature"] = -1.0
     assert [c.dropped for c in contrasts(judged("T4", runs))] == [1, 0]  # it has no logarithm
+
+
+def test_a_training_loss_without_a_logarithm_counts_as_dropped():
+    runs = t4_runs()
+    runs.loc[(runs.setting == "largest 40") & (runs.seed < 2), "train_loss"] = 0.0
+    claim = judged("T4", runs)
+    assert [c.dropped for c in contrasts(claim, "adjusted")] == [2, 2]
+    assert claim.verdict == "undecided"
 
 
 # R1 to R4
@@ -524,6 +675,40 @@ def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):
     lost = runs.assign(finite=~((runs.setting == best) & runs.choosing))
     (contrast,) = contrasts(judged("R2", lost))
     assert contrast.name != f"LARGEST 0.9 - {best.upper()}"
+
+
+def test_r1_by_fraction():
+    claim = judged("R1", simulated("R1"))
+    names = [c.name for c in contrasts(claim, "secondary") if c.outcome == "accuracy"]
+    percents = (50, 70, 80, 90, 95, 98)
+    assert names == [
+        f"Prune_L {p}% - {other}" for p in percents for other in (f"Prune_S {p}%", "No Pruning")
+    ]
+
+
+def test_r2_chooses_by_the_mean():
+    one_high = np.array([90.0, *[60.0] * 9])
+    claim = judged("R2", dropout_runs({A: one_high, B: 70.0, C: 65.0}, {A: 77.0, B: 78.0, C: 79.0}))
+    assert contrasts(claim)[0].name == f"LARGEST 0.9 - {B.upper()}"
+    assert [c.outcome for c in contrasts(claim, "secondary")] == ["best_accuracy"]
+    less = np.array([71.27, 70.54, 70.08, 70.03, 71.63, *[0.0] * 5])  # the same but for rounding
+    more = np.array([71.63, 70.03, 70.08, 70.54, 71.27, *[0.0] * 5])
+    claim = judged("R2", dropout_runs({A: less, B: more, C: 65.0}, {A: 77.0, B: 78.0, C: 79.0}))
+    assert contrasts(claim)[0].name == f"LARGEST 0.9 - {A.upper()}"
+
+
+@pytest.mark.parametrize("lost", [A, C])
+def test_r2_needs_choosing_seeds_of_every_dropout(lost):
+    runs = dropout_runs({A: 70, B: 71, C: 72}, {A: 77.0, B: 78.0, C: 79.0})
+    runs = runs[~(runs.choosing & (runs.setting == lost))]
+    assert judged("R2", runs).verdict == "not testable"
+
+
+def test_a_seed_of_two_figures_is_one_pair():
+    runs = dropout_runs({A: 70, B: 71, C: 72}, {A: 77.0, B: 78.0, C: 79.0})
+    again = runs[(runs.setting == C) & ~runs.choosing].assign(figure="figure-R1")
+    claim = judged("R2", pd.concat([runs, again], ignore_index=True))
+    assert [(c.n, c.registered) for c in claim.contrasts] == [(N, N)] * 2
 
 
 # Frames, JSON and the store
@@ -612,6 +797,40 @@ def test_flatness_of_t4(store):
     assert runs.delta_w.to_numpy() == pytest.approx(config.reach + config.step)  # never reached
     file(store, runs.run[0]).unlink()
     assert claims.judge("demo", store=store, names=["T4"])[0].n == "11 of 12"
+
+
+def test_losses_that_are_not_finite_are_done(store):
+    large = (
+        experiments.plan("figure-R1", "demo").set_index(["setting", "seed"]).loc["largest 0.9", 0]
+    )
+    file(store, large.run).unlink()
+    for loss in ("loss", "test loss"):
+        for value in ("nan", "inf"):
+            store.fail(large.config, f"the {loss} of {large.config.title} is {value} at epoch 3")
+            (claim,) = claims.judge("demo", store=store, names=["R1"])
+            assert (claim.n, claim.contrasts[0].dropped) == ("10 of 10", 1)
+
+
+def test_registered_seeds_and_networks_count(store):
+    (whole,) = claims.judge("demo", store=store, names=["R1"])
+    for change in ({"seeds": 1}, {"networks": ("VGG11",)}):
+        (claim,) = claims.judge(experiments.Scale("demo", **change), store, ["R1"])
+        assert claim.n == whole.n == "10 of 10"
+
+
+def test_t4_takes_the_loss_of_the_epoch_that_was_measured(tmp_path):
+    store = Store(tmp_path / "runs", tmp_path / "results")
+    config = experiments.plan("figure-6", "demo").config[0]
+    made = record(config, 80.0)
+    made.epochs["train_loss"] = made.epochs.epoch + 1.0
+    store.write(made)
+    runs, _ = claims.load("demo", store, ["figure-6"])
+    assert runs.set_index("run").train_loss[config.identity] == config.flatness.epoch + 1
+
+
+def test_claims_of_figures_that_show_the_same_runs():
+    assert claims.carried("figure-E6") == ["T1"]
+    assert claims.carried("figure-R2") == ["R2", "R3"]
 
 
 # Simulated runs of a known truth. Counts may leave their bounds once in 10,000 data sets.

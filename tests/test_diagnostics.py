@@ -191,3 +191,30 @@ def test_what_cannot_be_measured_is_refused_before_training():
     for config, named in ((conv4, "BatchNorm2d"), (many, "1000000000")):
         with pytest.raises(ConfigError, match=named):
             run(config, device="cpu", callback=lambda moment: pytest.fail("it has trained"))
+
+
+def test_the_last_eight_norms():
+    model, images = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(10))), torch.randn(4, 3, 9, 9)
+    with torch.no_grad():
+        model[1].weight.fill_(1e-2)  # the next norm's eps matters
+    rows = diagnostics.normalised_outputs(model, images)
+    assert rows.shape == (8, 200)
+    assert np.array_equal(rows[0], diagnostics.normalised_outputs(model[:3], images)[2])
+
+
+def test_directions_and_images_of_flatness(monkeypatch):
+    """Directions of the algebraically largest eigenvalues, on as many test images as asked for."""
+    values, along = torch.tensor([-3.0, 1.0, 2.0]), []
+    monkeypatch.setattr(diagnostics, "hessian_spectrum", lambda *_: (values, torch.eye(3)))
+    monkeypatch.setattr(diagnostics, "gradient_covariance_trace", lambda *_: 1.0)
+
+    def sharpness(model, images, labels, directions, *_):
+        along.append((len(images), directions.argmax(1).tolist()))
+        return torch.zeros(2, 3), torch.zeros(2, 3)
+
+    monkeypatch.setattr(diagnostics, "sharpness", sharpness)
+    test = images_of(VGG, "test")
+    for test_images in (7, None):
+        how = Flatness(0, images=4, eigenvalues=3, directions=2, test_images=test_images)
+        diagnostics.measured_flatness(None, test, how, {})
+    assert along == [(7, [2, 1]), (60, [2, 1])]

@@ -244,3 +244,34 @@ def test_runs_that_are_not_there_have_no_gates():
     assert {(gate.gate, gate.setting) for gate in results} == {("G1", "none"), ("G4", "")}
     empty = gates.evaluate(pd.DataFrame(rows), pd.DataFrame({"run": []}))
     assert {gate.gate for gate in empty} == {"G4"}
+
+
+def test_means_over_seeds_are_rounded():
+    """The mean of 99.98, 99.92 and 99.8 is 99.9 but for rounding."""
+    config = ADAM.with_(pruning=filters(3, 11))
+    rows = [run(config, "S", seed) for seed in range(3)]
+    accuracies = (99.98, 99.92, 99.8)
+    found = evaluate(
+        *((row, history(row, train_accuracy=a)) for row, a in zip(rows, accuracies, strict=True))
+    )
+    assert found["G3", "S"].passed is True
+    assert found["G2", "S"].passed is True
+
+
+def test_g2_limit_is_rounded():
+    """70.4 - 0.3 is 70.10000000000001."""
+    pre = dict.fromkeys(range(20), 70.4) | dict.fromkeys(range(16, 20), 70.1)
+    assert alone("G2", PRUNED, "S", pre=pre).number == 100
+
+
+def test_settings_with_noise_are_no_doses():
+    plan = experiments.plan("figure-5", "small").assign(figure="figure-5")
+    empty = pd.DataFrame({"run": []})
+    (g4,) = (gate for gate in gates.evaluate(plan, empty) if gate.gate == "G4")
+    assert g4.passed is None
+
+
+def test_choosing_seeds_are_in_no_gate():
+    rows = [run(ADAM, "none"), run(ADAM, "none", 10) | {"choosing": True}]
+    found = evaluate((rows[0], history(rows[0])), (rows[1], history(rows[1], train_accuracy=0.0)))
+    assert found["G1", "none"].number == 100

@@ -61,6 +61,10 @@ SUMMARIES = {
         epochs([50, 85, 83], pre=[50, 85, 90], removed=[0, 0, 2]),
         {"best_accuracy": 83, "best_epoch": 2},
     ),
+    "the mean of four events is not their median": (
+        epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 100], removed=[0, 3, 2, 1, 4]),
+        {"mean_stability": (75 + 100 + 75 + 80) / 4},
+    ),
     "the gap is that of the best epoch": (
         epochs([50, 80, 70], pre=[50, 88, 70], removed=[0, 1, 0], train=[55, 91, 99]),
         {"gap": 91 - 80},

@@ -114,3 +114,11 @@ def test_what_is_missing_is_trained_if_asked(store, monkeypatch):
     assert store.identities() == experiments.plan("figure-1", "smoke").run[:1].tolist()
     with pytest.raises(ValueError, match="'figure-9'"):
         experiments.load("figure-9", store=store)
+
+
+def test_claims_are_judged_at_the_figures_scale(store):
+    for config in experiments.plan("figure-E1", "smoke").config:
+        store.write(record(config))
+    figure = experiments.load("figure-E1", "smoke", store=store)
+    done, registered = figure.claims.runs[0].split(" of ")
+    assert done == registered

@@ -126,3 +126,20 @@ def test_a_table_of_sizes_that_is_kept_is_read(tmp_path, monkeypatch):
     table.to_csv(sizes.kept("small"))
     loaded = SimpleNamespace(scale=experiments.Scale("small"), plan=None, records=None)
     pd.testing.assert_frame_equal(sizes.sizes(loaded), table)
+
+
+def test_the_target_is_that_asked_for():
+    for target in ("smallest", "largest"):
+        plan = own.settings("smoke", "l1", target)
+        mine = plan[plan.setting == "yours"].config
+        assert {config.pruning.target for config in mine} == {target}
+
+
+def test_a_setting_of_ones_own_is_compared(plan):
+    """Where it is the least stable one, on a network of any name."""
+    epochs, runs = measured(plan, 0.5)
+    mine = plan.run[plan.setting == "yours"]
+    runs.loc[runs.run.isin(mine), "mean_stability"] -= 5
+    claim = own.judge(plan.assign(network="small_net"), epochs, runs)
+    assert all(contrast.name.startswith("Yours") for contrast in claim.contrasts)
+    assert len(claim.contrasts) == 2

@@ -313,3 +313,22 @@ def test_a_band_counts_only_values():
     assert (line["mean"], line.n) == (1.5, 2)
     assert np.isnan(line.low)
     assert np.isnan(line.high)
+
+
+def test_kendalls_interval_is_of_95_percent():
+    x, y = np.random.default_rng(1).normal(size=(2, 12))
+    drawn = np.random.default_rng(0).integers(12, size=(1000, 12))
+    taus = [scipy_stats.kendalltau(x[i], y[i]).statistic for i in drawn]
+    assert stats.kendall(x, y)[1:3] == pytest.approx(tuple(np.percentile(taus, [2.5, 97.5])))
+
+
+def test_a_seed_that_lacks_one_target():
+    stability, accuracy = 99 + np.random.default_rng(0).normal(0, 1, (2, 1, 4, 3))
+    stability[0, 1, 2] = accuracy[0, 1, 2] = np.nan
+    expected = scipy_stats.kendalltau(*(v[0][[0, 2, 3]].mean(0) for v in (stability, accuracy)))
+    assert stats.permuted_tau(stability, accuracy, 50)[0] == pytest.approx(expected.statistic)
+
+
+def test_means_that_tie_but_for_rounding():
+    stability, accuracy = np.array([[[3.0, 2, 1]] * 2]), np.array([[[0.1, 0.3, 1], [0.2, 0.0, 1]]])
+    assert stats.permuted_tau(stability, accuracy, 10)[0] == pytest.approx(-2 / 3)

@@ -1,5 +1,7 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,13 +11,19 @@ from PIL import Image
 from small import CONV, GONE, NUMBERS, PRUNED, SCRATCH, VGG, WEIGHTS, images_of, numbers, same
 from torch import nn
 
-from paperlib import data, inputs, training
-from paperlib.config import Config, FilterPruning, WeightPruning, to_dict
+from paperlib import data, inputs, streams, training
+from paperlib.config import Config, FilterPruning, Noise, WeightPruning, to_dict
 from paperlib.extras.fast.together import by_turns
 from paperlib.loop import finish
+from paperlib.noise import FilterNoise
 from paperlib.pruning import PruningError
 from paperlib.runs import Mismatch, Store, StoreError
 from paperlib.training import TrainingError, run
+
+NOISY = VGG.with_(
+    pruning=FilterPruning((0.5,), ((0, 1),), target="random", norm=False),
+    noise=Noise("zeroing", 5, evaluation_batch=16),
+)
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +363,76 @@ def test_images_of_another_size(model, size, fits, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["small:logits_in_an_object", "small:logits_in_a_dict"])
 def test_logits_within_an_object(model):
     assert same(numbers(VGG.with_(model=model)), numbers(VGG.with_(model="small:Tiny")))
+
+
+def test_training_images_are_augmented():
+    assert not same(numbers(CONV), numbers(CONV.with_(augment=True)))
+
+
+def test_a_last_batch_that_is_smaller():
+    config = VGG.with_(
+        learning_rate=0.001, batch=16, epochs=2, pruning=FilterPruning((0.5,), ((1,),))
+    )
+    ours, expected = numbers(config), by_hand(config)
+    assert np.allclose(ours.train_loss, expected.train_loss, rtol=3e-4)
+    assert np.allclose(ours.train_accuracy, expected.train_accuracy, atol=100 / 50 + 1e-9)
+
+
+def test_streams_stay():
+    """Records that were made before are those of the same streams."""
+    assert streams.stream(3, "order", 2) == 42154503093795398
+    seeds = {
+        streams.stream(s, n, e) for s in range(3) for n in ("order", "noise") for e in range(50)
+    }
+    assert len(seeds) == 300
+
+
+def test_every_purpose_has_its_stream_of_each_epoch(monkeypatch):
+    drawn, real = Counter(), streams.stream
+
+    def recorded(seed, name, epoch=0):
+        drawn[name, epoch] += 1
+        return real(seed, name, epoch)
+
+    monkeypatch.setattr(streams, "stream", recorded)
+    monkeypatch.setattr(training, "stream", recorded)
+    numbers(CONV.with_(augment=True, dropout=(0.25, 0.5), train_per_class=2))
+    per_epoch = {
+        key: n for key, n in drawn.items() if key[0] in ("order", "augmentation", "dropout")
+    }
+    assert per_epoch == {(n, e): 1 for n in ("order", "augmentation", "dropout") for e in range(3)}
+    drawn.clear()
+    pruning = FilterPruning((0.5,), ((0, 2),), target="largest", norm=False)
+    numbers(VGG.with_(pruning=pruning, noise=Noise("gaussian", 5), train_per_class=2))
+    beside = {key: n for key, n in drawn.items() if key[0] in ("noise", "filters")}
+    assert beside == {**{("noise", e): 1 for e in range(3)}, ("filters", 0): 1, ("filters", 2): 1}
+
+
+def test_passes_of_a_run_with_noise(monkeypatch):
+    """Each epoch has its training batches and two evaluations, also without an event."""
+    passes, before_pass = [], FilterNoise.before_pass
+
+    def counted(noise, training):
+        passes.append("ET"[training])
+        before_pass(noise, training)
+
+    monkeypatch.setattr(FilterNoise, "before_pass", counted)
+    ends = []
+    numbers(NOISY, callback=lambda moment: ends.append("".join(passes)))
+    assert ends == [n * (4 * "T" + 8 * "E") for n in (1, 2, 3)]
+
+
+def test_noise_chooses_the_filters_of_pruning_and_removes_them_in_the_end():
+    masks, last = [], []
+
+    def look(moment):
+        masks.append({name: mask.clone() for name, mask in moment.pruner.masks.items()})
+        (weight,) = (layer.conv.weight for layer in moment.pruner.layers.values())
+        last[:] = [(weight.detach().flatten(1) == 0).all(1)]
+
+    for config in (NOISY, NOISY.with_(noise=None)):
+        numbers(config, callback=look)
+        (mask,) = masks[-1].values()
+        assert torch.equal(last[0], ~mask)
+    (noised,), (pruned,) = (masks[i].values() for i in (0, 3))
+    assert torch.equal(noised, pruned)

@@ -297,3 +297,19 @@ def test_a_network_and_its_pruner_go_with_their_last_use(score):
     finally:
         if collects:
             gc.enable()
+
+
+def test_scores_of_pruned_filters_need_not_be_finite():
+    def score(conv):
+        sizes = conv.weight.flatten(1).norm(dim=1)
+        return sizes.square() / sizes  # NaN where a filter is zero
+
+    pruner = FilterPruner(small_net(), [0.5], score)
+    assert [pruner.prune(event, 3) for event in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_only_training_passes_count_by_hand():
+    pruner = FilterPruner(small_net(), [0.5], "activation")
+    for training in (False, True, False):
+        pruner.before_pass(training)
+    assert pruner.activation.passes == 1

@@ -68,6 +68,8 @@ def test_expected_activation_is_the_expected_value():
     single = expected_activation(gamma.float(), beta.float())
     assert single.dtype == torch.float32
     assert torch.allclose(single, expected.float(), atol=1e-6)
+    signed = torch.from_numpy(closed_form(gamma.numpy(), beta.numpy()))
+    assert torch.allclose(expected_activation(gamma, beta, signed=True), signed, atol=1e-10)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -159,3 +159,21 @@ def test_bad_events(event, events, schedule):
 def test_layers_of_other_types_are_named_as_such():
     network = nn.Sequential(nn.Conv1d(3, 6, 3), nn.Embedding(3, 6))
     assert_refused(r"'0'.*nn\.Linear.*nn\.Conv2d", WeightPruner, network, "0", 0.5)
+
+
+def test_random_weights_come_from_the_generator():
+    def chosen(seed):
+        network = nn.Sequential(nn.Linear(20, 5))
+        pruner = WeightPruner(network, "0", 0.5, "random", generator=generator(seed))
+        pruner.prune(1, 1)
+        return pruner.masks["0"]
+
+    assert torch.equal(chosen(0), chosen(0))
+    assert not torch.equal(chosen(0), chosen(1))
+
+
+def test_held_weights_are_the_pruned_ones():
+    network = nn.Sequential(nn.Linear(20, 5))
+    pruner = WeightPruner(network, "0", 0.3)
+    pruner.prune(1, 1)
+    assert torch.equal(pruner.held()["0.weight"], network[0].weight == 0)

@@ -15,7 +15,7 @@ from paperlib.stats import FEWEST, band
 HATCHES = ("", "////", "....", "xxxx")
 CORRELATIONS = {"pearson": "Pearson's r", "kendall": "Kendall's $\\tau$"}
 INSET_RATES = 4  # rates in the inset of figure 3
-DIPS = 0.03  # share of the means in figures 5 and D2 that may leave the panels
+DIPS = 0.06  # share of the means in figures 5 and D2 that may leave the panels
 
 
 def lines(
@@ -72,21 +72,23 @@ def dynamics(
 
 
 def noise(epochs: pd.DataFrame, kinds: Sequence[str], beside: Sequence[str]) -> Figure:
-    """Draw Figure 5 or D2: test accuracy by epoch, a row a kind of noise and a panel a duration.
+    """Draw Figure 5 or D2: test accuracy by epoch, a panel a duration, at most three in a row.
 
     The last epoch is left out, since the chosen filters are set to zero for good on it. The panels
     share their axes. The deepest dips may leave them.
 
     Args:
         epochs: Columns method, label, epoch, seed and post.
-        kinds: Methods, one a row.
+        kinds: Methods. Each begins a row.
         beside: Methods that every panel shows.
     """
     epochs = epochs[epochs.epoch < epochs.epoch.max()]
     names: dict[str, str] = {}
     for kind in kinds:
         names |= dict.fromkeys(epochs[epochs.method == kind].label, kind)
-    figure, axes = grid(len(names), len(names) // len(kinds), (3, 2.2), sharex=True, sharey=True)
+    durations = len(names) // len(kinds)
+    columns = durations if durations <= 3 else -(-durations // 2)
+    figure, axes = grid(len(names), columns, (3, 2.2), sharex=True, sharey=True)
     for ax, label in zip(axes, names, strict=True):
         dynamics(ax, epochs[(epochs.label == label) | epochs.method.isin(beside)], names=names)
         ax.set_title(label)

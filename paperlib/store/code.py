@@ -94,18 +94,34 @@ def code_checksum(
 
 
 def _parts(module: ModuleType, name: str) -> dict[str, Any]:
-    """Return the value of a name in a module, and those of all names of the module in its code."""
+    """Return what a name of a module stands for, and everything of the module that it uses.
+
+    That is what its code names; and what it holds beside its code: the defaults of arguments, the
+    variables of functions around it, and the attributes of a class.
+    """
     parts: dict[str, Any] = {}
-    waiting = [name]
+    waiting = [(name, getattr(module, name))]
     while waiting:
-        name = waiting.pop(0)
-        if name in parts or name not in vars(module):
+        name, value = waiting.pop(0)
+        if name in parts or (callable(value) and any(value is part for part in parts.values())):
             continue
-        parts[name] = getattr(module, name)
-        for function in _functions(parts[name], module):
+        parts[name] = value
+        waiting += [
+            (f"{name}.{key}", each)
+            for owner in _classes(value, module)
+            for key, each in vars(owner).items()
+            if not (key.startswith("__") or key == "_abc_impl" or _functions(each, module))
+        ]
+        for function in _functions(value, module):
+            arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
+            held = {a.name: a.default for a in arguments if a.default is not a.empty}
+            held |= inspect.getclosurevars(function).nonlocals
+            place = f"{name}.{function.__name__}"
+            waiting += [(f"{place}.{key}", each) for key, each in held.items()]
             for code in _nested(function.__code__):
                 steps = dis.get_instructions(code)
-                waiting += [step.argval for step in steps if step.opname == "LOAD_GLOBAL"]
+                used = (step.argval for step in steps if step.opname == "LOAD_GLOBAL")
+                waiting += [(key, vars(module)[key]) for key in used if key in vars(module)]
     return parts
 
 
@@ -113,16 +129,21 @@ def _functions(value: object, module: ModuleType) -> list[FunctionType]:
     """Return the functions of a module in a function and its decorators, or in a class."""
     values: list[Any] = [value]
     if inspect.isclass(value):
-        own = [each for each in value.__mro__ if each.__module__ == module.__name__]
-        values = [part for each in own for part in vars(each).values()]
+        values = [part for each in _classes(value, module) for part in vars(each).values()]
     found = []
     for each in values:
         while each is not None:
             is_own = inspect.isfunction(each) and each.__globals__ is vars(module)
             if is_own and each.__code__.co_filename != "<string>":  # as a dataclass makes them
                 found.append(each)
-            each = getattr(each, "__wrapped__", None)
+            each = getattr(each, "__wrapped__", getattr(each, "fget", None))  # also a property's
     return found
+
+
+def _classes(value: object, module: ModuleType) -> list[type]:
+    """Return a class and its bases as far as a module defines them; nothing if it is no class."""
+    mro = value.__mro__ if inspect.isclass(value) else ()
+    return [each for each in mro if each.__module__ == module.__name__]
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

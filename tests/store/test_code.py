@@ -144,6 +144,21 @@ for cell in sys.argv[1:]:
             "class f:\n    def g(s):\n        return 1\n",
             "class f:\n    def g(s):\n        return 2\n",
         ),
+        # What a function holds beside its code: defaults, variables around it, attributes.
+        ("K = 1\ndef f(c, k=K):\n    return k\n", "K = 2\ndef f(c, k=K):\n    return k\n"),
+        ("K = 1\ndef f(c, *, k=K):\n    return k\n", "K = 2\ndef f(c, *, k=K):\n    return k\n"),
+        (
+            "def g(k):\n    def h(c):\n        return k\n    return h\nf = g(1)\n",
+            "f = g(2)\n",
+        ),
+        (
+            "class g:\n    K = 1\nclass f(g):\n    def h(s):\n        return super().K\n",
+            "g.K = 2\n",
+        ),
+        (
+            "class f:\n    @property\n    def g(s):\n        return 1\n",
+            "class f:\n    @property\n    def g(s):\n        return 2\n",
+        ),
     ],
 )
 def test_a_function_of_a_notebook_is_another_where_what_it_uses_is_redefined(cell, change):
@@ -155,8 +170,9 @@ def test_a_function_of_a_notebook_is_another_where_what_it_uses_is_redefined(cel
 
 def test_what_nothing_can_check_is_refused():
     tensor = "import torch\nK = torch.ones(3)\ndef f(c):\n    return c * K\n"
-    cells = [tensor, "exec('def f(c): return 1')", "from math import sqrt as f", "f = 3"]
-    assert checksums(*cells) == ["refused"] * 4
+    default = "import torch\ndef f(c, k=torch.ones(3)):\n    return c * k\n"
+    cells = [tensor, default, "exec('def f(c): return 1')", "from math import sqrt as f", "f = 3"]
+    assert checksums(*cells) == ["refused"] * 5
 
 
 def test_code_whose_file_is_not_there_is_refused(module):

@@ -15,6 +15,7 @@ from paperlib.stats import FEWEST, band
 HATCHES = ("", "////", "....", "xxxx")
 CORRELATIONS = {"pearson": "Pearson's r", "kendall": "Kendall's $\\tau$"}
 INSET_RATES = 4  # rates in the inset of figure 3
+ASIDE = 1.05  # factor on x by which the bars of two lines are apart
 DIPS = 0.06  # share of the means in figures 5 and D2 that may leave the panels
 
 
@@ -26,10 +27,11 @@ def lines(
     by: str = "label",
     names: Mapping[str, str] | None = None,
     start: float = -np.inf,
+    bars: bool = False,
 ) -> None:
-    """Draw the mean of `y` at every `x` and its 95% band over seeds, a line a setting.
+    """Draw the mean of `y` at every `x` and its 95% interval over seeds, a line a setting.
 
-    The axis is fitted to the means: bands of few seeds may leave it.
+    Intervals are bands, and the y axis is fitted to the means: bands of few seeds may leave it.
 
     Args:
         ax: The panel.
@@ -39,14 +41,22 @@ def lines(
         by: The column that names the lines.
         names: Names of lines in the legend, if they differ.
         start: The y axis is fitted to the means from this x on.
+        bars: Intervals are bars, side by side on a logarithmic x axis, and the y axis is fitted to
+            them.
     """
-    for name, look in looks(frame, by).items():
+    shown = [frame[frame[x] >= start].groupby([by, x])[y].mean()]
+    for i, (name, look) in enumerate(looks(frame, by).items()):
         line, label = band(frame[frame[by] == name], x, y), (names or {}).get(name, name)
         size: Look = {"linewidth": 1.2, "markersize": 3.5, "markevery": max(1, len(line) // 8)}
-        ax.plot(line[x], line["mean"], label=label, **look, **size)
-        ax.fill_between(line[x], line.low, line.high, color=look["color"], alpha=0.15, lw=0)
+        at = line[x] * ASIDE ** (i - 1) if bars else line[x]
+        ax.plot(at, line["mean"], label=label, **look, **size)
+        if bars:
+            ax.vlines(at, line.low, line.high, color=look["color"], linewidth=0.8)
+            shown += [line.low, line.high]
+        else:
+            ax.fill_between(at, line.low, line.high, color=look["color"], alpha=0.15, lw=0)
     ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
-    focus(ax, frame[frame[x] >= start].groupby([by, x])[y].mean())
+    focus(ax, pd.concat(shown))
 
 
 def dynamics(
@@ -107,12 +117,13 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
         correlation: "pearson", or "kendall" for Figure C2.
     """
     figure, [[accuracy, stability, both]] = panels(1, 3)
-    lines(accuracy, runs, "rate", "best_accuracy", by="method")
-    lines(stability, runs, "rate", "mean_stability", by="method")
+    lines(accuracy, runs, "rate", "best_accuracy", by="method", bars=True)
+    lines(stability, runs, "rate", "mean_stability", by="method", bars=True)
     lowest = sorted(runs.rate.unique())[:INSET_RATES]
     if runs.rate.nunique() > INSET_RATES:
         inside = stability.inset_axes((0.13, 0.12, 0.45, 0.42))
-        lines(inside, runs[runs.rate.isin(lowest)], "rate", "mean_stability", by="method")
+        low = runs[runs.rate.isin(lowest)]
+        lines(inside, low, "rate", "mean_stability", by="method", bars=True)
         inside.set(xlabel="", ylabel="")
         _log_axis(inside, lowest, [f"{rate:.2g}" for rate in lowest])
         inside.tick_params(labelsize=6)
@@ -129,7 +140,7 @@ def rates(runs: pd.DataFrame, correlation: str = "pearson") -> Figure:
     both.set(xlabel=NAMES["rate"], ylabel=ylabel, ylim=(-1.05, 1.05))
     for ax in (accuracy, stability, both):
         _log_axis(ax, (1, 3, 10, 30, 90))
-    accuracy.legend()
+    legend_below(figure)
     return figure
 
 
@@ -143,7 +154,7 @@ def by_fraction(ax: Axes, runs: pd.DataFrame, y: str) -> None:
     """
     whole, pruned = runs[runs.fraction == 0], runs[runs.fraction > 0]
     frame = pd.concat([*(whole.assign(method=m) for m in pruned.method.unique()), pruned])
-    lines(ax, frame.assign(left=100 - frame.fraction), "left", y, by="method")
+    lines(ax, frame.assign(left=100 - frame.fraction), "left", y, by="method", bars=True)
     removed = sorted(runs.fraction.unique())
     _log_axis(ax, [100 - fraction for fraction in removed], [f"{f:g}" for f in removed])
     ax.set_xlim(110, 0.9 * (100 - removed[-1]))

@@ -30,6 +30,8 @@ class Profile:
         epochs: The length of a run, by the paper's length.
         factors: The divisor of a schedule's epochs, by the paper's length of a run. By default, a
             schedule is shortened as its run is.
+        tails: Epochs that are added before the last milestone, after all events, by the network's
+            name: of networks trained with Adam for 325 epochs.
         first: The epoch of the first event in every layer of the networks trained with Adam for
             325 epochs.
         widths: The width, by the network's name in a configuration.
@@ -49,6 +51,7 @@ class Profile:
     batch: int | None = None
     epochs: dict[int, int] = field(default_factory=dict)
     factors: dict[int, float] = field(default_factory=dict)
+    tails: dict[str, int] = field(default_factory=dict)
     first: int | None = None
     widths: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
@@ -89,15 +92,17 @@ class Profile:
             layers: Any = schedule.epochs
             of_filters = isinstance(pruning, FilterPruning)
             pruning = replace(pruning, epochs=layers if of_filters else layers[0])
+        tail = self.tails.get(config.model, 0) if config.epochs == TRADEOFF_EPOCHS else 0
+        milestones = [round(m / self.factor(config.epochs)) for m in config.milestones]
         small = config.with_(
             data=data or self.data or config.data,
             precision=precision or config.precision,
             train_per_class=self.train_per_class,
             test_per_class=self.test_per_class,
             width=self.widths.get(config.model, config.width),
-            epochs=self.epochs.get(config.epochs, config.epochs),
+            epochs=self.epochs.get(config.epochs, config.epochs) + tail,
             batch=self.batch or config.batch,
-            milestones=tuple(round(m / self.factor(config.epochs)) for m in config.milestones),
+            milestones=tuple(m + tail * (m == milestones[-1]) for m in milestones),
             pruning=pruning,
             flatness=config.flatness and (self.flatness or config.flatness),
             noise=None,
@@ -190,6 +195,7 @@ PROFILES = {
             batch=32,
             epochs={325: 65, 165: 33, 150: 45, 4000: 80},
             factors={150: 5},
+            tails={"resnet18": 24},
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 4},
             seeds=0,

@@ -30,8 +30,8 @@ class Profile:
         epochs: The length of a run, by the paper's length.
         factors: The divisor of a schedule's epochs, by the paper's length of a run. By default, a
             schedule is shortened as its run is.
-        tails: Epochs that are added before the last milestone, after all events, by the network's
-            name: of networks trained with Adam for 325 epochs.
+        tails: Epochs that are added after all events and before the last milestone, by the name of
+            the network in a configuration. Only networks trained with Adam for 325 epochs have one.
         first: The epoch of the first event in every layer of the networks trained with Adam for
             325 epochs.
         widths: The width, by the network's name in a configuration.

@@ -301,8 +301,11 @@ def test_a_profile_changes_scale_only(profile):
             assert getattr(small, field) == getattr(paper, field)
         assert small.epochs < paper.epochs
         assert small.width <= paper.width
+        at = PROFILES[profile]
+        tail = at.tails.get(paper.model, 0) if paper.epochs == 325 else 0
         for milestone, original in zip(small.milestones, paper.milestones, strict=True):
-            assert abs(milestone - original / PROFILES[profile].factor(paper.epochs)) < 0.51
+            longer = tail if original == paper.milestones[-1] else 0
+            assert abs(milestone - longer - original / at.factor(paper.epochs)) < 0.51
         assert (small.noise and small.noise.kind) == (paper.noise and paper.noise.kind)
         assert bool(events_of(small)) == bool(events_of(paper))
         if events_of(small):

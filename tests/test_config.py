@@ -126,7 +126,7 @@ def test_values_of_another_type(field, value):
 
 KNOWN = {
     "smoke": "ff8a43db7dc50c69c49196d6cff51d86da867ce757996ea3b50f9f6f14359db2",
-    "small": "8cbfb8d7e2273095b8c0fd46849e861e444e3fbd4cc2a370192f8034f0e72397",
+    "small": "e950de3b64f1abcfb9629c5982dc323159e63a7a61b5b5054985535a44b1239d",
     "paper": "2b9e66d77b4eec1bef547c0011861986f39bf611836120a0c3755a84a0ad3a91",
 }
 

@@ -35,11 +35,12 @@ notebooks: $(READY)
 	$(BIN)/python tools/notebooks.py
 
 # The website, in build/site. It shows the outputs that the notebooks have, and offers the files in
-# figures/; where `make figures` has drawn none, they are drawn first.
+# figures/; where `make figures` has drawn none, they are drawn first. All pages are made anew, since
+# they depend on figures/, too.
 site: $(READY)
 	test -d figures/demo || $(BIN)/paperlib figures
 	rm -rf docs/api
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet \
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet \
 		-c docs -d build/doctrees . build/site
 
 lab: $(READY)

@@ -1,4 +1,4 @@
-"""Forms with a line a setting: its mean and 95% band over seeds. A band needs three seeds."""
+"""Forms with a line a setting: mean and 95% interval over seeds. An interval needs three seeds."""
 
 from collections.abc import Mapping, Sequence
 

@@ -136,7 +136,8 @@ def _functions(value: object, module: ModuleType) -> list[FunctionType]:
             is_own = inspect.isfunction(each) and each.__globals__ is vars(module)
             if is_own and each.__code__.co_filename != "<string>":  # as a dataclass makes them
                 found.append(each)
-            each = getattr(each, "__wrapped__", getattr(each, "fget", None))  # also a property's
+            inner = "fget" if isinstance(each, property) else "__wrapped__"
+            each = getattr(each, inner, None)
     return found
 
 

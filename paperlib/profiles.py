@@ -35,6 +35,7 @@ class Profile:
         first: The epoch of the first event in every layer of the networks trained with Adam for
             325 epochs.
         widths: The width, by the network's name in a configuration.
+        adam_widths: The same for networks trained with Adam for 325 epochs, where it differs.
         seeds: The number of seeds, at most the paper's; None takes the paper's, 0 the number
             registered for each setting.
         choosing: The number of a setting's choosing seeds; None takes all.
@@ -54,6 +55,7 @@ class Profile:
     tails: dict[str, int] = field(default_factory=dict)
     first: int | None = None
     widths: dict[str, float] = field(default_factory=dict)
+    adam_widths: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
     choosing: int | None = None
     left_out: frozenset[tuple[str, str]] = frozenset()
@@ -92,14 +94,16 @@ class Profile:
             layers: Any = schedule.epochs
             of_filters = isinstance(pruning, FilterPruning)
             pruning = replace(pruning, epochs=layers if of_filters else layers[0])
-        tail = self.tails.get(config.model, 0) if config.epochs == TRADEOFF_EPOCHS else 0
+        with_adam = config.epochs == TRADEOFF_EPOCHS
+        tail = self.tails.get(config.model, 0) if with_adam else 0
+        widths = self.widths | self.adam_widths if with_adam else self.widths
         milestones = [round(m / self.factor(config.epochs)) for m in config.milestones]
         small = config.with_(
             data=data or self.data or config.data,
             precision=precision or config.precision,
             train_per_class=self.train_per_class,
             test_per_class=self.test_per_class,
-            width=self.widths.get(config.model, config.width),
+            width=widths.get(config.model, config.width),
             epochs=self.epochs.get(config.epochs, config.epochs) + tail,
             batch=self.batch or config.batch,
             milestones=tuple(m + tail * (m == milestones[-1]) for m in milestones),
@@ -198,6 +202,7 @@ PROFILES = {
             tails={"resnet18": 24},
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 4},
+            adam_widths={"resnet18": 3 / 8},
             seeds=0,
             flatness=Flatness(
                 62,

@@ -126,7 +126,7 @@ def test_values_of_another_type(field, value):
 
 KNOWN = {
     "smoke": "ff8a43db7dc50c69c49196d6cff51d86da867ce757996ea3b50f9f6f14359db2",
-    "small": "e950de3b64f1abcfb9629c5982dc323159e63a7a61b5b5054985535a44b1239d",
+    "small": "27c93b369d433b2b0e353f5402c4d993ff03a6aef5b0b3f0c31923cd797a749b",
     "paper": "2b9e66d77b4eec1bef547c0011861986f39bf611836120a0c3755a84a0ad3a91",
 }
 

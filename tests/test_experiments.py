@@ -281,12 +281,12 @@ def test_what_small_is():
     for setting in shown("small"):
         config = scale("small", setting)
         expected = lengths[setting.config.epochs]
+        width = 0.25 if config.model in ("vgg11_bn", "resnet18") else 1
         if (setting.config.epochs, config.model) == (325, "resnet18"):
-            expected = (89, (30, 84))
-        assert (config.epochs, config.milestones) == expected
+            expected, width = (89, (30, 84)), 0.375
+        assert (config.epochs, config.milestones, config.width) == (*expected, width)
         assert (config.data, config.train_per_class) == ("cifar10-jpeg", 1000)
         assert (config.test_per_class, config.batch) == (None, 32)
-        assert config.width == (0.25 if config.model in ("vgg11_bn", "resnet18") else 1)
         if config.flatness is not None:
             assert config.flatness == Flatness(62, 256, 50, 5, 0.10, 0.005, 2000)
 

@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from paperlib.models import build
 from paperlib.pruning import FilterPruner, PruningError
@@ -49,13 +50,43 @@ def network(name: str, double: bool = True) -> nn.Module:
     return model.double() if double else model
 
 
+def resnet_by_hand(
+    model: nn.Module, x: Tensor, masks: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits; and before ReLU, the output of each layer in a block, zero where not in its mask."""
+
+    def masked(name: str, out: Tensor) -> Tensor:
+        given[name] = out * masks.get(name, torch.ones(out.shape[1]))[:, None, None]
+        return F.relu(given[name])
+
+    out, given = F.relu(model.bn1(model.conv1(x))), {}
+    for i, block in enumerate(model.blocks):
+        inner = masked(f"blocks.{i}.conv1", block.bn1(block.conv1(out)))
+        branch = block.bn2(block.conv2(inner))
+        out = masked(f"blocks.{i}.conv2", branch + block.shortcut(out))
+    return model.fc(out.mean((2, 3))), given
+
+
+class Apply(nn.Module):
+    """A function of the module itself, with its parts as attributes, and of the input."""
+
+    def __init__(self, function: Callable, **parts: object) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
 def small_net() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(10, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
 
 
-def images(count: int = 4, seed: int = 0, size: int = 32, double: bool = True) -> torch.Tensor:
+def images(count: int = 4, seed: int = 0, size: int = 32, double: bool = True) -> Tensor:
     x = torch.randn(count, 3, size, size, generator=generator(seed))
     return x.double() if double else x
 

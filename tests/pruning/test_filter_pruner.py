@@ -1,4 +1,4 @@
-"""Filter pruning: masked networks against cut ones, events, state, bad input."""
+"""Filter pruning: networks masked by hand, events, state, bad input."""
 
 import copy
 import gc
@@ -12,75 +12,28 @@ import torch.nn.functional as F
 from pruned_networks import (
     OPTIMIZERS,
     RESNETS,
-    WIDTHS,
     assert_refused,
     exactly_kept,
     generator,
     gone,
     images,
     network,
+    resnet_by_hand,
     small_net,
     unchanged,
 )
-from torch import nn
 
-from paperlib.models import build
 from paperlib.pruning import FilterPruner, PruningError, WeightPruner, prunable_layers
 
-# Masked networks against cut ones
-
-
-def cut_resnet(model: nn.Module, weights: dict, masks: dict, x: torch.Tensor, training: bool):
-    """Logits and block outputs from `weights`, the filters not in `masks` sliced away."""
-
-    def norm(out, name, kept):
-        stats = [weights[f"{name}.running_{s}"][kept].clone() for s in ("mean", "var")]
-        gamma, beta = (weights[f"{name}.{p}"][kept] for p in ("weight", "bias"))
-        return F.batch_norm(out, *stats, gamma, beta, training)
-
-    def kept_of(name, weight):
-        return masks.get(name, torch.ones(len(weight))).nonzero().flatten()
-
-    out = F.conv2d(x, weights["conv1.weight"], padding=1)
-    out = F.relu(norm(out, "bn1", torch.arange(out.shape[1])))
-    alive, outputs = torch.arange(out.shape[1]), []
-    for i, block in enumerate(model.blocks):
-        name, stride = f"blocks.{i}", block.conv1.stride[0]
-        first, second = (weights[f"{name}.{conv}.weight"] for conv in ("conv1", "conv2"))
-        inner, outer = kept_of(f"{name}.conv1", first), kept_of(f"{name}.conv2", second)
-        branch = F.conv2d(out[:, alive], first[inner][:, alive], stride=stride, padding=1)
-        branch = F.relu(norm(branch, f"{name}.bn1", inner))
-        branch = F.conv2d(branch, second[outer][:, inner], padding=1)
-        branch = norm(branch, f"{name}.bn2", outer)
-        if isinstance(block.shortcut, nn.Identity):
-            shortcut = out[:, outer]
-        elif f"{name}.shortcut.1.weight" in weights:
-            projection = weights[f"{name}.shortcut.1.weight"][outer]
-            shortcut = F.conv2d(out, projection, stride=stride)
-            shortcut = norm(shortcut, f"{name}.shortcut.2", outer)
-        else:
-            before = (len(second) - out.shape[1]) // 2
-            wide = out.new_zeros(len(out), len(second), *branch.shape[2:])
-            wide[:, before : before + out.shape[1]] = out[:, :, ::2, ::2]
-            shortcut = wide[:, outer]
-        kept = F.relu(branch + shortcut)
-        out = kept.new_zeros(len(kept), len(second), *kept.shape[2:]).index_copy(1, outer, kept)
-        alive = outer
-        outputs.append(out)
-    read = out.mean((2, 3))[:, alive]
-    return F.linear(read, weights["fc.weight"][:, alive], weights["fc.bias"]), outputs
+# The pruned network, and its training
 
 
 @pytest.mark.parametrize("name", RESNETS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("every", [True, False])
-def test_masked_resnet_is_one_without_the_filters(name, training, every):
+def test_pruned_resnet_is_one_whose_filters_are_masked_everywhere(name, training, every):
     model = network(name).train(training)
-    weights = {
-        key: value.detach().clone().requires_grad_("running" not in key)
-        for key, value in model.state_dict().items()
-        if value.is_floating_point()
-    }
+    twin = copy.deepcopy(model)
     count = len(prunable_layers(model)) - 1
     fractions = [0.5] * count if every else [0.25, 0.4, 0.25, 0.7]
     pruner = FilterPruner(model, fractions, target="random", generator=generator(1))
@@ -90,21 +43,21 @@ def test_masked_resnet_is_one_without_the_filters(name, training, every):
     outputs = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    x = images()
+    x, labels = images(), torch.arange(4)
     logits = model(x)
-    cut_logits, cut_outputs = cut_resnet(model, weights, pruner.masks, x, training)
-    assert torch.allclose(logits, cut_logits, rtol=0, atol=1e-9)
-    for i, (output, cut) in enumerate(zip(outputs, cut_outputs, strict=True)):
-        mask = pruner.masks.get(f"blocks.{i}.conv2", torch.ones(output.shape[1], dtype=torch.bool))
+    expected, given = resnet_by_hand(twin, x, pruner.masks)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-9)
+    for i, output in enumerate(outputs):
+        block = F.relu(given[f"blocks.{i}.conv2"])
+        assert torch.allclose(output, block, rtol=0, atol=1e-9)
+        mask = pruner.masks.get(f"blocks.{i}.conv2", torch.ones(output.shape[1])).bool()
         assert not output[:, ~mask].any()
-        assert torch.allclose(output, cut, rtol=0, atol=1e-9)
 
-    labels = torch.arange(len(x))
     F.cross_entropy(logits, labels).backward()
-    F.cross_entropy(cut_logits, labels).backward()
-    held = pruner.held()
+    F.cross_entropy(expected, labels).backward()
+    held, theirs = pruner.held(), dict(twin.named_parameters())
     for key, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, weights[key].grad, rtol=0, atol=1e-9), key
+        assert torch.allclose(parameter.grad, theirs[key].grad, rtol=0, atol=1e-9), key
         assert not parameter.grad[held.get(key, torch.tensor(False))].any()
 
 
@@ -145,13 +98,11 @@ def test_only_weights_are_masked_without_norm():
 
 
 def test_events_of_some_layers():
-    model = network("vgg11_bn")
-    pruner = FilterPruner(model, [0.3, 0.3, 0.3, 0.9])
+    pruner = FilterPruner(network("vgg11_bn"), [0.3, 0.3, 0.3, 0.9])
     assert pruner.prune([1, None, None, None], [1, 5, 5, 9]) == 32 - 23
-    assert pruner.prune([None, 1, None, 3], [1, 5, 5, 9]) == sum(
-        32 - exactly_kept(32, f, i, n) for f, i, n in (("0.3", 1, 5), ("0.9", 3, 9))
-    )
-    assert len(gone(pruner)["features.22"]) == 0
+    removed = [0, 32 - exactly_kept(32, "0.3", 1, 5), 0, 32 - exactly_kept(32, "0.9", 3, 9)]
+    assert pruner.prune([None, 1, None, 3], [1, 5, 5, 9]) == sum(removed)
+    assert [len(filters) for filters in gone(pruner).values()] == [32 - 23, *removed[1:]]
     assert pruner.prune([None] * 4, 9) == 0
 
 
@@ -167,19 +118,19 @@ def test_events_in_other_types_of_number(number):
 
 
 def test_the_last_layers_are_taken():
-    pruner = FilterPruner(build("vgg11_bn", width=1 / 16), [0.1, 0.2])
-    assert pruner.fractions == {"features.22": 0.1, "features.25": 0.2}
-    pruner = FilterPruner(build("resnet18", width=1 / 16), [0.1] * 4)
-    last = ["blocks.6.conv1", "blocks.6.conv2", "blocks.7.conv1", "blocks.7.conv2"]
-    assert list(pruner.masks) == last
+    assert FilterPruner(network("vgg11_bn"), [0.1, 0.2]).fractions == {
+        "features.22": 0.1,
+        "features.25": 0.2,
+    }
     assert not FilterPruner(small_net(), []).masks
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_prunable_layers_of_resnets(name):
-    model = build(name, width=WIDTHS[name])
+def test_layers_of_resnets(name):
+    model = network(name)
     blocks = [f"blocks.{i}.{c}" for i in range(len(model.blocks)) for c in ("conv1", "conv2")]
     assert list(prunable_layers(model)) == ["conv1", *blocks]
+    assert list(FilterPruner(model, [0.1] * 3).masks) == blocks[-3:]
 
 
 def test_state_of_before_takes_pruning_back():
@@ -306,10 +257,3 @@ def test_scores_of_pruned_filters_need_not_be_finite():
 
     pruner = FilterPruner(small_net(), [0.5], score)
     assert [pruner.prune(event, 3) for event in (1, 2, 3)] == [1, 1, 1]
-
-
-def test_only_training_passes_count_by_hand():
-    pruner = FilterPruner(small_net(), [0.5], "activation")
-    for training in (False, True, False):
-        pruner.before_pass(training)
-    assert pruner.activation.passes == 1

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pruned_networks import Apply
 from torch import Tensor, nn
 
 from paperlib.models import ResidualSum
@@ -61,22 +62,16 @@ SUMS = [  # the first five are of two tensors and no more
 ]
 
 
-class Gate(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.conv(F.adaptive_avg_pool2d(x, 1)))
+def gate(channels: int) -> nn.Module:
+    return Apply(
+        lambda net, x: x * torch.sigmoid(net.conv(F.adaptive_avg_pool2d(x, 1))),
+        conv=nn.Conv2d(channels, channels, 1),
+    )
 
 
-class Scale(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+def scale(channels: int) -> nn.Module:
+    factors = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+    return Apply(lambda net, x: x * net.factors, factors=factors)
 
 
 class Step(NamedTuple):
@@ -153,7 +148,7 @@ class Maker:
             makes = [self._unit, self._unit]
             if unit:
                 makes += [self._residual, self._concatenation, self._residual]
-                makes += [self._depthwise, self._gate, self._scale]
+                makes += [self._depthwise, self._factors, self._factors]
             if unit and self.wild:
                 makes += [self._strange, self._equal]
             channels = self.chance.choice(makes)(body, channels)
@@ -167,15 +162,12 @@ class Maker:
         return body.add(conv, *source, kind="conv")
 
     def _between(self, body: Body, channels: int, *, norm: float = 0.6) -> None:
-        """Norms, activations and pools, in any order."""
+        """Perhaps a norm; activations and pools before and after it."""
+        norms = [nn.BatchNorm2d(channels), nn.GroupNorm(2, channels)]
+        norms.append(nn.InstanceNorm2d(channels, affine=True))
         self._activations(body, channels)
         if self.chance.random() < norm:
-            kinds = [
-                lambda: nn.BatchNorm2d(channels),
-                lambda: nn.GroupNorm(2, channels),
-                lambda: nn.InstanceNorm2d(channels, affine=True),
-            ]
-            body.add(self.chance.choice(kinds)())
+            body.add(self.chance.choice(norms))
         self._activations(body, channels)
 
     def _activations(self, body: Body, channels: int) -> None:
@@ -199,12 +191,11 @@ class Maker:
         self._between(body, channels)
         return channels
 
-    def _gate(self, body: Body, channels: int) -> int:
-        body.add(Gate(channels), kind="gate")
-        return channels
-
-    def _scale(self, body: Body, channels: int) -> int:
-        body.add(Scale(channels))
+    def _factors(self, body: Body, channels: int) -> int:
+        if self.chance.random() < 0.5:
+            body.add(gate(channels), kind="gate")
+        else:
+            body.add(scale(channels))
         return channels
 
     def _residual(self, body: Body, channels: int) -> int:

@@ -14,7 +14,7 @@ from paperlib import models
 from paperlib.compact import CompactError, compact, cost, cost_table
 from paperlib.extras.compact import cut
 from paperlib.pruning import FilterPruner, WeightPruner, prunable_layers
-from tests.pruning.pruned_networks import Apply, generator, unchanged, with_varied_norms
+from tests.pruning.pruned_networks import Apply, gate, generator, unchanged, with_varied_norms
 
 NETWORKS = {
     "conv4": 0.25,
@@ -199,43 +199,20 @@ def sequential(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *layers)
 
 
-def test_pools_and_flattening_by_functions():
-    flat = Apply(lambda net, x: F.max_pool2d(x, 2).view(x.size(0), -1))
-    network = randomised(sequential(flat, nn.Linear(8 * 15 * 15, 3)))
-    small = compacted(network, pruned(network, 0.5))
-    assert (widths(small), small[4].in_features) == ({"0": 4}, 4 * 15 * 15)
-
-
-class Depthwise(nn.Module):
-    """Depthwise convolutions with and without bias, and a gate, as in MobileNet's blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.Hardswish())
-        self.depthwise = nn.Conv2d(12, 12, 3, 2, 1, groups=12, bias=False)
-        self.norm, self.slopes = nn.BatchNorm2d(12), nn.PReLU(12)
-        self.gate = nn.Conv2d(12, 12, 1)
-        self.again = nn.Conv2d(12, 12, (1, 3), groups=12)
-        self.project = nn.Conv2d(12, 6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.slopes(self.norm(self.depthwise(self.expand(x))))
-        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
-        return self.project(F.relu(self.again(x)))
-
-
 @pytest.mark.parametrize("norm", [True, False])
 def test_depthwise_convolutions_and_slopes_of_each_channel_are_cut(norm):
-    network = randomised(sequential(Depthwise(), nn.Flatten(), nn.Linear(6 * 15 * 13, 3)))
-    nn.init.uniform_(network[3].slopes.weight, -0.5, 0.5)
-    layers = ["0", "3.expand.0", "3.project"]
-    small = compacted(network, pruned(network, 0.5, layers=layers, norm=norm))
+    expand = (nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.Hardswish())
+    depthwise = (nn.Conv2d(12, 12, 3, 2, 1, groups=12, bias=False), nn.BatchNorm2d(12))
+    again = (nn.Conv2d(12, 12, (1, 3), groups=12), nn.ReLU(), nn.Conv2d(12, 6, 1))
+    head = (nn.Flatten(), nn.Linear(6 * 15 * 13, 3))
+    block = (*expand, *depthwise, nn.PReLU(12), gate(12), *again)
+    network = randomised(sequential(*block, *head))
+    nn.init.uniform_(network[8].weight, -0.5, 0.5)
+    small = compacted(network, pruned(network, 0.5, layers=["0", "3", "12"], norm=norm))
     if norm:
-        block, names = small[3], ("expand.0", "depthwise", "gate", "again")
-        cut = {"0": 4, **{f"3.{name}": 6 for name in names}, "3.project": 3}
-        assert widths(small) == cut
-        sizes = (block.depthwise.groups, block.depthwise.in_channels, block.again.groups)
-        assert {*sizes, block.slopes.num_parameters, block.norm.num_features} == {6}
+        assert widths(small) == {"0": 4, "3": 6, "6": 6, "9.conv": 6, "10": 6, "12": 3}
+        assert small[6].groups == small[6].in_channels == small[10].groups == 6
+        assert small[7].num_features == small[8].num_parameters == 6
     assert parameters(compact(small)) == parameters(small)
 
 

@@ -80,6 +80,13 @@ class Apply(nn.Module):
         return self.function(self, x)
 
 
+def gate(channels: int) -> nn.Module:
+    return Apply(
+        lambda net, x: x * torch.sigmoid(net.conv(F.adaptive_avg_pool2d(x, 1))),
+        conv=nn.Conv2d(channels, channels, 1),
+    )
+
+
 def small_net() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU()]

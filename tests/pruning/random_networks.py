@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pruned_networks import Apply
+from pruned_networks import Apply, gate
 from torch import Tensor, nn
 
 from paperlib.models import ResidualSum
@@ -60,13 +60,6 @@ SUMS = [  # the first five are of two tensors and no more
     lambda a, b: a + b + b,
     lambda a, b: b + (a + b),
 ]
-
-
-def gate(channels: int) -> nn.Module:
-    return Apply(
-        lambda net, x: x * torch.sigmoid(net.conv(F.adaptive_avg_pool2d(x, 1))),
-        conv=nn.Conv2d(channels, channels, 1),
-    )
 
 
 def scale(channels: int) -> nn.Module:

@@ -41,22 +41,14 @@ def network(name: str) -> nn.Module:
     model = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.bias, 0.1, 1)
             module.running_mean.normal_(0, 0.1)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+        if isinstance(module, nn.BatchNorm2d | nn.Conv2d) and module.bias is not None:
             nn.init.uniform_(module.bias, 0.1, 0.5)
     return model.eval()
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-
-
-def mixing(model: nn.Module) -> dict[str, nn.Module]:
-    depthwise = {n for n, m in convolutions(model).items() if m.groups == m.in_channels > 1}
-    kinds = nn.Conv2d | nn.Linear
-    named = model.named_modules()
-    return {n: m for n, m in named if isinstance(m, kinds) and n not in depthwise}
 
 
 @torch.no_grad()
@@ -68,16 +60,18 @@ def passed(model: nn.Module, x: Tensor, change=lambda name: None) -> tuple[dict,
         inputs[name], outputs[name] = arguments[0].clone(), output.clone()
         return change(name)
 
-    handles = [m.register_forward_hook(partial(hook, name)) for name, m in mixing(model).items()]
+    dense = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    mixing = {n: m for n, m in convolutions(model).items() if not m.groups == m.in_channels > 1}
+    handles = [m.register_forward_hook(partial(hook, n)) for n, m in (dense | mixing).items()]
     model(x)
     for handle in handles:
         handle.remove()
     return inputs, outputs
 
 
-def largest(x: Tensor) -> Tensor:
-    """The largest magnitude in each channel (N, C, H, W) or feature (N, F)."""
-    return x.abs().transpose(0, 1).flatten(1).amax(1)
+def used(x: Tensor) -> Tensor:
+    """Which channels (N, C, H, W) or features (N, F) are not zero."""
+    return x.transpose(0, 1).flatten(1).any(1)
 
 
 class Trial:
@@ -99,7 +93,7 @@ class Trial:
             return output
 
         inputs, _ = passed(self.model, self.x, held)
-        differs = {name: largest(seen - self.inputs[name]) > 0 for name, seen in inputs.items()}
+        differs = {name: used(seen - self.inputs[name]) for name, seen in inputs.items()}
         return {name: channels for name, channels in differs.items() if channels.any()}
 
     def reached_later(self, layers: list[str], conv: str, reader: str) -> Tensor:
@@ -120,12 +114,12 @@ def test_zero_where_used_or_refused(name):
     pruner = FilterPruner(model, [0.4] * len(tried), "l1", "random", tried, generator())
     reached = {n: trial.reached(n, filters) for n, filters in pruner.choose(1, 1).items()}
     pruner.hold()
-    used, _ = passed(model, x)
+    inputs, _ = passed(model, x)
     zero = 0
     for conv, readers in reached.items():
         assert readers or conv == layers[-1], f"{conv} reaches no layer"
         for reader, channels in readers.items():
-            lost = channels & (largest(used[reader]) > 0)
+            lost = channels & used(inputs[reader])
             if lost.any():
                 lost &= ~trial.reached_later(layers, conv, reader)
             assert not lost.any(), f"{reader} reads filters of {conv}"

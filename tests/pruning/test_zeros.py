@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from pruned_networks import Apply, assert_refused, images, unchanged
-from random_networks import gate, scale
+from pruned_networks import Apply, assert_refused, gate, images, unchanged
+from random_networks import scale
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

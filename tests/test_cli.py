@@ -7,14 +7,11 @@ import sys
 import pandas as pd
 import pytest
 import small
-import torch
 
 from paperlib import cli, experiments
 from paperlib.experiments import Scale
 from paperlib.runs import RunRecord, Store
 from paperlib.sweep import notebooks
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -78,9 +75,6 @@ def test_a_wrong_command_is_told_in_one_line(paperlib, tmp_path, line, words):
     assert error.startswith("paperlib: ") if not usage else usage[0].startswith("Usage: ")
     assert all(word in error for word in words.split())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "file"]
-
-
-# Status
 
 
 def record(config, seconds: float = 1) -> RunRecord:
@@ -149,18 +143,14 @@ def test_claims(paperlib, half_done):
         half_done.write(record(config))
     code, out, _ = paperlib("claims R1 R4 --profile smoke")
     assert code == 0
-    assert "R1: not testable" in out  # 50% training accuracy
     assert "G1" in out
-
-
-# Work
+    assert "R1: not testable" in out  # 50% training accuracy
 
 
 def test_data(paperlib):
     code, out, err = paperlib("data digits")
     assert (code, err) == (0, "")
-    words = ("1000 training", "797 test", "3 x 32 x 32", "10 classes")
-    assert all(word in out for word in words)
+    assert "1000 training and 797 test images, 3 x 32 x 32, 10 classes" in out
 
 
 def test_sweep(paperlib, tmp_path):
@@ -225,9 +215,6 @@ def test_figures_are_drawn_at_small_where_its_runs_are_there(paperlib, executed,
     assert out.splitlines()[-1].endswith(": figure-B1")
 
 
-# Records
-
-
 def test_runs_list_and_show(paperlib, half_done):
     first, _, failed, damaged, *_ = experiments.plan("figure-1", SEVEN).run
     lines = paperlib("runs list")[1].splitlines()
@@ -264,8 +251,8 @@ def test_runs_clean(paperlib, half_done, monkeypatch):
     config = experiments.plan("figure-1", "smoke").config[0]
     kept = config.with_(seed=40, precision="bfloat16")
     unused = config.with_(learning_rate=0.7)
-    for one in (kept, unused):
-        half_done.write(record(one))
+    half_done.write(record(kept))
+    half_done.write(record(unused))
     before = half_done.own()
     monkeypatch.setattr("sys.stdin", None)
     code, out, _ = paperlib("runs clean")

@@ -12,19 +12,16 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-import torch
 
 from paperlib import training
-from paperlib.config import Config
 from paperlib.runs import Store
 from paperlib.store import checkpoints, lease
 from paperlib.store.lease import Claimed, Lost, claim
 from paperlib.training import TrainingError
-
-torch.set_num_threads(1)
+from tests import small
 
 RUN = "0123456789abcdef"
-QUICK = Config(data="digits", train_per_class=5, test_per_class=5, width=1 / 16, epochs=4, batch=16)
+QUICK = small.VGG.with_(epochs=4)
 
 HOLDER = """
 import sys
@@ -191,11 +188,9 @@ def test_a_run_that_failed_while_it_was_waited_for(tmp_path):
 
     held = claim(tmp_path, QUICK.identity)
     held.__enter__()
-    timer = threading.Thread(target=fail, args=(held,))
-    timer.start()
+    threading.Thread(target=fail, args=(held,)).start()
     with pytest.raises(TrainingError, match="the loss is nan"):
         training.run(QUICK, store, "cpu")
-    timer.join()
     training.run(QUICK, store, "cpu")
     assert store.failure(QUICK.identity) is None
 

@@ -226,11 +226,6 @@ def dying(tmp_path, monkeypatch) -> Config:
     return QUICK.with_(model="dying_network:build", width=1.0)
 
 
-def test_a_run_whose_process_dies_once_is_done(store, dying, tmp_path):
-    (tmp_path / "lives").write_text("2")  # the first time, the network is only tried
-    assert sweep.execute([dying], store, jobs=1) == 1
-
-
 @pytest.mark.parametrize(("kind", "together"), [("killed", 1), ("killed", 2), ("SPOILING", 2)])
 def test_a_run_that_kills_its_process_is_found(store, dying, tmp_path, monkeypatch, kind, together):
     """Killed, or with a GPU that does no more: the others are done, the last try is alone."""

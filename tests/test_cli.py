@@ -86,9 +86,8 @@ SEVEN = Scale("smoke", seeds=7)
 
 
 @pytest.fixture
-def half_done(tmp_path) -> Store:
+def half_done(store) -> Store:
     """Of seven runs of figure 1, two done, one failed, two damaged (one of them failed, too)."""
-    store = Store(tmp_path / "runs", tmp_path / "results")
     configs = experiments.plan("figure-1", SEVEN).config.tolist()
     for i, seconds in {0: 3000, 1: 4200, 3: 1, 4: 1}.items():
         store.write(record(configs[i], seconds))
@@ -196,8 +195,7 @@ def test_the_order_of_a_sweep(paperlib, executed):
     assert executed["runs"] == experiments.queue("smoke")
 
 
-def test_figures_are_drawn_at_small_where_its_runs_are_there(paperlib, executed, tmp_path):
-    store = Store(tmp_path / "runs", tmp_path / "results")
+def test_figures_are_drawn_at_small_where_its_runs_are_there(paperlib, executed, store):
     for config in experiments.plan("figure-1", "small").config:
         store.write(record(config))
     assert paperlib("figures figure-1 figure-B1")[0] == 0

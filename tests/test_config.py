@@ -151,12 +151,11 @@ def test_a_new_field_at_its_default_changes_no_identity(monkeypatch):
 
     LargerPruning.__name__ = "FilterPruning"
     for config in CONFIGS:
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        assert Larger(**values).identity == config.identity
-        assert Larger(**values, smoothing=0.1).identity != config.identity
-    fields = {f.name: getattr(FILTERS, f.name) for f in dataclasses.fields(FILTERS)}
+        assert Larger(**vars(config)).identity == config.identity
+        assert Larger(**vars(config), smoothing=0.1).identity != config.identity
     monkeypatch.setattr(module, "_TYPES", module._TYPES | {"larger": LargerPruning})
-    assert Config(pruning=LargerPruning(**fields)).identity == Config(pruning=FILTERS).identity
+    larger = Config(pruning=LargerPruning(**vars(FILTERS)))
+    assert larger.identity == Config(pruning=FILTERS).identity
 
 
 def test_only_the_last_part_of_a_path_counts():

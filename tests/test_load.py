@@ -23,10 +23,9 @@ def write(store: Store, configs: Iterable[Config], loss: float = 0.01) -> None:
         store.write(small.record(config, arrays, train_accuracy=accuracy, train_loss=loss))
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch) -> Store:
+@pytest.fixture(autouse=True)
+def no_profile(monkeypatch):
     monkeypatch.delenv("PAPERLIB_PROFILE", raising=False)
-    return Store(tmp_path / "runs", tmp_path / "results")
 
 
 def test_a_complete_figure(store):

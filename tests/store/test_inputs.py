@@ -14,11 +14,6 @@ from paperlib.store.store import by_identity
 from tests.store.helpers import CIFAR10, PRUNED, exported, record, same
 
 
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "runs")
-
-
 def photos(folder: Path, level: int) -> Config:
     """Four grey images, and the configuration of a run on them."""
     for split in ("train", "test"):

@@ -19,11 +19,6 @@ RUN = PRUNED.identity
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "a" / "runs")
-
-
-@pytest.fixture
 def written(store) -> Store:
     store.write(record())
     return store

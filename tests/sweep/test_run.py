@@ -27,11 +27,6 @@ DIVERGING = QUICK.with_(optimizer="sgd", learning_rate=1e30, seed=5)
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "runs", tmp_path / "results")
-
-
-@pytest.fixture
 def threads():
     with ThreadPoolExecutor(1) as executor:
         yield executor

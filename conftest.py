@@ -4,6 +4,16 @@ import os
 import signal
 import tempfile
 
+import pytest
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Return an empty run store, with no results below it."""
+    from paperlib.runs import Store
+
+    return Store(tmp_path / "runs", tmp_path / "results")
+
 
 def pytest_configure(config):
     """Let Ctrl-C do what it usually does; a job in the background inherits that it is ignored."""

@@ -42,13 +42,10 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_round_trip_through_json(config):
-    again = from_dict(json.loads(json.dumps(to_dict(config))))
-    assert again == config
-    assert again.identity == config.identity
-    assert hash(again) == hash(config)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
-OTHERS = {
+OTHERS = {  # values unlike the default, where adding 1 to that gives none
     "data": "cifar100",
     "train_per_class": 100,
     "test_per_class": 100,
@@ -73,14 +70,14 @@ def test_every_field_is_part_of_the_identity(field):
     assert changed.with_(**{name: getattr(plain, name)}).identity == plain.identity
 
 
+MILESTONES = [3, 4], range(3, 5), pd.Series([3, 4])
 EQUAL_PRUNING = [
     (FilterPruning([0.3, 0.9], [[3, 7], [4, 8, 12]], "ebn", "largest"), FILTERS),
-    (FilterPruning((0, 0.5), ((1,), (2,))), FilterPruning((0.0, 0.5), ((1,), (2,)))),
-    (WeightPruning(["dense"], [0.5], [0, 2], schedule="annealing", mu=2), WEIGHTS),
     (
         FilterPruning(np.array([0.25, 0.5]), (np.arange(1, 4), range(2))),
         FilterPruning((0.25, 0.5), ((1, 2, 3), (0, 1))),
     ),
+    (WeightPruning(["dense"], [0.5], [0, 2], schedule="annealing", mu=2), WEIGHTS),
 ]
 
 
@@ -90,12 +87,9 @@ EQUAL_PRUNING = [
         ({"epochs": 325, "seed": 0, "pruning": None, "weight_decay": 0, "dropout": 0}, {}),
         ({"learning_rate": 1, "width": 2}, {"learning_rate": 1.0, "width": 2.0}),
         ({"dropout": [0, 0.5]}, {"dropout": (0.0, 0.5)}),
-        ({"milestones": [1, 2]}, {"milestones": (1, 2)}),
-        ({"seed": np.arange(3)[1], "epochs": np.int64(5)}, {"seed": 1, "epochs": 5}),
         ({"seed": 1.0, "epochs": torch.tensor(5)}, {"seed": 1, "epochs": 5}),
         ({"train_per_class": np.float64(20)}, {"train_per_class": 20}),
-        ({"milestones": range(3, 5)}, {"milestones": (3, 4)}),
-        ({"milestones": pd.Series([3, 4])}, {"milestones": (3, 4)}),
+        *(({"milestones": m}, {"milestones": (3, 4)}) for m in MILESTONES),
         ({"augment": np.bool_(True), "width": np.float64(0.1)}, {"augment": True, "width": 0.1}),
         ({"flatness": Flatness(np.int32(2))}, {"flatness": Flatness(2)}),
         *(({"pruning": a}, {"pruning": b}) for a, b in EQUAL_PRUNING),
@@ -139,19 +133,10 @@ def test_identities_of_all_runs_stay(profile):
     assert known == KNOWN[profile]
 
 
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        (Config(), "{}"),
-        (Config(data="images:/a/b", seed=2), '{"data":"images:b","seed":2}'),
-        (
-            Config(learning_rate=1, pruning=FilterPruning([0.5], [[1, 2]])),
-            '{"learning_rate":1.0,"pruning":'
-            '{"epochs":[[1,2]],"fractions":[0.5],"type":"FilterPruning"}}',
-        ),
-    ],
-)
-def test_identity_is_a_hash_of_canonical_json(config, text):
+def test_identity_is_a_hash_of_canonical_json():
+    config = Config(seed=2, data="images:/a/b", width=2, pruning=FilterPruning([0.5], [[1, 2]]))
+    pruning = '{"epochs":[[1,2]],"fractions":[0.5],"type":"FilterPruning"}'
+    text = f'{{"data":"images:b","pruning":{pruning},"seed":2,"width":2.0}}'
     assert config.identity == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -166,12 +151,11 @@ def test_a_new_field_at_its_default_changes_no_identity(monkeypatch):
 
     LargerPruning.__name__ = "FilterPruning"
     for config in CONFIGS:
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        assert Larger(**values).identity == config.identity
-        assert Larger(**values, smoothing=0.1).identity != config.identity
-    fields = {f.name: getattr(FILTERS, f.name) for f in dataclasses.fields(FILTERS)}
+        assert Larger(**vars(config)).identity == config.identity
+        assert Larger(**vars(config), smoothing=0.1).identity != config.identity
     monkeypatch.setattr(module, "_TYPES", module._TYPES | {"larger": LargerPruning})
-    assert Config(pruning=LargerPruning(**fields)).identity == Config(pruning=FILTERS).identity
+    larger = Config(pruning=LargerPruning(**vars(FILTERS)))
+    assert larger.identity == Config(pruning=FILTERS).identity
 
 
 def test_only_the_last_part_of_a_path_counts():

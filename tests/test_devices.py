@@ -36,24 +36,18 @@ def restored():
     assert switches() == before
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_full_float32_by_the_older_way(precision, restored):
-    torch.set_float32_matmul_precision(precision)
+@pytest.mark.parametrize("value", ["highest", "high", "medium", *["ieee", "tf32"] * NEW])
+def test_full_float32(value, restored):
+    older = value not in ("ieee", "tf32")
+    if older:
+        torch.set_float32_matmul_precision(value)
+    else:
+        cudnn.conv.fp32_precision = cuda.matmul.fp32_precision = value
     before = switches()
     with devices.full_float32():
         assert not rounds()
     assert switches() == before
-    assert torch.get_float32_matmul_precision() == precision
-
-
-@pytest.mark.skipif(not NEW, reason="came with torch 2.9")
-@pytest.mark.parametrize("value", ["ieee", "tf32"])
-def test_full_float32_by_the_newer_way(value, restored):
-    cudnn.conv.fp32_precision = cuda.matmul.fp32_precision = value
-    before = switches()
-    with devices.full_float32():
-        assert cudnn.conv.fp32_precision == cuda.matmul.fp32_precision == "ieee"
-    assert switches() == before
+    assert not older or torch.get_float32_matmul_precision() == value
 
 
 @pytest.fixture

@@ -27,9 +27,6 @@ def test_events_by_epoch(pruning, events):
     assert networks.events_of(pruning) == events
 
 
-# A network from its record
-
-
 @pytest.mark.parametrize("config", [WEIGHTS, WEIGHTS.with_(pruning=TWO_LAYERS)])
 def test_a_network_from_its_record(tmp_path, config):
     config, store, kept = config.with_(histograms=True), Store(tmp_path), []
@@ -41,7 +38,7 @@ def test_a_network_from_its_record(tmp_path, config):
     initial = dict(networks.build(config).named_parameters())
     held = pruner.held()
     for name, parameter in model.named_parameters():
-        gone = held.get(name, torch.zeros_like(parameter, dtype=torch.bool))
+        gone = held.get(name, torch.tensor(False))
         assert torch.equal(parameter, initial[name].masked_fill(gone, 0))
 
 
@@ -61,11 +58,7 @@ def test_a_network_for_other_images_from_its_record():
         (VGG, {}, "is not of single weights pruned"),
         (PRUNED, {}, "is not of single weights pruned"),
         (WEIGHTS, {}, "0 bytes of a mask of 'dense'.*histograms=True"),
-        (
-            WEIGHTS,
-            {"kept.dense": np.zeros(3, np.uint8)},
-            r"3 bytes of a mask of 'dense', which is \(32, 144\)",
-        ),
+        (WEIGHTS, {"kept.dense": np.zeros(3, np.uint8)}, r"3 bytes of .*'dense', .* \(32, 144\)"),
     ],
 )
 def test_a_record_without_masks(config, arrays, message):

@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from paperlib import training
-from paperlib.config import Config, FilterPruning
+from paperlib.config import FilterPruning
 from paperlib.runs import Mismatch, Store
 from paperlib.store.code import code_checksum, source_checksum
+from tests import small
 
 SCORE = """
 import functools
 import torch
-from torch import nn
 
 POWER = 2
 
@@ -34,11 +34,9 @@ def score(conv):
 
 decorated = twice(score)
 
-class Net(nn.Sequential):
-    def __init__(self, num_classes, in_channels):
-        super().__init__(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), self.last(num_classes))
+class Net(torch.nn.Module):
     def last(self, classes):
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+        return torch.nn.Linear(4, classes)
 """
 EDITS = {  # by what is edited: what uses it, and the edit
     "the score": ("score", "sum((1", "amax((1"),
@@ -47,7 +45,6 @@ EDITS = {  # by what is edited: what uses it, and the edit
     "a method": ("Net", "Linear(4, classes)", "Linear(4, classes, False)"),
     "a constant": (None, "POWER = 2", "POWER = 3"),
 }
-TINY = Config(data="digits", width=0.1, epochs=2, train_per_class=4, test_per_class=4)
 
 
 @pytest.fixture
@@ -59,10 +56,6 @@ def module(tmp_path, monkeypatch):
     path.write_text(SCORE)
     yield path
     sys.modules.pop(path.stem, None)
-
-
-def named(score: str) -> Config:
-    return TINY.with_(pruning=FilterPruning((0.5, 0.5), ((0,), (0,)), score=score))
 
 
 @pytest.mark.parametrize(("user", "old", "new"), EDITS.values(), ids=EDITS)
@@ -97,7 +90,8 @@ def test_a_function_that_is_replaced_in_memory(module, cell):
 
 def test_runs_of_a_function_that_is_edited(module, tmp_path):
     """In one process: the record of one is never that of the other, nor kept under its name."""
-    config, store = named(f"{module.stem}:score"), Store(tmp_path / "runs")
+    pruning = FilterPruning((0.5, 0.5), ((0,), (0,)), score=f"{module.stem}:score")
+    config, store = small.VGG.with_(epochs=2, pruning=pruning), Store(tmp_path / "runs")
     first = training.run(config, store, "cpu")
     module.write_text(SCORE.replace("abs()", "square()"))
     with pytest.raises(Mismatch, match="reload"):
@@ -136,29 +130,17 @@ for cell in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("cell", "change"),
     [
-        ("def f(c):\n    return 1\n", "def f(c):\n    return 2\n"),
-        ("def g(c):\n    return 1\ndef f(c):\n    return g(c)\n", "def g(c):\n    return 2\n"),
-        ("K = 1\ndef f(c):\n    return [c.K + K for _ in c]\n", "K = 2\n"),
-        ("g = lambda c: 1\ndef f(c):\n    return g(c)\n", "g = lambda c: 2\n"),
-        (
-            "class f:\n    def g(s):\n        return 1\n",
-            "class f:\n    def g(s):\n        return 2\n",
-        ),
+        ("def f(c): return 1\n", "def f(c): return 2\n"),
+        ("def g(c): return 1\ndef f(c): return g(c)\n", "def g(c): return 2\n"),
+        ("K = 1\ndef f(c): return [c.K + K for _ in c]\n", "K = 2\n"),
+        ("g = lambda c: 1\ndef f(c): return g(c)\n", "g = lambda c: 2\n"),
+        ("class f:\n def g(s): return 1\n", "class f:\n def g(s): return 2\n"),
         # What a function holds beside its code: defaults, variables around it, attributes.
-        ("K = 1\ndef f(c, k=K):\n    return k\n", "K = 2\ndef f(c, k=K):\n    return k\n"),
-        ("K = 1\ndef f(c, *, k=K):\n    return k\n", "K = 2\ndef f(c, *, k=K):\n    return k\n"),
-        (
-            "def g(k):\n    def h(c):\n        return k\n    return h\nf = g(1)\n",
-            "f = g(2)\n",
-        ),
-        (
-            "class g:\n    K = 1\nclass f(g):\n    def h(s):\n        return super().K\n",
-            "g.K = 2\n",
-        ),
-        (
-            "class f:\n    @property\n    def g(s):\n        return 1\n",
-            "class f:\n    @property\n    def g(s):\n        return 2\n",
-        ),
+        ("K = 1\ndef f(c, k=K): return k\n", "K = 2\ndef f(c, k=K): return k\n"),
+        ("K = 1\ndef f(c, *, k=K): return k\n", "K = 2\ndef f(c, *, k=K): return k\n"),
+        ("def g(k):\n def h(c): return k\n return h\nf = g(1)\n", "f = g(2)\n"),
+        ("class g: K = 1\nclass f(g):\n def h(s): return super().K\n", "g.K = 2\n"),
+        tuple(f"class f:\n @property\n def g(s): return {n}\n" for n in (1, 2)),
     ],
 )
 def test_a_function_of_a_notebook_is_another_where_what_it_uses_is_redefined(cell, change):

@@ -14,11 +14,6 @@ from paperlib.store.store import by_identity
 from tests.store.helpers import CIFAR10, PRUNED, exported, record, same
 
 
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "runs")
-
-
 def photos(folder: Path, level: int) -> Config:
     """Four grey images, and the configuration of a run on them."""
     for split in ("train", "test"):
@@ -64,38 +59,31 @@ def test_folders_of_one_name(store, tmp_path):
     assert same(store.read(copy), original)
 
 
-def another(folder: Path, change: str) -> None:
-    """Change the images in a folder, or what is at its path."""
-    image = folder / "train" / "a" / "0.png"
-    if change == "content":
-        photos(folder, 60)
-    elif change == "added":
-        image.with_name("1.png").write_bytes(image.read_bytes())
-    elif change == "removed":
-        image.unlink()
-    elif change == "renamed":
-        image.rename(image.with_name("2.png"))
-    elif change == "class":
-        image.rename(folder / "train" / "b" / "2.png")
-    else:
-        folder.rename(folder.with_name("away"))
-        if change == "a file":
-            folder.write_text("none")
-        elif change == "no images":
-            (folder / "train").mkdir(parents=True)
-            (folder / "train" / "readme.txt").write_text("none")
+def file_instead_of(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("none")
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["content", "added", "removed", "renamed", "class", "nothing", "a file", "no images"],
-)
+IMAGE, OTHER = "train/a/0.png", "train/a/1.png"
+CHANGES = {
+    "content": lambda folder: photos(folder, 60),
+    "added": lambda folder: shutil.copy(folder / IMAGE, folder / OTHER),
+    "removed": lambda folder: (folder / IMAGE).unlink(),
+    "renamed": lambda folder: (folder / IMAGE).rename(folder / OTHER),
+    "class": lambda folder: (folder / IMAGE).rename(folder / "train/b/2.png"),
+    "nothing": shutil.rmtree,
+    "a file": file_instead_of,
+    "no images": lambda folder: [path.rename(f"{path}.txt") for path in [*folder.rglob("*.png")]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_folder_that_changed(change, store, tmp_path):
     folder = tmp_path / "photos"
     config = photos(folder, 50)
     store.write(record(config, **checksums(config)))
     assert config in store
-    another(folder, change)
+    CHANGES[change](folder)
     assert refused(store, config, str(folder))
 
 
@@ -112,19 +100,17 @@ def test_code_that_changed(named, store, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     module = tmp_path / f"mine_{named}.py"
     module.write_text("def f(conv):\n    return 1\n")
-    spec, config = f"{module.stem}:f", PRUNED
-    if named != "model":
-        config = config.with_(pruning=FilterPruning((0.5,), ((3,),), score=spec))
-    if named != "score":
-        config = config.with_(model=spec)
+    spec = f"{module.stem}:f"
+    scored = PRUNED.with_(pruning=FilterPruning((0.5,), ((3,),), score=spec))
+    both, network = scored.with_(model=spec), PRUNED.with_(model=spec)
+    config = {"score": scored, "model": network, "both": both}[named]
     original = record(config, **checksums(config))
     assert original.provenance["source"]
     store.write(original)
     assert same(store.read(config), original)
-    text = module.read_text()
-    module.write_text(text.replace("1", "2"))
+    module.write_text("def f(conv):\n    return 2\n")
     assert refused(store, config, original.provenance["source"])
-    module.write_text(text)
+    module.write_text("def f(conv):\n    return 1\n")
     assert same(store.read(config), original)
 
 

@@ -7,22 +7,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
-import torch
 
 from paperlib import training
-from paperlib.config import Config
 from paperlib.runs import Store
 from paperlib.store import checkpoints, lease
 from paperlib.store.lease import Claimed, Lost, claim
 from paperlib.training import TrainingError
-
-torch.set_num_threads(1)
+from tests import small
 
 RUN = "0123456789abcdef"
-QUICK = Config(data="digits", train_per_class=5, test_per_class=5, width=1 / 16, epochs=4, batch=16)
+QUICK = small.VGG.with_(epochs=4)
 
 HOLDER = """
 import sys
@@ -45,8 +44,7 @@ def hold(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(seconds: float = lease.LEASE_SECONDS) -> subprocess.Popen:
         command = [sys.executable, "-c", HOLDER, str(tmp_path), RUN, str(seconds)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
         processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -58,12 +56,11 @@ def hold(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 @pytest.fixture
-def quick(monkeypatch) -> float:
-    """The seconds of a lease, short ones."""
+def quick(monkeypatch) -> None:
+    """Leases of one second."""
     monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
-    return 1.0
 
 
 def claimed_elsewhere(store: Path, run: str = RUN) -> Path:
@@ -82,6 +79,17 @@ def free(store: Path, run: str = RUN) -> bool:
             return True
     except Claimed:
         return False
+
+
+@contextmanager
+def taken_over(store: Path, wait: bool) -> Iterator[None]:
+    """Take the claim over, not before its lease ends: wait for that, or ask again and again."""
+    start = time.monotonic()
+    while not wait and not free(store):
+        time.sleep(0.1)
+    with claim(store, RUN):
+        assert time.monotonic() - start >= 0.8 * lease.LEASE_SECONDS
+        yield
 
 
 def test_held_and_given_back(tmp_path):
@@ -119,14 +127,10 @@ def test_of_a_dead_process(tmp_path, hold, wait):
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_of_a_paused_process(tmp_path, hold, quick, wait):
-    """It is taken over after its lease, and finds that out before it writes."""
-    other = hold(quick)
+    """It finds out before it writes."""
+    other = hold(lease.LEASE_SECONDS)
     other.send_signal(signal.SIGSTOP)
-    start = time.monotonic()
-    while not wait and not free(tmp_path):
-        time.sleep(0.1)
-    with claim(tmp_path, RUN):
-        assert time.monotonic() - start >= 0.8 * quick
+    with taken_over(tmp_path, wait):
         other.send_signal(signal.SIGCONT)
         out, _ = other.communicate("\n", timeout=30)
         assert RUN in out
@@ -136,15 +140,12 @@ def test_of_a_paused_process(tmp_path, hold, quick, wait):
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_of_another_host(tmp_path, quick, wait):
-    """Nobody can see whether its process lives: it is taken over after its lease."""
+    """Nobody can see whether its process lives."""
     claimed_elsewhere(tmp_path)
     with pytest.raises(Claimed, match="7 on elsewhere"):
         claim(tmp_path, RUN, wait=False).__enter__()
-    start = time.monotonic()
-    while not wait and not free(tmp_path):
-        time.sleep(0.1)
-    with claim(tmp_path, RUN):
-        assert time.monotonic() - start >= 0.8 * quick
+    with taken_over(tmp_path, wait):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", bytes(100), b"filelock/2\npid=1\n"])
@@ -154,19 +155,14 @@ def test_a_damaged_claim_is_taken_over(tmp_path, quick, content):
         assert not free(tmp_path)
 
 
-# Runs
-
-
 @pytest.mark.parametrize("wait", [False, True])
 def test_an_empty_claim_is_of_a_process_that_died_as_it_made_it(tmp_path, wait):
-    path = tmp_path / "claims" / "a.lease"
-    path.parent.mkdir()
-    path.touch()
-    with pytest.raises(Claimed), claim(tmp_path, "a", wait=False):
-        pass  # it may be written any moment
+    path = claimed_elsewhere(tmp_path)
+    path.write_text("")
+    assert not free(tmp_path)  # it may be written any moment
     old = time.time() - 2 * lease.EMPTY_SECONDS
     os.utime(path, (old, old))
-    with claim(tmp_path, "a", wait=wait):
+    with claim(tmp_path, RUN, wait=wait):
         assert path.stat().st_size > 0
 
 
@@ -192,11 +188,9 @@ def test_a_run_that_failed_while_it_was_waited_for(tmp_path):
 
     held = claim(tmp_path, QUICK.identity)
     held.__enter__()
-    timer = threading.Thread(target=fail, args=(held,))
-    timer.start()
+    threading.Thread(target=fail, args=(held,)).start()
     with pytest.raises(TrainingError, match="the loss is nan"):
         training.run(QUICK, store, "cpu")
-    timer.join()
     training.run(QUICK, store, "cpu")
     assert store.failure(QUICK.identity) is None
 

@@ -2,13 +2,13 @@
 
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
 
 import pandas as pd
 import psutil
@@ -24,11 +24,6 @@ from tests.store.helpers import exported, file, record
 
 QUICK = small.VGG.with_(model="conv4", epochs=2, batch=32, pruning=FilterPruning((0.5,), ((0, 1),)))
 DIVERGING = QUICK.with_(optimizer="sgd", learning_rate=1e30, seed=5)
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "runs", tmp_path / "results")
 
 
 @pytest.fixture
@@ -108,9 +103,6 @@ def test_records_that_are_sent_back(store, tmp_path, threads, monkeypatch):
     sweep.execute([config], store, threads, send_back=True)
     assert store.read(config.identity).arrays.keys() == {"untrained", "trained"}
     assert theirs.identities() == store.identities()
-
-
-# Time
 
 
 def measured(store: Store, config: Config, seconds: float, device: str = "cpu") -> None:
@@ -203,8 +195,6 @@ def test_named_functions_are_not_imported_here_and_may_use_gradients(store, tmp_
     assert len(checksums) == 2
 
 
-# Deaths
-
 DYING = """
 import os, signal
 from pathlib import Path
@@ -229,11 +219,6 @@ def dying(tmp_path, monkeypatch) -> Config:
     (tmp_path / "dying_network.py").write_text(DYING)
     monkeypatch.syspath_prepend(str(tmp_path))
     return QUICK.with_(model="dying_network:build", width=1.0)
-
-
-def test_a_run_whose_process_dies_once_is_done(store, dying, tmp_path):
-    (tmp_path / "lives").write_text("2")  # the first time, the network is only tried
-    assert sweep.execute([dying], store, jobs=1) == 1
 
 
 @pytest.mark.parametrize(("kind", "together"), [("killed", 1), ("killed", 2), ("SPOILING", 2)])
@@ -262,7 +247,7 @@ def test_a_cluster_with_a_worker_that_is_killed(store, tmp_path, threads):
 
         def kill():
             assert wait_for(store.identities, 120)
-            os.kill(pids[0], signal.SIGKILL)
+            os.kill(pids[0], SIGKILL)
 
         with ThreadPoolExecutor(1) as other:
             killing = other.submit(kill)
@@ -271,42 +256,36 @@ def test_a_cluster_with_a_worker_that_is_killed(store, tmp_path, threads):
     assert_same(frames, sweep.collect(configs, Store(tmp_path / "alone"), threads))
 
 
-# Several processes, and their ends
-
 SCRIPT = """
 import sys
 from pathlib import Path
 from paperlib import sweep
-from paperlib.config import Config, FilterPruning
+from paperlib.config import FilterPruning
 from paperlib.runs import Store
+from tests import small
 
 def score(conv):
     with open(Path(__file__).with_name("events"), "a") as file:
         file.write("event\\n")
     return conv.weight.abs().sum((1, 2, 3))
 
-quick = Config(
-    data="digits", train_per_class=20, test_per_class=5, model="conv4", width=1 / 16, epochs=2,
-    batch=32, pruning=FilterPruning((0.5,), ((0, 1),), "counted_runs:score"),
-)
+pruning = FilterPruning((0.5,), ((0, 1),), "counted_runs:score")
+quick = small.VGG.with_(model="conv4", train_per_class=20, epochs=2, batch=32, pruning=pruning)
 def main():
-    if sys.argv[2] == "seeds":
-        configs = [quick.with_(seed=seed) for seed in range(4)]
-    else:
-        configs = [quick, quick.with_(epochs=10**6)]
+    seeds = [quick.with_(seed=seed) for seed in range(4)]
+    configs = {"seeds": seeds, "long": [quick, quick.with_(epochs=10**6)]}[sys.argv[2]]
     sweep.collect(configs, Store(sys.argv[1]), jobs=1)
 """
 GUARD = 'if __name__ == "__main__":\n    main()\n'
 
 
 def started(folder: Path, store: Store, what: str, end: str = GUARD) -> subprocess.Popen:
-    (folder / "counted_runs.py").write_text(SCRIPT + end)
-    command = [sys.executable, str(folder / "counted_runs.py"), str(store.path), what]
+    script = folder / "counted_runs.py"
+    script.write_text(SCRIPT + end)
     path = os.pathsep.join([str(folder), str(Path(sweep.__file__).parents[2])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    options = {"env": environment, "start_new_session": True, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, script, store.path, what], text=True, **options)
 
 
 def test_two_sweeps_on_one_store(store, tmp_path):
@@ -339,12 +318,7 @@ def wait_for(condition, seconds: float) -> bool:
 
 @pytest.mark.parametrize(
     ("send", "number"),
-    [
-        (os.kill, signal.SIGINT),
-        (os.killpg, signal.SIGINT),
-        (os.kill, signal.SIGTERM),
-        (os.kill, signal.SIGKILL),
-    ],
+    [(os.killpg, SIGINT), (os.kill, SIGINT), (os.kill, SIGTERM), (os.kill, SIGKILL)],
 )
 def test_the_end_of_a_sweep_half_way(store, tmp_path, send, number):
     """Ctrl-C by a scheduler, by a terminal, and kill -9: workers end, what is done is kept."""

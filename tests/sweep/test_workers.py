@@ -38,10 +38,7 @@ def test_a_process_that_dies_is_replaced():
 def test_connections_to_a_gpu_shared_by_mps(monkeypatch, mps, own):
     """CUDA's default of 8 under MPS, where processes share a pool; never in place of the user's."""
     variables = {"CUDA_MPS_PIPE_DIRECTORY": mps, "CUDA_DEVICE_MAX_CONNECTIONS": own}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value or "")  # restored at the end
-        if value is None:
-            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", {name: value for name, value in variables.items() if value})
     workers.set_environment()
     expected = own or (None if mps else workers.WORKER_ENVIRONMENT["CUDA_DEVICE_MAX_CONNECTIONS"])
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected

@@ -110,9 +110,6 @@ def difference(mean: float, sd: float = 0.3, **how: object) -> Contrast:
     return paired("a - b", mean + spread(sd), **how)
 
 
-# Contrasts and their rule
-
-
 def test_contrasts_are_paired_t_tests():
     s4, s40, l40, none = np.random.default_rng(0).normal(80, 1, (4, N))
     claim = judged("T1", t1_runs(s4, s40, l40, none).sample(frac=1, random_state=0))
@@ -189,7 +186,13 @@ def test_the_interval_that_decides_is_noted():
     low, high = scipy_stats.ttest_1samp(differences, 0).confidence_interval(0.90)
     contrast = paired("a - b", differences, region=(-1, 1))
     assert f"90% interval [{low:+.2f}, {high:+.2f}]" in contrast.note
-    assert "p against -0.5" in difference(0.2, region=(-0.5, math.inf)).note
+
+
+def test_p_and_sign_flip_are_against_the_null():
+    contrast, moved = difference(-0.3, region=(-0.5, math.inf)), (0.2 + spread(0.3)).to_numpy()
+    assert contrast.p == pytest.approx(scipy_stats.ttest_1samp(moved, 0).pvalue)
+    assert contrast.sign_flip == pytest.approx(stats.sign_flip(moved))
+    assert "p against -0.5" in contrast.note
 
 
 @pytest.mark.parametrize(("lost", "expected"), [(1, "supported"), (2, "undecided")])
@@ -257,13 +260,6 @@ def test_power_counts_adjusted_contrasts():
     assert verdicts.power([plain, adjusted]) < 0.4
 
 
-def test_p_and_sign_flip_are_against_the_null():
-    contrast = difference(-0.3, region=(-0.5, math.inf))
-    moved = (0.2 + spread(0.3)).to_numpy()
-    assert contrast.p == pytest.approx(scipy_stats.ttest_1samp(moved, 0).pvalue)
-    assert contrast.sign_flip == pytest.approx(stats.sign_flip(moved))
-
-
 def test_pairs_are_those_of_seeds_that_both_have():
     """It is told how many of them are between two devices."""
     runs = conv4_runs(large=82 + WOBBLE)
@@ -276,9 +272,6 @@ def test_pairs_are_those_of_seeds_that_both_have():
     assert {c.note for c in contrasts(judged("R1", runs))} == {""}
     alike = judged("R4", runs.assign(device=runs.device.mask(runs.setting == "none", "cuda")))
     assert contrasts(alike)[0].note.endswith("1; 10 of 10 pairs are between two devices")
-
-
-# Whether a claim is judged at all
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
@@ -371,9 +364,6 @@ def test_verdicts_of_each_claim(name, runs, verdict):
     assert judged(name, runs).verdict == verdict
 
 
-# T1
-
-
 @pytest.mark.parametrize(
     ("stability", "names"),
     [
@@ -410,25 +400,17 @@ def test_pairs_of_like_stability_are_noted():
     assert noted in ("SMALLEST 40 - SMALLEST 4", "SMALLEST 4 - SMALLEST 40")
 
 
-def test_t1_has_slopes_where_the_mixed_model_has_no_fit():
-    secondary = contrasts(judged("T1", t1_runs()), "secondary")
-    assert sum("on mean stability" in contrast.name for contrast in secondary) == 2
-
-
-def test_slopes_leave_out_runs_that_were_lost():
+def test_t1_describes_accuracy_by_stability():
+    """Slopes are there also if the mixed model has no fit, and leave out runs that were lost."""
     runs = t1_runs(*np.random.default_rng(0).normal(80, 1, (4, N)))
     lost = (runs.setting == "largest 40") & (runs.seed == 0)
-    secondary = contrasts(judged("T1", runs.assign(finite=~lost)), "secondary")
-    slopes = [c for c in secondary if "on mean stability" in c.name]
-    assert [(c.n, c.dropped) for c in slopes] == [(29, 1)] * 2
-
-
-def test_kendalls_tau_of_the_settings():
-    (tau,) = contrasts(judged("T1", t1_runs(s4=80.0, s40=81.0, l40=82 + WOBBLE)), "described")
+    alike = t1_runs(s4=80.0, s40=81.0, l40=82 + WOBBLE)
+    for frame, counts in ((runs.assign(finite=~lost), (29, 1)), (t1_runs(), (30, 0))):
+        secondary = contrasts(judged("T1", frame), "secondary")
+        slopes = [c for c in secondary if "on mean stability" in c.name]
+        assert [(c.n, c.dropped) for c in slopes] == [counts] * 2
+    (tau,) = contrasts(judged("T1", alike), "described")
     assert (tau.fitted.value, tau.n) == (-1, 3)  # the less stable, the better
-
-
-# T2
 
 
 def test_t2_is_supported_if_both_parts_are():
@@ -552,9 +534,6 @@ def test_t2_power_draws_from_the_deviation_observed(monkeypatch):
     assert claim.power == pytest.approx(stats.power_of_t(1.0, together))
 
 
-# T3, T5
-
-
 def test_t3_trend_over_spans():
     """The least-squares slope on log10(1 + span), of each seed that has all three."""
     rng = np.random.default_rng(0)
@@ -587,9 +566,6 @@ def test_names_of_secondary_contrasts():
     assert described == [f"{s} - NONE" for s in ("LARGEST 40", "SMALLEST 4") for _ in range(2)]
 
 
-# T4
-
-
 def test_t4_adjusts_for_training_loss():
     runs = t4_runs(by_loss=0.4)
     claim = judged("T4", runs)
@@ -612,9 +588,6 @@ def test_numbers_without_a_logarithm_count_as_dropped():
     assert claim.verdict == "undecided"
 
 
-# R1 to R4
-
-
 def test_r1_waits_with_secondary_contrasts_only():
     runs = simulated("R1")
     claim = judged("R1", runs)
@@ -629,31 +602,39 @@ def test_r1_waits_with_secondary_contrasts_only():
     assert len(waiting.notes) == 1
 
 
-def dropout_runs(choosing: dict[str, float], compared: dict[str, float]) -> pd.DataFrame:
-    """Prune_L at 80 in figure R-1; R-4's dropouts, with other accuracies on seeds 10 to 14."""
+def dropout_runs(choosing: dict) -> pd.DataFrame:
+    """Prune_L at 80 in figure R-1; R-4's dropouts, with these accuracies on seeds 10 to 14."""
     r1 = registered("figure-R1", "conv4", {"largest 0.9": 80 + WOBBLE, "none": 79.0})
-    r4 = registered("figure-R4", "conv4", compared)
+    r4 = registered("figure-R4", "conv4", COMPARED)
     chosen = registered("figure-R4", "conv4", choosing).query("seed < 5")
     chosen = chosen.assign(seed=chosen.seed + 10, choosing=True, run=chosen.run + ".choosing")
     return pd.concat([r1, r4, chosen], ignore_index=True)
 
 
 A, B, C = "dropout 0.25/0", "dropout 0/0.5", "dropout 0.25/0.5"
+COMPARED = {A: 77.0, B: 78.0, C: 79.0}
+ONE_HIGH = np.array([90.0, *[60.0] * 9])
+LESS = np.array([71.27, 70.54, 70.08, 70.03, 71.63, *[0.0] * 5])  # the same mean but for rounding
+MORE = np.array([71.63, 70.03, 70.08, 70.54, 71.27, *[0.0] * 5])
 
 
 @pytest.mark.parametrize(
     ("choosing", "best"),
-    [((70, 71, 72), C), ((70, 72, 71), B), ((72, 71, 70), A), ((70, 71, 71), B), ((70, 70, 70), A)],
+    [
+        *[((70, 71, 72), C), ((70, 72, 71), B), ((72, 71, 70), A)],
+        *[((70, 71, 71), B), ((70, 70, 70), A)],  # on a tie the lower rates
+        *[((ONE_HIGH, 70, 65), B), ((LESS, MORE, 65), A)],  # by the mean
+    ],
 )
 def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):
-    """On a tie the lower rates. Seeds 0 to 9, on which another dropout is best, do not choose."""
-    compared = {A: 77.0, B: 78.0, C: 79.0}
-    runs = dropout_runs(dict(zip((A, B, C), choosing, strict=True)), compared)
+    """Seeds 0 to 9, on which C is best, do not choose."""
+    runs = dropout_runs(dict(zip((A, B, C), choosing, strict=True)))
     claim = judged("R2", runs)
     (contrast,) = contrasts(claim)
     assert contrast.name == f"LARGEST 0.9 - {best.upper()}"
-    assert contrast.fitted.value == pytest.approx(80 - compared[best])
+    assert contrast.fitted.value == pytest.approx(80 - COMPARED[best])
     assert (contrast.n, claim.verdict) == (N, "supported")
+    assert [c.outcome for c in contrasts(claim, "secondary")] == ["best_accuracy"]
     sizes = {"largest 0.9": 189_175, "none": 1_250_858}
     r3 = judged("R3", runs.assign(parameters=runs.setting.map(sizes)))
     assert (r3.name, r3.verdict) == ("R3", claim.verdict)
@@ -664,33 +645,19 @@ def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):
     assert contrast.name != f"LARGEST 0.9 - {best.upper()}"
 
 
-def test_r2_chooses_by_the_mean():
-    one_high = np.array([90.0, *[60.0] * 9])
-    claim = judged("R2", dropout_runs({A: one_high, B: 70.0, C: 65.0}, {A: 77.0, B: 78.0, C: 79.0}))
-    assert contrasts(claim)[0].name == f"LARGEST 0.9 - {B.upper()}"
-    assert [c.outcome for c in contrasts(claim, "secondary")] == ["best_accuracy"]
-    less = np.array([71.27, 70.54, 70.08, 70.03, 71.63, *[0.0] * 5])  # the same but for rounding
-    more = np.array([71.63, 70.03, 70.08, 70.54, 71.27, *[0.0] * 5])
-    claim = judged("R2", dropout_runs({A: less, B: more, C: 65.0}, {A: 77.0, B: 78.0, C: 79.0}))
-    assert contrasts(claim)[0].name == f"LARGEST 0.9 - {A.upper()}"
-
-
 @pytest.mark.parametrize("lost", [A, C])
 def test_r2_needs_choosing_seeds_of_every_dropout(lost):
-    runs = dropout_runs({A: 70, B: 71, C: 72}, {A: 77.0, B: 78.0, C: 79.0})
+    runs = dropout_runs({A: 70, B: 71, C: 72})
     runs = runs[~(runs.choosing & (runs.setting == lost))]
     assert judged("R2", runs).verdict == "not testable"
 
 
 def test_a_run_of_two_figures_counts_once():
-    runs = dropout_runs({A: 70, B: 71, C: 72}, {A: 77.0, B: 78.0, C: 79.0})
+    runs = dropout_runs({A: 70, B: 71, C: 72})
     again = runs[(runs.setting == C) & ~runs.choosing].assign(figure="figure-R1")
     claim = judged("R2", pd.concat([runs, again], ignore_index=True))
     assert claim.registered == len(runs)
     assert [(c.n, c.registered) for c in claim.contrasts] == [(N, N)] * 2
-
-
-# Frames, JSON and the store
 
 
 def test_one_row_a_contrast_and_json():
@@ -744,7 +711,10 @@ def test_judged_from_a_store(store):
     assert list(found) == list(claims.CLAIMS)
     assert {n for n, claim in found.items() if claim.verdict == "incomplete"} == {"T2", "T3", "T5"}
     assert [found[n].verdict for n in ("R1", "R2", "R3", "R4")] == ["supported"] * 4
+    assert (found["R1"].n, found["R1"].contrasts[0].n) == ("10 of 10", 2)
     assert found["R1"].contrasts[0].fitted.value == pytest.approx(3, abs=0.1)
+    for change in ({"seeds": 1}, {"networks": ("VGG11",)}):  # those registered count
+        assert claims.judge(experiments.Scale("demo", **change), store, ["R1"])[0].n == "10 of 10"
     assert any("90.0%" in note for note in found["R3"].notes)
     assert found["T4"].done == found["T4"].registered == 12
     assert {gate.gate for gate in found["T4"].gates} >= {"G1", "G3", "G4"}
@@ -778,13 +748,6 @@ def test_flatness_of_t4(store):
     assert runs.delta_w.to_numpy() == pytest.approx(config.reach + config.step)  # never reached
     file(store, runs.run[0]).unlink()
     assert claims.judge("demo", store=store, names=["T4"])[0].n == "11 of 12"
-
-
-def test_registered_seeds_and_networks_count(store):
-    (whole,) = claims.judge("demo", store=store, names=["R1"])
-    for change in ({"seeds": 1}, {"networks": ("VGG11",)}):
-        (claim,) = claims.judge(experiments.Scale("demo", **change), store, ["R1"])
-        assert claim.n == whole.n == "10 of 10"
 
 
 def test_claims_of_figures_that_show_the_same_runs():

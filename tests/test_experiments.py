@@ -176,9 +176,6 @@ def test_where_flatness_and_histograms_are_measured():
     assert histograms == {VGG, *(config for *_, config in PRUNED)}
 
 
-# Events
-
-
 def removals(config: Config) -> list[dict[int, int]]:
     """Of each layer: how many filters or weights go at the end of each epoch with an event."""
     pruning = config.pruning
@@ -272,9 +269,6 @@ def test_85_percent_fewer_parameters(profile):
         assert 1_250_858 - gone == (189_175 if setting.config.pruning else 1_250_858)
 
 
-# Profiles
-
-
 def test_what_small_is():
     assert not PROFILES["small"].left_out
     lengths = {325: (65, (30, 60)), 165: (33, (17, 25)), 150: (45, ()), 4000: (80, (40,))}
@@ -320,9 +314,6 @@ def test_the_last_filters_are_those_of_the_networks(model):
     assert LAST_FILTERS[model] == last.filters
 
 
-# Seeds
-
-
 def registered(name: str, network: str, setting: str) -> int:
     """Seeds of a setting at small (docs/evidence.md, "The number of seeds is fixed")."""
     if name in ("figure-1", "figure-B1", "figure-R6"):
@@ -356,9 +347,6 @@ def test_another_number_of_seeds():
     assert set(usual.run) < set(plan.run)
 
 
-# Noise
-
-
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("kind", ["zeroing", "gaussian", "restored"])
 def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profile):
@@ -375,9 +363,6 @@ def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profi
     assert profile == "smoke" or len(set(spans)) == len(spans) >= 2
     if profile == "small":
         assert spans == ([14, 101, 195, 397] if kind == "restored" else [0, 8, 177])
-
-
-# Plans and the queue
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -445,9 +430,6 @@ def test_annotate():
     assert list(out) == [*both.columns.drop("config"), "post"]
     assert out.post.tolist() == both.index.tolist()
     assert (out.seed == 0).all()
-
-
-# Tables
 
 
 @pytest.mark.parametrize(

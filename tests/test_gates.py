@@ -57,9 +57,6 @@ def alone(gate: str, config: Config, setting: str, **columns: object) -> gates.G
     return evaluate((row, history(row, **columns)))[gate, setting]
 
 
-# G1
-
-
 def once(epoch: int) -> list[float]:
     return [100.0 if e == epoch else 90.0 for e in range(20)]
 
@@ -177,9 +174,6 @@ def test_g2_of_other_networks_is_that_accuracy_no_longer_rises(config, rise, pas
     assert alone("G3", config, "S", train_accuracy=50.0).passed is None
 
 
-# G3
-
-
 @pytest.mark.parametrize(
     ("accuracy", "loss", "passed"),
     [(99.9, 0.02, True), (99.89, 0.001, False), (100, 0.021, False), (100, np.nan, False)],
@@ -189,9 +183,6 @@ def test_g3_at_the_end(accuracy, loss, passed, pruning):
     config = ADAM.with_(pruning=pruning)
     gate = alone("G3", config, "S", train_accuracy={19: accuracy}, train_loss={19: loss, 18: 9})
     assert (gate.passed, gate.number) == (passed, accuracy)
-
-
-# G4
 
 
 @pytest.mark.parametrize(
@@ -215,9 +206,6 @@ def test_g4_is_the_ratio_of_doses_in_the_last_layer(counts, fractions, ratio, pa
     assert (gate.passed, gate.number) == (passed, pytest.approx(ratio, nan_ok=True))
 
 
-# Noise
-
-
 @pytest.mark.parametrize("profile", experiments.PROFILES)
 @pytest.mark.parametrize("figure", ["figure-5", "figure-D2"])
 def test_the_share_of_noise_at_every_profile(figure, profile):
@@ -230,9 +218,6 @@ def test_the_share_of_noise_at_every_profile(figure, profile):
             row |= {"config": row["config"].with_(noise=longer)}
             passed = None if row["setting"].endswith(" 0") else not more
             assert evaluate((row, history(row)))["share", row["label"]].passed is passed
-
-
-# All of them
 
 
 def test_each_network_of_each_figure_has_its_own():

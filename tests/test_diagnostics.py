@@ -80,8 +80,6 @@ def test_what_is_recorded_of_pruned_weights(config):
     assert same(record.epochs.drop(columns="seconds"), numbers(config))
 
 
-# Measured beside
-
 CHOSEN = FilterPruning((0.3, 0.5), ((0, 2), (1, 2)), "activation", "largest", norm=False)
 MEASURED = {
     "filters": PRUNED.with_(augment=True),

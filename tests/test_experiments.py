@@ -176,9 +176,6 @@ def test_where_flatness_and_histograms_are_measured():
     assert histograms == {VGG, *(config for *_, config in PRUNED)}
 
 
-# Events
-
-
 def removals(config: Config) -> list[dict[int, int]]:
     """Of each layer: how many filters or weights go at the end of each epoch with an event."""
     pruning = config.pruning
@@ -272,9 +269,6 @@ def test_85_percent_fewer_parameters(profile):
         assert 1_250_858 - gone == (189_175 if setting.config.pruning else 1_250_858)
 
 
-# Profiles
-
-
 def test_what_small_is():
     assert not PROFILES["small"].left_out
     lengths = {325: (65, (30, 60)), 165: (33, (17, 25)), 150: (45, ()), 4000: (80, (40,))}
@@ -320,9 +314,6 @@ def test_the_last_filters_are_those_of_the_networks(model):
     assert LAST_FILTERS[model] == last.filters
 
 
-# Seeds
-
-
 def registered(name: str, network: str, setting: str) -> int:
     """Seeds of a setting at small (docs/evidence.md, "The number of seeds is fixed")."""
     if name in ("figure-1", "figure-B1", "figure-R6"):
@@ -356,9 +347,6 @@ def test_another_number_of_seeds():
     assert set(usual.run) < set(plan.run)
 
 
-# Noise
-
-
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("kind", ["zeroing", "gaussian", "restored"])
 def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profile):
@@ -375,9 +363,6 @@ def test_noise_lasts_for_the_papers_share_of_the_time_between_events(kind, profi
     assert profile == "smoke" or len(set(spans)) == len(spans) >= 2
     if profile == "small":
         assert spans == ([14, 101, 195, 397] if kind == "restored" else [0, 8, 177])
-
-
-# Plans and the queue
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -447,16 +432,13 @@ def test_annotate():
     assert (out.seed == 0).all()
 
 
-# Tables
-
-
 @pytest.mark.parametrize(
     ("name", "setting", "between", "after", "dose"),
     [
         ("figure-2", "VGG11 Prune_S 1.7%", (1564, 313), (19_550, 2817), (6.8, 2.2)),
         ("figure-2", "VGG11 Prune_L 13%", (15_640, 2504), (30_498, 4069), (65.7, 16.4)),
         ("figure-3", "VGG11 Prune_R 90%", ("one event",) * 2, (124_338, 19_093), (460, 115)),
-        ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 11_581), (69.4, 17.3)),
+        ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 11_581), (69.4, 26.0)),
         ("figure-4", "ResNet56 Prune_S 5%", (23_460, 3756), (25_024, 3756), (3, 3)),
         ("table-F1", "ResNet18 Prune_L 35%", (293_250, 4695), (292_859, 4382), (179, 44.5)),
         ("figure-R1", "conv4 Prune_L 90%", (391, 313), (19_550, 7825), None),
@@ -464,13 +446,11 @@ def test_annotate():
 )
 def test_tables_show_steps_and_doses(name, setting, between, after, dose):
     row = experiments.table(name, "small").loc[tuple(setting.split(" ", 1))]
-    for side, *expected in zip(("paper", "small"), between, after, dose or (0, 0), strict=True):
-        mine = row.xs(side, level=1)
-        assert [
-            mine["steps between a layer's events"],
-            mine["steps after the last event"],
-        ] == expected[:2]
-        assert dose is None or mine["dose (filters an event, last layer)"] == expected[2]
+    columns = {"steps between a layer's events": between, "steps after the last event": after}
+    if dose is not None:
+        columns["dose (filters an event, last layer)"] = dose
+    for column, expected in columns.items():
+        assert (row[column]["paper"], row[column]["small"]) == expected
 
 
 @pytest.mark.parametrize(("profile", "shared"), [("small", False), ("demo", True)])

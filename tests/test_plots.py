@@ -175,9 +175,6 @@ def test_picture(form):
     return figure
 
 
-# What a picture says
-
-
 def one() -> plt.Axes:
     return plots.panels(1, 1)[1][0][0]
 
@@ -296,9 +293,6 @@ def test_a_method_looks_alike_everywhere():
                 assert len({look["marker"] for look in looks.values()}) == len(looks)
 
 
-# Tables and claims
-
-
 def test_the_forest_shows_deciding_contrasts_and_every_verdict():
     points, logs = plots.forest(CLAIMS).axes
     rows = [tick.get_text() for tick in points.get_yticklabels()]
@@ -336,8 +330,6 @@ def test_tables():
     row = plots.numbers(RUNS, {"gap": "gap (%)"}).loc[("ResNet18", "Prune_L 13%")].tolist()
     assert row == [round(mine.mean(), 2), round(mine.std(), 2), SEEDS]
 
-
-# Files
 
 LOADED = SimpleNamespace(
     name="figure-5", scale=SimpleNamespace(profile="smoke"), stamp="profile smoke, G3 fails: a - b"

@@ -36,16 +36,13 @@ PRUNED = VGG.with_(
 SCRATCH = VGG.with_(pruning=FilterPruning((0.3, 0.9), scratch=True))
 WEIGHTS = CONV.with_(pruning=WeightPruning(("dense",), (0.5,), (0, 2)))
 TWO_LAYERS = WeightPruning(("features.2", "dense"), (0.4, 0.5), (0, 2), "smallest")
+same = pd.DataFrame.equals
 NUMBERS = ["train_loss", "train_accuracy", "test_loss", "pre", "post"]
 GONE = 9 + 9 + 9 + 28
 
 
 def numbers(config: Config, **options) -> pd.DataFrame:
     return run(config, device="cpu", **options).epochs.drop(columns="seconds")
-
-
-def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    return a.equals(b)
 
 
 def record(config: Config, arrays: dict | None = None, **columns) -> RunRecord:

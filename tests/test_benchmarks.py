@@ -27,16 +27,11 @@ def test_the_ordinary_network_is_the_pruned_one(name, mode):
 
 
 def test_operations_of_a_step_are_those_counted_by_hand():
-    forward = {
-        "first": 32 * 27 * 32 * 32,
-        "second": 32 * 9 * 32 * 30 * 30,
-        "third": 64 * 9 * 32 * 15 * 15,
-        "fourth": 64 * 9 * 64 * 13 * 13,
-        "dense": 2304 * 512,
-        "last": 512 * 10,
-    }
+    first, second = 32 * 27 * 32 * 32, 32 * 9 * 32 * 30 * 30
+    third, fourth = 64 * 9 * 32 * 15 * 15, 64 * 9 * 64 * 13 * 13
+    forward = first + second + third + fourth + 2304 * 512 + 512 * 10
     # Forward, and the gradients of weights and of inputs; not of the images.
-    products = 3 * sum(forward.values()) - forward["first"]
+    products = 3 * forward - first
     assert training.step_flops(training.setting("conv4")) == 2 * products
 
 

@@ -26,11 +26,15 @@ def same(a: Dataset, b: Dataset) -> bool:
     return about == other and all(torch.equal(getattr(a, h), getattr(b, h)) for h in HALVES)
 
 
-def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
-    pixels = np.random.default_rng(value).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+def encoded(pixels: np.ndarray, suffix: str = "png", **options) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
+    Image.fromarray(pixels).save(file, suffix, **options)
     return file.getvalue()
+
+
+def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
+    rng = np.random.default_rng(value)
+    return encoded(rng.integers(256, size=(*size[::-1], 3), dtype=np.uint8))
 
 
 # Two classes, 3 training images and 2 test images of each.
@@ -67,20 +71,14 @@ def load(path: Path, root: Path) -> Dataset:
     return data.load(f"images:{path}", root)
 
 
-# Data sets
-
-
 def test_digits(tmp_path):
     digits = data.load("digits", tmp_path)
     assert digits.train_images.shape == (1000, 3, 32, 32)
     assert digits.test_images.shape == (797, 3, 32, 32)
     assert digits.train_labels.bincount().tolist() == [100] * 10
-    assert len(digits.classes) == 10
-    assert digits.test_labels.bincount().min() >= 74
-    images = digits.train_images.double() / 255
-    assert digits.mean == pytest.approx(images.mean((0, 2, 3)).tolist())
-    assert digits.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
-    assert same(digits, data.load("digits", tmp_path))
+    std, mean = torch.std_mean(digits.train_images.double() / 255, (0, 2, 3), correction=0)
+    assert digits.mean == pytest.approx(mean.tolist())
+    assert digits.std == pytest.approx(std.tolist())
     everything = torch.cat([digits.train_images, digits.test_images])[:, 0].flatten(1)
     assert len(everything.unique(dim=0)) == 1797  # no test image is a training image
     assert not list(tmp_path.iterdir())
@@ -108,11 +106,8 @@ def test_subset_is_balanced_nested_and_always_the_same(tmp_path):
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
     zeros = [i for i in order if digits.train_labels[i] == 0]
     assert set(zeros[:10]) < set(members(small))
-    for counts, message in (
-        ((101,), "101 training images per class: class '0' has 100"),
-        ((None, 75), "75 test images per class: class '8' has 74"),
-        ((0,), "0 training"),
-    ):
+    few = (101,), "101 training images per class: class '0' has 100"
+    for counts, message in (few, ((None, 75), "75 test .* class '8' has 74"), ((0,), "0 training")):
         with pytest.raises(DataError, match=message):
             numbered.subset(*counts)
 
@@ -125,23 +120,19 @@ def test_unknown_data_set(spec, tmp_path):
         assert word in str(error.value)
 
 
-# CIFAR
+FILES = {
+    "cifar10": [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"],
+    "cifar100": ["train.bin", "test.bin"],
+}
 
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
     """A folder, and the address at which it is served."""
-    folder = tmp_path / "web"
-    folder.mkdir()
+    (tmp_path / "web").mkdir()
     monkeypatch.setenv("no_proxy", "*")
-    with served(folder) as address:
-        yield folder, address
-
-
-FILES = {
-    "cifar10": [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"],
-    "cifar100": ["train.bin", "test.bin"],
-}
+    with served(tmp_path / "web") as address:
+        yield tmp_path / "web", address
 
 
 def fake_cifar(name: str, web: tuple[Path, str], monkeypatch) -> tuple[Path, np.ndarray]:
@@ -176,20 +167,11 @@ def test_cifar_is_downloaded_once_and_read(name, web, tmp_path, monkeypatch):
     assert first.checksum == data.CIFARS[name].md5
 
 
-def test_cifar_without_a_network_or_damaged(web, tmp_path, monkeypatch):
-    archive, _ = fake_cifar("cifar10", web, monkeypatch)
-    archive.write_bytes(archive.read_bytes()[:-9])
-    with pytest.raises(DataError, match="cifar10 could not be downloaded") as damaged:
+@pytest.mark.parametrize("harm", [lambda p: p.write_bytes(p.read_bytes()[:-9]), Path.unlink])
+def test_cifar_damaged_or_without_a_network(harm, web, tmp_path, monkeypatch):
+    harm(fake_cifar("cifar10", web, monkeypatch)[0])
+    with pytest.raises(DataError, match=r"^cifar10 could not be .* digits, or images:PATH.*$"):
         data.load("cifar10", tmp_path / "root")
-    archive.unlink()
-    with pytest.raises(DataError, match="cifar10 could not be downloaded") as missing:
-        data.load("cifar10", tmp_path / "elsewhere")
-    for error in (damaged, missing):
-        assert "digits, or images:PATH" in str(error.value)
-        assert "\n" not in str(error.value)
-
-
-# Images from folders and archives
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.xz"])
@@ -209,8 +191,8 @@ def test_folder_and_archives_are_the_same(name, top, tmp_path):
     assert found.classes == ("cat", "dog")
     assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert found.test_labels.tolist() == [0, 0, 1, 1]
-    for image, path in zip(found.train_images[3:], ("0", "1", "2"), strict=True):
-        with Image.open(io.BytesIO(FEW[f"train/dog/{path}.png"])) as file:
+    for i, image in enumerate(found.train_images[3:]):
+        with Image.open(io.BytesIO(FEW[f"train/dog/{i}.png"])) as file:
             assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(file))
     assert found.mean == pytest.approx((found.train_images / 255).mean((0, 2, 3)).tolist())
 
@@ -221,7 +203,6 @@ def test_cache_is_used_and_follows_its_source(tmp_path, monkeypatch):
     for path in (tmp_path / "a.zip", tmp_path / "folder"):
         root = tmp_path / f"root-{path.stem}"  # one of their own: they share their content
         first = load(write(path, FEW), root)
-        assert len(calls) == 10
         assert same(first, load(path, root))
         assert len(calls) == 10
         changed = FEW | {"train/cat/0.png": png(99)}
@@ -272,6 +253,18 @@ def test_bad_contents(content, message, name, tmp_path):
     assert not list((tmp_path / "root").glob("*.npz"))
 
 
+def test_missing_and_foreign_paths(tmp_path):
+    for name, content, message in (
+        ("nowhere.zip", None, "no such file"),
+        ("a.rar", b"Rar!", r"not a folder, \.zip, \.tar, "),
+        ("a.zip", b"no zip at all", "cannot be read"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            load(tmp_path / name, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar"])
 def test_link_is_refused(name, tmp_path):
     path = write(tmp_path / name, FEW)
@@ -307,26 +300,12 @@ def test_truncated_archive(name, tmp_path):
             load(cut, tmp_path / "root")
 
 
-def test_missing_and_foreign_paths(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.zip: no such file"):
-        load(tmp_path / "nowhere.zip", tmp_path)
-    (tmp_path / "a.rar").write_bytes(b"Rar!")
-    with pytest.raises(DataError, match=r"a\.rar: not a folder, \.zip, \.tar, "):
-        load(tmp_path / "a.rar", tmp_path)
-    (tmp_path / "a.zip").write_bytes(b"no zip at all")
-    with pytest.raises(DataError, match=r"a\.zip: cannot be read"):
-        load(tmp_path / "a.zip", tmp_path)
-
-
 @pytest.mark.parametrize("factor", [256, 257])
-@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("suffix", ["png", "tiff", "ppm"])
 def test_16_bits_become_8(suffix, factor):
     """Whether 8 bits were widened by a shift or by 257, they come back."""
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    deep = gray.astype(np.uint16) * factor
-    file = io.BytesIO()
-    Image.fromarray(deep).save(file, {"tif": "tiff", "pgm": "ppm"}.get(suffix, suffix))
-    found = images.decode_image(file.getvalue(), "a")
+    found = images.decode_image(encoded(gray.astype(np.uint16) * factor, suffix), "a")
     assert found.dtype == np.uint8
     assert np.array_equal(found, np.stack(3 * [gray]))
 
@@ -342,12 +321,6 @@ ORIENTED = {  # each EXIF orientation, and how its rows and columns are stored (
     7: PIXELS.transpose(1, 0, 2)[::-1, ::-1],
     8: PIXELS.transpose(1, 0, 2)[:, ::-1],
 }
-
-
-def encoded(pixels: np.ndarray, suffix: str = "png", **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, suffix, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("orientation", ORIENTED)
@@ -379,9 +352,8 @@ def test_several_frames_are_refused(suffix):
 
 @pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
 def test_pixels_without_a_range_are_refused(kind, mode, tmp_path):
-    file = io.BytesIO()
-    Image.fromarray(np.ones((4, 4), kind)).save(file, "tiff")
-    path = write(tmp_path / "a.zip", FEW | {"train/cat/7.tif": file.getvalue()})
+    file = encoded(np.ones((4, 4), kind), "tiff")
+    path = write(tmp_path / "a.zip", FEW | {"train/cat/7.tif": file})
     with pytest.raises(DataError, match=rf"train/cat/7\.tif .* mode {mode}\b"):
         load(path, tmp_path / "root")
 
@@ -390,10 +362,9 @@ def test_backslashes_and_accents(tmp_path):
     expected = load(write(tmp_path / "folder", FEW), tmp_path / "root")
     windows = {name.replace("/", "\\"): content for name, content in FEW.items()}
     assert same(load(write(tmp_path / "a.zip", windows), tmp_path / "root"), expected)
-    accented = {}
-    for name, content in FEW.items():
-        form = "NFC" if name.startswith("test") else "NFD"
-        accented[unicodedata.normalize(form, name.replace("cat", "café"))] = content
+    cafe = {name.replace("cat", "café"): content for name, content in FEW.items()}
+    forms = {"test": "NFC", "train": "NFD"}  # composed, decomposed
+    accented = {unicodedata.normalize(forms[k.split("/")[0]], k): x for k, x in cafe.items()}
     for path in (tmp_path / "accents", tmp_path / "accents.tar"):
         found = load(write(path, accented), tmp_path / "root")
         assert found.classes == ("café", "dog")
@@ -417,15 +388,9 @@ def test_home_is_found(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
-# Checksums of content
-
-
 def plain_checksum(files: dict[str, bytes]) -> str:
-    content = b"".join(
-        name.encode() + b"\0" + str(len(files[name])).encode() + b"\0" + files[name]
-        for name in sorted(files)
-    )
-    return hashlib.sha256(content).hexdigest()[:32]
+    parts = (f"{name}\0{len(files[name])}\0".encode() + files[name] for name in sorted(files))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
@@ -444,17 +409,15 @@ def test_checksum_is_of_the_content_alone(name, tmp_path):
         assert found.checksum == found.subset(1, 1).checksum == checksum
     assert len(list(root.glob("*.npz"))) == 1
     first, second = FEW["train/cat/0.png"], FEW["train/cat/1.png"]
+    fewer = {k: v for k, v in FEW.items() if k != "test/cat/1.png"}
     changes = {
         "a bit": FEW | {"train/cat/0.png": first[:-1] + bytes([first[-1] ^ 1])},
         "order": FEW | {"train/cat/0.png": second, "train/cat/1.png": first},
-        "name": {("test/cat/9.png" if k == "test/cat/1.png" else k): v for k, v in FEW.items()},
-        "fewer": {k: v for k, v in FEW.items() if k != "test/cat/1.png"},
+        "name": fewer | {"test/cat/9.png": FEW["test/cat/1.png"]},
+        "fewer": fewer,
     }
     changed = {data.known_checksum(written(*change), root) for change in changes.items()}
     assert len(changed | {checksum}) == 5
-
-
-# CIFAR-10 as JPEG
 
 
 @pytest.fixture
@@ -473,11 +436,9 @@ def few_jpegs(monkeypatch) -> dict[str, bytes]:
 @pytest.mark.parametrize("place", ["root", "PAPERLIB_DATA"])
 def test_jpeg_is_found_verified_and_cached(name, place, few_jpegs, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "JPEG_URL", "nowhere")
-    folder, root = tmp_path / "folder", tmp_path / "root"
+    root, folder = tmp_path / "root", tmp_path / place
     folder.mkdir()
-    if place == "root":
-        root = folder
-    else:
+    if place != "root":
         monkeypatch.setenv("PAPERLIB_DATA", str(folder))
     path = write(folder / name, few_jpegs)
     found = data.load("cifar10-jpeg", root)
@@ -495,11 +456,9 @@ def test_jpeg_is_found_verified_and_cached(name, place, few_jpegs, tmp_path, mon
 def test_jpeg_is_downloaded(few_jpegs, web, tmp_path, monkeypatch):
     folder, address = web
     monkeypatch.setattr(data, "JPEG_URL", f"{address}/master.zip")
-    with pytest.raises(DataError, match="cifar10-jpeg could not be downloaded") as error:
+    with pytest.raises(DataError, match=r"^cifar10-jpeg could not be downloaded.*$"):
         data.load("cifar10-jpeg", tmp_path / "root")
-    assert "\n" not in str(error.value)
-    top = "CIFAR-10-images-master/"
-    write(folder / "master.zip", {top + file: content for file, content in few_jpegs.items()})
+    write(folder / "master.zip", {f"CIFAR-10-images-master/{k}": x for k, x in few_jpegs.items()})
     found = data.load("cifar10-jpeg", tmp_path / "root")
     assert found.train_labels.tolist() == list(range(10))
     assert not list((tmp_path / "root").glob("*.part"))
@@ -513,7 +472,6 @@ def test_cifar10_as_jpeg(tmp_path, monkeypatch):
     assert found.test_images.shape == (10_000, 3, 32, 32)
     assert found.train_labels.bincount().tolist() == [5000] * 10
     assert found.test_labels.bincount().tolist() == [1000] * 10
-    assert found.mean == data.CIFARS["cifar10"].mean
     mean, std = data.measure(found.train_images)
     assert mean == pytest.approx(found.mean, abs=1e-3)
     # The paper's std is the mean of the images' own, below that of all pixels.

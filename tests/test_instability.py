@@ -28,7 +28,6 @@ def test_stability_in_percent(pre, post, percent):
 @pytest.mark.filterwarnings("error")
 def test_stability_where_there_was_no_accuracy():
     assert math.isnan(stability(0, 0))
-    assert math.isnan(stability(0, 10))
     assert np.isnan(stability([0, 50], [10, 50])).tolist() == [True, False]
 
 
@@ -50,8 +49,8 @@ SUMMARIES = {
         {"events": 0, "mean_stability": 100, "best_accuracy": 80, "best_epoch": 2, "gap": 5},
     ),
     "mean stability is over events": (
-        epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 80], removed=[0, 3, 0, 1, 0]),
-        {"events": 2, "mean_stability": 75},
+        epochs([40, 60, 70, 60, 80, 40], pre=[50, 80, 70, 80, 100, 80], removed=[0, 3, 2, 1, 4, 0]),
+        {"events": 4, "mean_stability": (75 + 100 + 75 + 80) / 4},  # which is not their median
     ),
     "the best counts from the last event on": (
         epochs([95, 90, 60, 70, 75, 74], pre=[95, 99, 98, 70, 75, 74], removed=[0, 2, 4, 0, 0, 0]),
@@ -60,10 +59,6 @@ SUMMARIES = {
     "an event in the last epoch": (
         epochs([50, 85, 83], pre=[50, 85, 90], removed=[0, 0, 2]),
         {"best_accuracy": 83, "best_epoch": 2},
-    ),
-    "the mean of four events is not their median": (
-        epochs([40, 60, 70, 60, 80], pre=[50, 80, 70, 80, 100], removed=[0, 3, 2, 1, 4]),
-        {"mean_stability": (75 + 100 + 75 + 80) / 4},
     ),
     "the gap is that of the best epoch": (
         epochs([50, 80, 70], pre=[50, 88, 70], removed=[0, 1, 0], train=[55, 91, 99]),

@@ -35,12 +35,9 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
 @pytest.mark.parametrize(
     ("name", "classes", "parameters"),
     [
-        ("vgg11_bn", 10, 9_231_114),
-        ("resnet18", 10, 11_173_962),
-        ("resnet20", 10, 269_722),
-        ("resnet56", 10, 853_018),
-        ("vgg11_bn", 100, 9_231_114 + 90 * 513),
-        ("resnet18", 100, 11_173_962 + 90 * 513),
+        *(("vgg11_bn", 10, 9_231_114), ("vgg11_bn", 100, 9_231_114 + 90 * 513)),
+        *(("resnet18", 10, 11_173_962), ("resnet18", 100, 11_173_962 + 90 * 513)),
+        *(("resnet20", 10, 269_722), ("resnet56", 10, 853_018)),
     ],
 )
 def test_number_of_parameters(name, classes, parameters):
@@ -99,14 +96,10 @@ def test_resnet_by_hand(name):
 
 
 def test_vgg19_is_torchvisions():
-    ours = meta("vgg19_bn", num_classes=1000)
     with torch.device("meta"):
-        theirs = torchvision.models.vgg19_bn()
-    shapes = ([(k, v.shape) for k, v in m.state_dict().items()] for m in (ours, theirs))
-    assert next(shapes) == next(shapes)
-
-
-def test_vgg19_computes_what_torchvisions_does():
+        models = build("vgg19_bn", num_classes=1000), torchvision.models.vgg19_bn()
+    ours, theirs = ([(k, v.shape) for k, v in m.state_dict().items()] for m in models)
+    assert ours == theirs
     ours = narrow("vgg19_bn").eval()
     filters = ["M" if n == "M" else n // 64 for n in torchvision.models.vgg.cfgs["E"]]
     features = torchvision.models.vgg.make_layers(filters, batch_norm=True).eval()
@@ -117,18 +110,11 @@ def test_vgg19_computes_what_torchvisions_does():
 
 
 @pytest.mark.parametrize(
-    ("name", "dropout", "rates"),
-    [
-        ("conv4", 0.25, {0.25}),
-        ("conv4", (0.25, 0.5), {0.25, 0.5}),
-        ("vgg11_bn", 0.5, {0.5}),
-        ("resnet20", 0.5, {0.5}),
-        ("vgg19_bn", 0.5, {0.5}),
-    ],
+    ("name", "dropout"), [*((name, (0.5,)) for name in NAMES), ("conv4", (0.25, 0.5))]
 )
-def test_dropout(name, dropout, rates):
-    model = meta(name, dropout=dropout)
-    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == rates
+def test_dropout(name, dropout):
+    model = meta(name, dropout=dropout if len(dropout) > 1 else dropout[0])
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {*dropout}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
@@ -58,10 +59,8 @@ def noised(model: nn.Module, kind: str, passes: int) -> FilterNoise:
     return FilterNoise(model, pruner, kind, passes, torch.Generator().manual_seed(7))
 
 
-def steps(
-    model: nn.Module, noise: FilterNoise, optimizer: torch.optim.Optimizer
-) -> Iterator[dict[str, Tensor]]:
-    """The program with `FilterNoise`, the network's state after every step of it."""
+def steps(model, noise: FilterNoise, optimizer) -> Iterator[dict[str, Tensor]]:
+    """The network's state after every step of the program, with `FilterNoise`."""
     for i, step in enumerate(PROGRAM):
         if step == "T":
             train_on(model, optimizer, i)
@@ -138,8 +137,7 @@ def test_every_batch_is_as_by_hand(kind, passes, optimizer):
 def test_removal_is_for_good_and_leaves_batch_norm_alone(kind):
     model = network()
     noise, optimizer = noised(model, kind, 2), OPTIMIZERS["adam"](model.parameters())
-    for _ in zip(range(18), steps(model, noise, optimizer), strict=False):
-        pass
+    list(islice(steps(model, noise, optimizer), 18))
     expected = snapshot(model)
     for name, mask in noise.masks.items():
         expected[f"{name}.weight"][~mask] = 0
@@ -199,9 +197,8 @@ def test_restored_noise_reaches_norms_wherever_they_are():
                 assert torch.equal(tensor, expected)
             assert model.b.bias[gone].any()
             assert bool(reads[-1][:, lost].any()) == (passes > 2)
-    state = noise.state_dict()
     again = FilterNoise(model, pruner, "restored", 2)
-    again.load_state_dict(state)
+    again.load_state_dict(noise.state_dict())
     assert not again.busy
     noise.prune(1, 1)
     pruner.masks["b"][:] = True
@@ -227,37 +224,31 @@ def test_restored_noise_needs_zeros_that_can_be_followed():
 def test_noise_that_cannot_be():
     model = network()
     pruner = FilterPruner(model, FRACTIONS, norm=False)
-    with pytest.raises(PruningError, match=r"'rain'.*zeroing, gaussian, restored"):
-        FilterNoise(model, pruner, "rain", 1)
-    for passes in (-1, 1.5, "1"):
-        with pytest.raises(PruningError, match=f"noise passes .*got {passes!r}"):
-            FilterNoise(model, pruner, "zeroing", passes)
-    with pytest.raises(PruningError, match="norm=False"):
-        FilterNoise(model, FilterPruner(model, FRACTIONS), "zeroing", 1)
-    with pytest.raises(PruningError, match="WeightPruner"):
-        FilterNoise(model, WeightPruner(model, "0", 0.5), "zeroing", 1)
-    with pytest.raises(PruningError, match=r"another network.*'0'"):
-        FilterNoise(network(), pruner, "zeroing", 1)
+    for message, arguments in {
+        r"'rain'.*zeroing, gaussian, restored": (model, pruner, "rain", 1),
+        "noise passes .*got -1": (model, pruner, "zeroing", -1),
+        r"noise passes .*got 1\.5": (model, pruner, "zeroing", 1.5),
+        "noise passes .*got '1'": (model, pruner, "zeroing", "1"),
+        "norm=False": (model, FilterPruner(model, FRACTIONS), "zeroing", 1),
+        "WeightPruner": (model, WeightPruner(model, "0", 0.5), "zeroing", 1),
+        "another network.*'0'": (network(), pruner, "zeroing", 1),
+    }.items():
+        with pytest.raises(PruningError, match=message):
+            FilterNoise(*arguments)
     FilterNoise(nn.Sequential(model), pruner, "zeroing", 1)
 
 
-# Passes and training batches
-
-
 PAPER = tradeoff_2020.VGG_PRUNE_WEIGHTS.config
+FIGURE_5, FIGURE_D2 = {0: 0, 51: 129, 1106: 1500}, {89: 129, 630: 750, 1220: 1500, 2480: 3000}
 
 
 @pytest.mark.parametrize(
-    ("kinds", "evaluation_batch", "spans"),
-    [
-        (("zeroing", "gaussian"), 128, {0: 0, 51: 129, 1106: 1500}),  # figure 5
-        (("restored",), 256, {89: 129, 630: 750, 1220: 1500, 2480: 3000}),  # figure D2
-    ],
+    ("kind", "evaluation_batch", "spans"),
+    [("zeroing", 128, FIGURE_5), ("gaussian", 128, FIGURE_5), ("restored", 256, FIGURE_D2)],
 )
-def test_the_spans_of_the_papers_figures(kinds, evaluation_batch, spans):
-    for kind in kinds:
-        configs = [with_noise(PAPER, kind, n, evaluation_batch) for n in spans]
-        assert [config.noise.passes for config in configs] == list(spans.values())
+def test_the_spans_of_the_papers_figures(kind, evaluation_batch, spans):
+    configs = [with_noise(PAPER, kind, n, evaluation_batch) for n in spans]
+    assert [config.noise.passes for config in configs] == list(spans.values())
 
 
 @pytest.mark.parametrize("evaluation_batch", [128, 256])

@@ -34,22 +34,15 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_notebook_offers_the_files_of_its_figures(root):
-    text = extension("provenance").section("notebooks/tradeoff-2020/figure-E", root)
-    assert re.findall("</(.+?)>", text) == [
-        "notebooks/tradeoff-2020/figure-E.ipynb",
-        "figures/small/figure-E1.png",
-        "figures/small/figure-E1.pdf",
-        "figures/small/figure-E2.png",
-        "figures/small/figure-E2.pdf",
-        "figures/small/figure-E2.csv",
-    ]
-    assert "profile small, 10 seeds" in text
-
-
-def test_a_notebook_without_figures_offers_itself(root):
-    text = extension("provenance").section("notebooks/tour", root)
-    assert re.findall("</(.+?)>", text) == ["notebooks/tour.ipynb"]
+@pytest.mark.parametrize(
+    ("notebook", "files"),
+    [("tour", []), ("tradeoff-2020/figure-E", ["E1.png", "E1.pdf", "E2.png", "E2.pdf", "E2.csv"])],
+)
+def test_a_notebook_offers_itself_and_the_files_of_its_figures(notebook, files, root):
+    text = extension("provenance").section(f"notebooks/{notebook}", root)
+    figures = [f"figures/small/figure-{name}" for name in files]
+    assert re.findall("</(.+?)>", text) == [f"notebooks/{notebook}.ipynb", *figures]
+    assert ("profile small, 10 seeds" in text) == bool(figures)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Runs: what decides their numbers, and what is recorded of them."""
 
+import copy
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +23,10 @@ from paperlib.pruning import PruningError
 from paperlib.runs import Mismatch, Store, StoreError
 from paperlib.training import TrainingError, run
 
+FILTERS, DENSE = FilterPruning((0.5,), ((1,),)), WeightPruning(("dense",), (0.5,), (1,))
+NINE = FilterPruning((0.5,) * 9, ((1,),) * 9)
+ACTIVATION = VGG.with_(pruning=FilterPruning((0.5,), ((1,),), "activation"))
+RANDOM = VGG.with_(pruning=FilterPruning((0.5,), ((1, 2),), target="random"))
 NOISY = VGG.with_(
     pruning=FilterPruning((0.5,), ((0, 1),), target="random", norm=False),
     noise=Noise("zeroing", 5, evaluation_batch=16),
@@ -29,11 +36,6 @@ NOISY = VGG.with_(
 @pytest.fixture(scope="module")
 def plain() -> pd.DataFrame:
     return numbers(VGG)
-
-
-@pytest.fixture(scope="module")
-def pruned() -> pd.DataFrame:
-    return numbers(PRUNED)
 
 
 def by_hand(config: Config) -> pd.DataFrame:
@@ -55,9 +57,10 @@ def by_hand(config: Config) -> pd.DataFrame:
         return F.cross_entropy(logits, y).item(), accuracy
 
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    steps = torch.optim.Adam(model.parameters(), **options)
+    kind, more = torch.optim.Adam, {}
     if config.optimizer == "sgd":
-        steps = torch.optim.SGD(model.parameters(), momentum=config.momentum, **options)
+        kind, more = torch.optim.SGD, {"momentum": config.momentum}
+    steps = kind(model.parameters(), **options, **more)
     schedule = torch.optim.lr_scheduler.MultiStepLR(steps, config.milestones, 0.1)
     for epoch in range(config.epochs):
         model.train()
@@ -83,32 +86,29 @@ def by_hand(config: Config) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01}]
+    "changes",
+    [
+        {},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
+        {"batch": 16, "epochs": 2},  # the last batch is smaller
+    ],
 )
 def test_against_a_run_written_out(changes):
-    pruning = FilterPruning((0.5,), ((1,),))
-    config = VGG.with_(learning_rate=0.001, batch=25, epochs=4, milestones=(2,), pruning=pruning)
-    config = config.with_(**changes)
+    options = {"learning_rate": 0.001, "batch": 25, "epochs": 4, "milestones": (2,)}
+    config = VGG.with_(**{"pruning": FILTERS, **options, **changes})
     ours, expected = numbers(config), by_hand(config)
-    assert ours.removed.tolist() == [0, 16, 0, 0]
+    assert ours.removed.tolist() == [0, 16, 0, 0][: config.epochs]
     for name in ("train_loss", "test_loss"):
         assert np.allclose(ours[name], expected[name], rtol=3e-4)
     for name in ("train_accuracy", "pre", "post"):
         assert np.allclose(ours[name], expected[name], atol=100 / 50 + 1e-9)
 
 
-# Seeds
-
-
 @pytest.mark.parametrize(
     "config",
     [
-        PRUNED,
-        SCRATCH,
-        WEIGHTS,
-        CONV.with_(augment=True, dropout=(0.25, 0.5)),
-        PRUNED.with_(pruning=FilterPruning((0.5,), ((1, 2),), target="random")),
-        VGG.with_(model="resnet18", pruning=FilterPruning((0.5,), ((1,),), "activation")),
+        *(PRUNED, SCRATCH, WEIGHTS, RANDOM),
+        *(ACTIVATION.with_(model="resnet18"), CONV.with_(augment=True, dropout=(0.25, 0.5))),
     ],
 )
 def test_same_seed_same_numbers(config):
@@ -124,27 +124,16 @@ def test_same_seed_same_numbers(config):
     assert first.removed.equals(other.removed)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        PRUNED,
-        PRUNED.with_(pruning=FilterPruning((0.5,), ((1,),), "activation")),
-        PRUNED.with_(pruning=FilterPruning((0.5,), ((1,),), target="random")),
-        VGG.with_(milestones=(1,)),
-    ],
-)
+@pytest.mark.parametrize("other", [PRUNED, ACTIVATION, RANDOM, VGG.with_(milestones=(1,))])
 def test_settings_share_what_comes_before_they_differ(plain, other):
     rows = numbers(other)
     assert same(rows[:1], plain[:1])
     assert not same(rows, plain)
-    before = ["train_loss", "train_accuracy"] + (["pre"] if other.pruning else [])
+    before = ["train_loss", "train_accuracy", "pre"]
     assert other.milestones or rows[before][:2].equals(plain[before][:2])
 
 
-# Events
-
-
-def test_an_event_is_measured_before_and_after(pruned):
+def test_an_event_is_measured_before_and_after():
     accuracies, zero = [], []
 
     @torch.no_grad()
@@ -156,7 +145,7 @@ def test_an_event_is_measured_before_and_after(pruned):
         assert sum(int((c.weight.flatten(1) == 0).all(1).sum()) for c in convs) == zero[-1]
 
     rows = numbers(PRUNED, callback=look)
-    assert same(rows, pruned)
+    assert same(rows, numbers(PRUNED))
     assert np.allclose(rows.post, accuracies)
     assert zero == rows.removed.cumsum().tolist()
     assert zero[-1] == GONE
@@ -165,31 +154,23 @@ def test_an_event_is_measured_before_and_after(pruned):
 
 
 def test_an_event_that_removes_nothing():
-    config = VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1))))
-    rows = numbers(config)
+    rows = numbers(VGG.with_(pruning=FilterPruning((0.0, 0.05), ((0, 1), (0, 1)))))
     assert rows.removed.tolist() == [0, 1, 0]
     assert (rows.pre == rows.post)[rows.removed == 0].all()
 
 
 def test_scratch_pruning(plain):
     seen = []
-
-    def look(moment):
-        seen.append([p.detach().clone() for p in moment.model.parameters()])
-
-    rows = numbers(SCRATCH, callback=look)
+    rows = numbers(SCRATCH, callback=lambda moment: seen.append(copy.deepcopy(moment.model)))
     assert rows.trained.tolist() == [False, True, True]
     assert rows.removed.tolist() == [9 + 28, 0, 0]
     for column in ("train_loss", "train_accuracy"):
         assert rows[column].isna().tolist() == [True, False, False]
-    untrained = training.build(VGG)
-    for now, before in zip(seen[0], untrained.parameters(), strict=True):
+    both = (model.parameters() for model in (seen[0], training.build(VGG)))
+    for now, before in zip(*both, strict=True):
         assert torch.equal(now[now != 0], before[now != 0])
     assert rows.post.iloc[1:].equals(rows.pre.iloc[1:])
     assert not rows.train_loss.isin(plain.train_loss).any()
-
-
-# Learning rates
 
 
 @pytest.mark.parametrize(
@@ -213,16 +194,11 @@ def test_reduced_precision(plain):
     assert rows.train_loss[0] == pytest.approx(plain.train_loss[0], rel=0.1)
 
 
-# Networks of one's own
-
-
 def test_a_network_and_a_score_of_ones_own(tmp_path):
     pruning = FilterPruning((0.5,), ((1,),), "small:largest_weight", layers=("0",))
     config = VGG.with_(model="small:Chain", pruning=pruning)
-    seen = []
-    record = run(config, Store(tmp_path), "cpu", lambda moment: seen.append(moment.pruner.masks))
-    assert record.epochs.removed.tolist() == [0, 4, 0]
-    assert list(seen[0]) == ["0"]
+    record = run(config, Store(tmp_path), "cpu")
+    assert record.epochs.removed.tolist() == [0, 4, 0]  # half of the filters of its only layer
     assert Store(tmp_path).read(config.identity).config == config
 
 
@@ -235,9 +211,6 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert "nan at epoch 1" in store.failure(config.identity)
     assert store.identities() == []
     run(config.with_(epochs=1), store, "cpu")
-
-
-# The record
 
 
 def untouched(config: Config, store: Store | None = None, device: str = "cpu"):
@@ -257,7 +230,6 @@ def test_the_store_keeps_the_run(tmp_path, plain):
     assert torch.__version__.startswith(record.provenance["torch"])
     assert (record.epochs.seconds > 0).all()
     assert list(record.arrays) == ["weights 0", "weights 2"]
-
     again = untouched(VGG, store, "no such device")
     assert same(again.epochs, record.epochs)
     assert again.provenance == record.provenance
@@ -268,13 +240,11 @@ def test_the_store_keeps_the_run(tmp_path, plain):
 
 
 def write_images(folder, shade: int) -> None:
-    for split in ("train", "test"):
-        for label in ("cat", "dog"):
-            (folder / split / label).mkdir(parents=True, exist_ok=True)
-            for i in range(2):
-                pixels = np.full((32, 32, 3), 100 * i + (label == "dog"), np.uint8)
-                pixels[: 9 + i] = shade
-                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    for split, label, i in itertools.product(("train", "test"), ("cat", "dog"), range(2)):
+        (folder / split / label).mkdir(parents=True, exist_ok=True)
+        pixels = np.full((32, 32, 3), 100 * i + (label == "dog"), np.uint8)
+        pixels[: 9 + i] = shade
+        Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
 
 
 def test_a_record_of_other_data_is_not_taken(tmp_path):
@@ -296,21 +266,14 @@ def test_a_record_of_other_data_is_not_taken(tmp_path):
     assert untouched(config, store).provenance == record.provenance
 
 
-# What cannot be run
-
-
 def test_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         untouched(VGG, Store(tmp_path / "file" / "runs"))
 
 
-def filters(score: str = "l2", layers: int = 1, **changes) -> dict:
-    return {"pruning": FilterPruning((0.5,) * layers, ((1,),) * layers, score, **changes)}
-
-
-def weights(layer: str, **changes) -> dict:
-    return {"model": "conv4", "pruning": WeightPruning((layer,), (0.5,), (1,), **changes)}
+def pruned(by, model: str = "vgg11_bn", **changes) -> dict:
+    return {"model": model, "pruning": replace(by, **changes)}
 
 
 @pytest.mark.parametrize(
@@ -323,13 +286,13 @@ def weights(layer: str, **changes) -> dict:
         ({"data": "mnist"}, ValueError, "mnist"),
         ({"dropout": 1.5}, ValueError, "1.5"),
         ({"train_per_class": 10_000}, ValueError, "10000|10_000|10,000"),
-        (filters("l7"), PruningError, "unknown score 'l7'"),
-        (filters(target="x"), PruningError, "target 'x'"),
-        (filters("l2", layers=9), PruningError, "9 fractions.* 8"),
-        (filters("math:nothing"), ValueError, "math:nothing"),
-        (weights("x"), PruningError, "layer 'x': one of f"),
-        (weights("dense", target="most"), PruningError, "unknown target 'most': one of"),
-        (weights("dense", schedule="x"), PruningError, "'x': one of linear, annealing"),
+        (pruned(FILTERS, score="l7"), PruningError, "unknown score 'l7'"),
+        (pruned(FILTERS, target="x"), PruningError, "target 'x'"),
+        (pruned(NINE), PruningError, "9 fractions.* 8"),
+        (pruned(FILTERS, score="math:nothing"), ValueError, "math:nothing"),
+        (pruned(DENSE, "conv4", layers=("x",)), PruningError, "layer 'x': one of f"),
+        (pruned(DENSE, "conv4", target="most"), PruningError, "unknown target 'most': one of"),
+        (pruned(DENSE, "conv4", schedule="x"), PruningError, "'x': one of linear, annealing"),
     ],
 )
 def test_what_cannot_be_run(tmp_path, changes, error, message):
@@ -345,11 +308,10 @@ def test_what_cannot_be_run(tmp_path, changes, error, message):
 )
 def test_images_of_another_size(model, size, fits, tmp_path, monkeypatch):
     digits = data.load("digits").subset(1, 1)
-    resized = {
-        half: F.interpolate(getattr(digits, half).float(), (size, size)).byte()
-        for half in ("train_images", "test_images")
-    }
-    monkeypatch.setattr(inputs, "images_of", lambda *_: data.replace(digits, **resized))
+    halves = (digits.train_images, digits.test_images)
+    train, test = (F.interpolate(half.float(), (size, size)).byte() for half in halves)
+    resized = data.replace(digits, train_images=train, test_images=test)
+    monkeypatch.setattr(inputs, "images_of", lambda *_: resized)
     config, store = VGG.with_(model=model, epochs=1), Store(tmp_path)
     if fits is None:
         assert len(run(config, store, "cpu").epochs) == 1
@@ -369,22 +331,11 @@ def test_training_images_are_augmented():
     assert not same(numbers(CONV), numbers(CONV.with_(augment=True)))
 
 
-def test_a_last_batch_that_is_smaller():
-    config = VGG.with_(
-        learning_rate=0.001, batch=16, epochs=2, pruning=FilterPruning((0.5,), ((1,),))
-    )
-    ours, expected = numbers(config), by_hand(config)
-    assert np.allclose(ours.train_loss, expected.train_loss, rtol=3e-4)
-    assert np.allclose(ours.train_accuracy, expected.train_accuracy, atol=100 / 50 + 1e-9)
-
-
 def test_streams_stay():
     """Records that were made before are those of the same streams."""
     assert streams.stream(3, "order", 2) == 42154503093795398
-    seeds = {
-        streams.stream(s, n, e) for s in range(3) for n in ("order", "noise") for e in range(50)
-    }
-    assert len(seeds) == 300
+    places = itertools.product(range(3), ("order", "noise"), range(50))
+    assert len({streams.stream(*place) for place in places}) == 300
 
 
 def test_every_purpose_has_its_stream_of_each_epoch(monkeypatch):
@@ -397,42 +348,39 @@ def test_every_purpose_has_its_stream_of_each_epoch(monkeypatch):
     monkeypatch.setattr(streams, "stream", recorded)
     monkeypatch.setattr(training, "stream", recorded)
     numbers(CONV.with_(augment=True, dropout=(0.25, 0.5), train_per_class=2))
-    per_epoch = {
-        key: n for key, n in drawn.items() if key[0] in ("order", "augmentation", "dropout")
-    }
-    assert per_epoch == {(n, e): 1 for n in ("order", "augmentation", "dropout") for e in range(3)}
+    names = ("order", "augmentation", "dropout")
+    per_epoch = {key: drawn[key] for key in drawn if key[0] in names}
+    assert per_epoch == dict.fromkeys(itertools.product(names, range(3)), 1)
     drawn.clear()
     pruning = FilterPruning((0.5,), ((0, 2),), target="largest", norm=False)
     numbers(VGG.with_(pruning=pruning, noise=Noise("gaussian", 5), train_per_class=2))
-    beside = {key: n for key, n in drawn.items() if key[0] in ("noise", "filters")}
-    assert beside == {**{("noise", e): 1 for e in range(3)}, ("filters", 0): 1, ("filters", 2): 1}
+    expected = [*(("noise", e) for e in range(3)), ("filters", 0), ("filters", 2)]
+    beside = {key: drawn[key] for key in drawn if key[0] in ("noise", "filters")}
+    assert beside == dict.fromkeys(expected, 1)
 
 
 def test_passes_of_a_run_with_noise(monkeypatch):
     """Each epoch has its training batches and two evaluations, also without an event."""
-    passes, before_pass = [], FilterNoise.before_pass
+    passes, ends, before_pass = [], [], FilterNoise.before_pass
 
     def counted(noise, training):
         passes.append("ET"[training])
         before_pass(noise, training)
 
     monkeypatch.setattr(FilterNoise, "before_pass", counted)
-    ends = []
     numbers(NOISY, callback=lambda moment: ends.append("".join(passes)))
     assert ends == [n * (4 * "T" + 8 * "E") for n in (1, 2, 3)]
 
 
 def test_noise_chooses_the_filters_of_pruning_and_removes_them_in_the_end():
-    masks, last = [], []
+    chosen, zero = [], []
 
     def look(moment):
-        masks.append({name: mask.clone() for name, mask in moment.pruner.masks.items()})
-        (weight,) = (layer.conv.weight for layer in moment.pruner.layers.values())
-        last[:] = [(weight.detach().flatten(1) == 0).all(1)]
+        (mask,), (layer,) = moment.pruner.masks.values(), moment.pruner.layers.values()
+        chosen.append(~mask)
+        zero.append((layer.conv.weight.detach().flatten(1) == 0).all(1))
 
     for config in (NOISY, NOISY.with_(noise=None)):
         numbers(config, callback=look)
-        (mask,) = masks[-1].values()
-        assert torch.equal(last[0], ~mask)
-    (noised,), (pruned,) = (masks[i].values() for i in (0, 3))
-    assert torch.equal(noised, pruned)
+        assert torch.equal(zero[-1], chosen[-1])
+    assert torch.equal(chosen[0], chosen[config.epochs])

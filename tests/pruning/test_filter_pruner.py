@@ -60,6 +60,15 @@ def test_pruned_resnet_is_one_whose_filters_are_masked_everywhere(name, training
         assert not parameter.grad[held.get(key, torch.tensor(False))].any()
 
 
+def test_only_weights_are_masked_without_norm():
+    model = network("vgg11_bn")
+    pruner = FilterPruner(model, [0.3, 0.9], "l2", "largest", norm=False)
+    before = copy.deepcopy(model.state_dict())
+    pruner.prune(1, 1)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"features.22.weight", "features.25.weight"} == set(pruner.held())
+
+
 # What `prune` takes and returns
 
 

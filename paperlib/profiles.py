@@ -202,7 +202,7 @@ PROFILES = {
             tails={"resnet18": 24},
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 4},
-            adam_widths={"resnet18": 3 / 8},
+            adam_widths={"resnet18": 1 / 2},
             seeds=0,
             flatness=Flatness(
                 62,

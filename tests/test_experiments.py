@@ -277,7 +277,7 @@ def test_what_small_is():
         expected = lengths[setting.config.epochs]
         width = 0.25 if config.model in ("vgg11_bn", "resnet18") else 1
         if (setting.config.epochs, config.model) == (325, "resnet18"):
-            expected, width = (89, (30, 84)), 0.375
+            expected, width = (89, (30, 84)), 0.5
         assert (config.epochs, config.milestones, config.width) == (*expected, width)
         assert (config.data, config.train_per_class) == ("cifar10-jpeg", 1000)
         assert (config.test_per_class, config.batch) == (None, 32)
@@ -438,7 +438,7 @@ def test_annotate():
         ("figure-2", "VGG11 Prune_S 1.7%", (1564, 313), (19_550, 2817), (6.8, 2.2)),
         ("figure-2", "VGG11 Prune_L 13%", (15_640, 2504), (30_498, 4069), (65.7, 16.4)),
         ("figure-3", "VGG11 Prune_R 90%", ("one event",) * 2, (124_338, 19_093), (460, 115)),
-        ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 11_581), (69.4, 26.0)),
+        ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 11_581), (69.4, 34.7)),
         ("figure-4", "ResNet56 Prune_S 5%", (23_460, 3756), (25_024, 3756), (3, 3)),
         ("table-F1", "ResNet18 Prune_L 35%", (293_250, 4695), (292_859, 4382), (179, 44.5)),
         ("figure-R1", "conv4 Prune_L 90%", (391, 313), (19_550, 7825), None),

@@ -623,7 +623,7 @@ MORE = np.array([71.63, 70.03, 70.08, 70.54, 71.27, *[0.0] * 5])
     [
         *[((70, 71, 72), C), ((70, 72, 71), B), ((72, 71, 70), A)],
         *[((70, 71, 71), B), ((70, 70, 70), A)],  # on a tie the lower rates
-        *[((ONE_HIGH, 70, 65), B), ((LESS, MORE, 65), A)],  # by the mean
+        *[((ONE_HIGH, 70, 65), B), ((ONE_HIGH, 65, 64), A), ((LESS, MORE, 65), A)],  # by the mean
     ],
 )
 def test_r2_chooses_dropout_on_seeds_of_its_own(choosing, best):

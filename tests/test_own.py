@@ -50,7 +50,9 @@ def test_only_the_score_differs_from_figure_2(plan):
 
 @pytest.mark.parametrize("target", ["smallest", "largest"])
 def test_a_network_of_ones_own_is_in_every_setting(target):
+    without = own.settings("smoke", model="my_pruning:small_net", seeds=1)
     plan = own.settings("smoke", "l1", target, model="my_pruning:small_net", seeds=1)
+    assert plan.setting.tolist() == [*without.setting, "yours"]
     assert {config.model for config in plan.config} == {"my_pruning:small_net"}
     assert plan.network.unique().tolist() == ["small_net"]
     assert list(plan.run) == [config.identity for config in plan.config]

@@ -242,7 +242,7 @@ def test_permutations_stay_within_rate_and_seed():
 
 
 def test_a_seed_that_lacks_a_target_is_left_out_of_permutations():
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(13)  # with which no other way to leave it out gives the same
     stability, accuracy = 99 + rng.normal(0, 1, (2, 2, 4, 3))
     accuracy[:, 1, 2] = np.nan
     accuracy[1, 0] = np.nan

@@ -34,7 +34,8 @@ def test_a_process_that_dies_is_replaced():
         pool.submit(max, 1, 2)
 
 
-@pytest.mark.parametrize(("mps", "own"), [(None, None), ("/tmp/mps", None), ("/tmp/mps", "4")])
+@pytest.mark.parametrize("mps", [None, "/tmp/mps"])
+@pytest.mark.parametrize("own", [None, "4"])
 def test_connections_to_a_gpu_shared_by_mps(monkeypatch, mps, own):
     """CUDA's default of 8 under MPS, where processes share a pool; never in place of the user's."""
     variables = {"CUDA_MPS_PIPE_DIRECTORY": mps, "CUDA_DEVICE_MAX_CONNECTIONS": own}

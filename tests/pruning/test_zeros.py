@@ -212,20 +212,21 @@ def test_a_norm_of_two_layers_is_not_zeroed_for_one():
     assert_refused("'norm'", FilterPruner, net, [0.5], layers=["a"])
 
 
-def test_training_and_evaluation_are_both_followed():
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("mode_of_norm", [True, False])
+def test_training_and_evaluation_are_both_followed(mode, mode_of_norm):
     class TwoHeads(Net):
         def forward(self, x):
             a = self.a(x)
             out = self.b(a.relu())
-            return (out, self.c(self.norm(a))) if self.training else out
+            return (out, self.c(self.norm(a))) if self.training == mode_of_norm else out
 
-    net = TwoHeads()
-    for mode in (False, True):
-        pruner = FilterPruner(net.train(mode), [0.5], layers=["a"])
-        assert net.training == mode
-        pruner.prune(1, 1)
-        assert "norm.bias" in pruner.held()
-        assert not reads(net.train(), "c")[0][:, ~pruner.masks["a"]].any()
+    net = TwoHeads().train(mode)
+    pruner = FilterPruner(net, [0.5], layers=["a"])
+    assert net.training == mode
+    pruner.prune(1, 1)
+    assert "norm.bias" in pruner.held()
+    assert not reads(net.train(mode_of_norm), "c")[0][:, ~pruner.masks["a"]].any()
 
 
 # Residual sums

@@ -87,6 +87,8 @@ def imports() -> dict[str, set[str]]:
                 for alias in node.names:
                     name = f"{node.module}.{alias.name}"
                     found[module].add(name if name in MODULES else node.module)
+            if isinstance(node, ast.Import):
+                found[module] |= MODULES.keys() & {alias.name for alias in node.names}
     return found
 
 

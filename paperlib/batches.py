@@ -91,11 +91,9 @@ class Batches:
 
     def pick(self, indices: Tensor, *augmentation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch of these images (B,), with their corners and flips if there are any."""
-        if augmentation:
-            size = self.height, self.width
-            images = crop_and_flip(self.pixels, size, indices, *augmentation)
-        else:
-            images = self.pixels.index_select(0, indices)
+        if not augmentation:
+            return self.unaugmented(indices)
+        images = crop_and_flip(self.pixels, (self.height, self.width), indices, *augmentation)
         return self._normalise(images), self.labels[indices]
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:

@@ -208,8 +208,8 @@ class Config(_Settings):
         train_per_class: Training images of a class; None for all.
         test_per_class: Test images of a class; None for all.
         model: A name of `models.MODELS`, or "package.module:function".
-        width: Factor on the number of filters.
-        dropout: As for `models.build`.
+        width: Factor on the number of filters; a function does not get it.
+        dropout: As for `models.build`; 0 for a function.
         optimizer: "adam" or "sgd".
         learning_rate: At the start.
         momentum: Of SGD.
@@ -255,6 +255,8 @@ class Config(_Settings):
         for name in ("learning_rate", "width"):
             value = getattr(self, name)
             _require(value > 0, f"{name} must be positive, got {value}")
+        function = ":" in self.model
+        _require(not (function and self.dropout), f"{self.model} takes no dropout from outside")
         schedules = self.pruning.schedules if self.pruning else ()
         last = max((epochs[-1] for epochs in schedules), default=0)
         _require(last < self.epochs, f"an event at epoch {last} of a run of {self.epochs} epochs")

@@ -15,6 +15,7 @@ from paperlib.batches import Batches
 from paperlib.config import Config, ConfigError, Flatness, WeightPruning
 from paperlib.flatness import gradient_covariance_trace, hessian_spectrum, sharpness
 from paperlib.loop import PlainLoop, batch_norms, evaluate, recalibrate
+from paperlib.loss import PROBED, Loss
 from paperlib.pruning import Pruner, WeightPruner
 
 HISTOGRAM_IMAGES = 128
@@ -121,6 +122,14 @@ def histograms(
         if moment == "trained":
             found[f"kept.{layer}"] = np.packbits(pruner.masks[layer].cpu())
     return found
+
+
+def check_flatness(model: nn.Module, test: Batches, flatness: Flatness) -> None:
+    """Raise ValueError if a network's flatness cannot be measured; its arguments are as below."""
+    loss = Loss(model, *test.first(PROBED))
+    loss.check_derivatives(order=2)
+    if flatness.eigenvalues > loss.size:
+        raise ConfigError(f"{flatness.eigenvalues} eigenvalues of {loss.size} parameters")
 
 
 def measured_flatness(

@@ -92,7 +92,7 @@ def _iterate(
             raise ConvergenceError(
                 f"{(residuals[:k] <= wanted).sum()} of {k} eigenpairs converged to {tol:g} "
                 f"after {space.products} products (largest residual "
-                f"{residuals[:k].max() / abs(values[0]):.1e}): raise tol or max_products"
+                f"{residuals[:k].max() / abs(values[0]):.1e}): a larger tol needs fewer"
             )
         if space.done < room and not converged:
             continue

@@ -179,18 +179,9 @@ class Loss:
         last, least, most = logits.shape[1] - 1, int(self.labels.min()), int(self.labels.max())
         labelled = least >= 0 and most <= last
         _require(labelled, f"labels must be within 0 and {last}, got {least} to {most}")
-        finite, size = bool(logits.isfinite().all()), float(logits.abs().max())
+        finite = bool(logits.isfinite().all())
         _require(finite, f"the logits of {self.name} are not all finite")
-        _require(
-            torch.allclose(logits, again, rtol=0, atol=1e-5 * size),
-            f"{self.name} is random in evaluation mode: two passes of the same images differ "
-            "(functional dropout needs training=self.training)",
-        )
-        _require(
-            torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size),
-            f"{self.name} mixes the images of a batch in evaluation mode: the logits of an "
-            "image depend on the others (batch norm needs track_running_stats=True)",
-        )
+        check_repeatable(self.name, logits, again, alone)
 
     def check_derivatives(self, order: int) -> None:
         """Check on two images that u.Hv = v.Hu, and derivatives against finite differences.
@@ -236,6 +227,28 @@ class Loss:
                 "part may run without gradients (torch.no_grad, detach). Parameters that are no "
                 "coordinates belong in `held`",
             )
+
+
+def check_repeatable(name: str, logits: Tensor, again: Tensor, alone: Tensor) -> None:
+    """Raise ValueError unless a network's logits in evaluation mode depend on their image alone.
+
+    Args:
+        name: The network's name.
+        logits: (N, classes), of one pass.
+        again: (N, classes), of a second pass of the same images.
+        alone: (2, classes), of a pass of the first two.
+    """
+    size = float(logits.abs().max())
+    _require(
+        torch.allclose(logits, again, rtol=0, atol=1e-5 * size),
+        f"{name} is random in evaluation mode: two passes of the same images differ "
+        "(functional dropout needs training=self.training)",
+    )
+    _require(
+        torch.allclose(logits[:2], alone, rtol=0, atol=1e-3 * size),
+        f"{name} mixes the images of a batch in evaluation mode: the logits of an "
+        "image depend on the others (batch norm needs track_running_stats=True)",
+    )
 
 
 def _require(valid: bool, message: str) -> None:

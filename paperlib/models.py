@@ -8,7 +8,6 @@ papers (arXiv 1906.03728 and, for `conv4`, arXiv 1805.01930). Images are (N, C, 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 POOL = "M"
 VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
-VGG19 = (64, 64, POOL, 128, 128, POOL, *[256] * 4, POOL, *[512] * 4, POOL, *[512] * 4, POOL)
 
 Dropout = tuple[float, float]  # rates after each pool and after a dense layer
 
@@ -161,24 +159,6 @@ def vgg11_bn(num_classes: int, in_channels: int, width: float, dropout: Dropout)
     return nn.Sequential(OrderedDict(features=features, classifier=classifier))
 
 
-def vgg19_bn(num_classes: int, in_channels: int, width: float, dropout: Dropout) -> nn.Module:
-    """Return VGG19 with torchvision's names and initialisation, so torchvision's weights load."""
-    features = _convolutions(VGG19, in_channels, width)
-    _draw_by_fan_out(features)
-    features.extend([nn.AdaptiveAvgPool2d(7), nn.Flatten()])
-    sizes = scaled(512, width) * 49, scaled(4096, width), scaled(4096, width), num_classes
-    first, second, last = (nn.Linear(a, b) for a, b in pairwise(sizes))
-    for dense in (first, second, last):
-        nn.init.normal_(dense.weight, 0, 0.01)
-        nn.init.zeros_(dense.bias)
-    classifier = nn.Sequential(
-        *(first, nn.ReLU(inplace=True), nn.Dropout(dropout[1])),
-        *(second, nn.ReLU(inplace=True), nn.Dropout(dropout[1])),
-        last,
-    )
-    return nn.Sequential(OrderedDict(features=features, classifier=classifier))
-
-
 def _convolutions(layout: Sequence, in_channels: int, width: float) -> nn.Sequential:
     """Return 3x3 convolutions with bias, batch norm and ReLU, and max pools between them."""
     layers: list[nn.Module] = []
@@ -232,7 +212,6 @@ def resnet(
 MODELS: dict[str, Callable[[int, int, float, Dropout], nn.Module]] = {
     "conv4": conv4,
     "vgg11_bn": vgg11_bn,
-    "vgg19_bn": vgg19_bn,
     "resnet18": partial(resnet, 2, (64, 128, 256, 512), True),
     "resnet20": partial(resnet, 3, (16, 32, 64), False),
     "resnet56": partial(resnet, 9, (16, 32, 64), False),
@@ -254,9 +233,8 @@ def build(
         in_channels: The number of channels of an image.
         width: The factor on the filters of every layer, and on the units of dense layers but the
             last. Positive.
-        dropout: The rate, in [0, 1): before the last dense layer, in `vgg19_bn` before the second
-            one, too, in `conv4` also after each pool. `conv4` alone takes a pair: the rates after
-            each pool and after the first dense layer.
+        dropout: The rate, in [0, 1): before the last dense layer, in `conv4` also after each pool.
+            `conv4` alone takes a pair: the rates after each pool and after the first dense layer.
 
     Raises:
         ValueError: A value is outside its range.
@@ -271,21 +249,3 @@ def build(
     if rates[0] != rates[1] and name != "conv4":
         raise ValueError(f"a pair of dropout rates is for conv4, and {name} got {dropout!r}")
     return MODELS[name](num_classes, in_channels, width, rates)
-
-
-def pretrained_vgg19_bn() -> nn.Module:
-    """Return `vgg19_bn` with torchvision's ImageNet weights, which are downloaded.
-
-    Raises:
-        RuntimeError: The weights cannot be downloaded; the message names their address.
-    """
-    from torchvision.models import VGG19_BN_Weights
-
-    weights = VGG19_BN_Weights.IMAGENET1K_V1
-    try:
-        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except OSError as error:
-        raise RuntimeError(f"cannot download {weights.url}: {error}") from error
-    model = build("vgg19_bn", num_classes=1000)
-    model.load_state_dict(state)
-    return model

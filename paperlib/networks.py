@@ -14,6 +14,7 @@ from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
 from paperlib.diagnostics import HISTOGRAM_IMAGES, normalised_outputs
 from paperlib.loop import logits_of
+from paperlib.loss import check_repeatable
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, Pruner, WeightPruner
 from paperlib.runs import RunRecord
@@ -57,6 +58,22 @@ def make_pruner(config: Config, model: nn.Module) -> Pruner:
     return FilterNoise(model, pruner, config.noise.kind, config.noise.passes, torch.Generator())
 
 
+def try_pruner(config: Config) -> None:
+    """Make a run's network and pruner, and prune once if the score is the user's own function.
+
+    Raises:
+        ValueError: A name is unknown, or the run's layers cannot be pruned.
+        Exception: Of any kind, from the user's code.
+    """
+    model = build(config)
+    pruner = make_pruner(config, model)
+    if isinstance(config.pruning, FilterPruning) and ":" in config.pruning.score:
+        with seeded(config.seed, "check"):
+            for parameter in model.parameters():  # as after a training batch
+                parameter.grad = torch.randn_like(parameter)
+        getattr(pruner, "pruner", pruner).prune(1, 1)
+
+
 def events_of(pruning: FilterPruning | WeightPruning | None) -> dict[int, tuple]:
     """Return by epoch the event and the number of events, in the form that pruners take."""
     if pruning is None:
@@ -84,7 +101,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def check_images(
     config: Config, shape: tuple[int, int, int], classes: int, device: torch.device
 ) -> None:
-    """Check that a run's network takes images of this shape and returns logits.
+    """Check that a run's network takes images of this shape and returns logits of each alone.
 
     Args:
         config: The run's configuration.
@@ -94,7 +111,7 @@ def check_images(
 
     Raises:
         ValueError: The network does not take these images, or its logits are not
-            (images, classes).
+            (images, classes), or are random, or depend on the other images of a batch.
     """
     channels, height, width = shape
     model = build(config, classes, channels).to(device).eval()
@@ -116,6 +133,11 @@ def check_images(
             f"{config.model} cannot take images of {width}x{height} in {config.data!r} ({error}); "
             f"of these sizes it takes {', '.join(fitting) or 'none'}"
         ) from error
+    with torch.no_grad(), seeded(config.seed, "check"):
+        images = torch.randn(4, *shape, device=device)
+        passes = [logits_of(model(x), len(x)) for x in (images, images, images[:2])]
+    if passes[0].isfinite().all():  # else its loss will show it
+        check_repeatable(config.model, *passes)
 
 
 def initial_network(record: RunRecord) -> nn.Module:
@@ -161,12 +183,20 @@ def imagenet_outputs(config: Config) -> dict[str, np.ndarray]:
         The histograms by name: "untrained", and "trained" with torchvision's ImageNet weights.
 
     Raises:
-        RuntimeError: The weights cannot be downloaded.
+        RuntimeError: The weights cannot be downloaded; the message names their address.
     """
-    trained, dataset = models.pretrained_vgg19_bn(), data.load(config.data)
+    from torchvision.models import VGG19_BN_Weights, vgg19_bn
+
+    with seeded(config.seed, "weights"):
+        untrained, trained = vgg19_bn(), vgg19_bn()
+    weights = VGG19_BN_Weights.IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise RuntimeError(f"cannot download {weights.url}: {error}") from error
+    trained.load_state_dict(state)
+    dataset = data.load(config.data)
     images, mean, std = dataset.train_images, dataset.mean, dataset.std
     first, _ = Batches(images, dataset.train_labels, mean, std, "cpu").first(HISTOGRAM_IMAGES)
-    with seeded(config.seed, "weights"):
-        untrained = models.build("vgg19_bn", num_classes=1000)
     networks = {"untrained": untrained, "trained": trained}
     return {name: normalised_outputs(network, first) for name, network in networks.items()}

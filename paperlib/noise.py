@@ -96,6 +96,8 @@ class FilterNoise(Pruner):
         for name, layer in pruner.layers.items():
             if layer.conv not in modules:
                 raise PruningError(f"the pruner is of another network: it prunes {name!r} of that")
+            if kind == "gaussian" and layer.conv.weight[0].numel() == 1:
+                raise PruningError(f"a filter of {name!r} is one weight, which has no deviation")
             if kind == "restored" and layer.leak:
                 raise PruningError(f"filters of {name!r} cannot be set to zero: {layer.leak}")
         self.pruner, self.kind, self.passes, self.generator = pruner, kind, passes, generator
@@ -144,25 +146,19 @@ class FilterNoise(Pruner):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a `state_dict`; only weights of removed filters are changed: set to zero."""
-        restored = self.kind == "restored"
-        names = {
-            layer: {
-                key: f"noise.{key}.{layer}"
-                for key in ("passes", "filters", *(self._tensors(layer) if restored else ()))
-            }
-            for layer in self.masks
-        }
-        spans = {layer: keys for layer, keys in names.items() if state.keys() & keys.values()}
-        needed = {"noise.removed"}.union(*(keys.values() for keys in spans.values()))
-        if missing := sorted(needed - state.keys()):
-            raise PruningError(f"the state of this noise lacks {', '.join(map(repr, missing))}")
-        removed = bool(state["noise.removed"])
-        (self.pruner.load_state_dict if removed else self.pruner.load_masks)(state)
-        self.removed, self._spans = removed, {}
-        for layer, keys in spans.items() if not removed else ():
-            device = self.masks[layer].device
-            span = {key: state[name].clone().to(device) for key, name in keys.items()}
-            self._spans[layer] = span | {"passes": span["passes"].cpu()}
+        spans: dict[str, Span] = {}
+        for layer, mask in self.masks.items():
+            restored = self._tensors(layer) if self.kind == "restored" else ()
+            names = {key: f"noise.{key}.{layer}" for key in ("passes", "filters", *restored)}
+            missing = [name for name in ("noise.removed", *names.values()) if name not in state]
+            if not missing:
+                span = {key: state[name].clone().to(mask.device) for key, name in names.items()}
+                spans[layer] = span | {"passes": span["passes"].cpu()}
+            elif missing != list(names.values()):  # the layer has no noise
+                raise PruningError(f"the state of this noise lacks {', '.join(map(repr, missing))}")
+        self.removed = bool(state["noise.removed"])
+        (self.pruner.load_state_dict if self.removed else self.pruner.load_masks)(state)
+        self._spans = {} if self.removed else spans
 
     @property
     def due(self) -> bool:

@@ -43,7 +43,8 @@ def settings(
             name of `pruning.SCORES`. Its events are those of Prune_L. None leaves this setting out.
         target: The filters that are pruned, by the score's values: "smallest" or "largest".
         model: "module:function" of a network, or a name of `models.MODELS`, in place of VGG11. The
-            last four convolutions that can be pruned are pruned.
+            last four convolutions that can be pruned are pruned. Its training, and the width of a
+            named one, are those of VGG11 at this profile.
         data: A data set in place of the profile's.
         seeds: The number of seeds, in place of the profile's.
 

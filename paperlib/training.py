@@ -14,19 +14,20 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from paperlib import data, diagnostics, inputs, models
+from paperlib import data, diagnostics, inputs, models, networks
 from paperlib.batches import Batches
-from paperlib.config import Config, ConfigError
+from paperlib.config import Config
 from paperlib.devices import autocast, choose_device, full_float32, memory_format, one_at_a_time
 from paperlib.diagnostics import Arrays, Callback, Moment
 from paperlib.extras.fast import loops
+from paperlib.lanczos import ConvergenceError
 from paperlib.loop import PlainLoop, Totals, finish
 from paperlib.networks import build, check_images, events_of, make_optimizer, make_pruner
-from paperlib.networks import imagenet_outputs as imagenet_outputs
 from paperlib.noise import FilterNoise
 from paperlib.papers.noise_spans import steps as steps_of
 from paperlib.pruning import Pruner
@@ -80,6 +81,8 @@ def run(
     if record := inputs.finished(config, store):
         return record
     where = choose_device(device)
+    with one_at_a_time:
+        networks.try_pruner(config)  # a sweep does so before all its runs
     with computing(config, loops.new_stream(where)):
         return finish(steps(config, store, where, callback, wait, captured=fast))
 
@@ -192,14 +195,14 @@ class Run:
         self.loop = make_loop(config, self.model, self.optimizer, self.pruner, device, captured)
         self.events = events_of(config.pruning)
         self.evaluation_batch = evaluation_batch(device)
-        self._check_sizes()
+        self._check_measures()
 
-    def _check_sizes(self) -> None:
-        """Refuse more eigenvalues than parameters; warn of noise computed for other images."""
-        config, size = self.config, sum(p.numel() for p in self.model.parameters())
-        if config.flatness and config.flatness.eigenvalues > size:
-            wanted = config.flatness.eigenvalues
-            raise ConfigError(f"{wanted} eigenvalues of a network of {size} parameters")
+    def _check_measures(self) -> None:
+        """Refuse flatness that cannot be measured; warn of noise computed for other images."""
+        config = self.config
+        if config.flatness:
+            with self.pruner.by_hand():
+                diagnostics.check_flatness(self.model, self.test, config.flatness)
         if config.noise and steps_of(config) != len(self.train):
             warnings.warn(
                 f"{config.title}: Figures 5 and D2 compute how long noise lasts for "
@@ -350,7 +353,8 @@ class Run:
 
     def _note_histograms(self, moment: str) -> None:
         parts = self.model, self.pruner, self.train
-        self.arrays |= diagnostics.histograms(self.config, moment, *parts)
+        with seeded(self.config.seed, f"histograms {moment}"):
+            self.arrays |= diagnostics.histograms(self.config, moment, *parts)
 
     def _measured(self, epoch: int, row: Row) -> Arrays:
         """Return the arrays of the flatness measures and of the callback at the end of an epoch."""
@@ -358,12 +362,19 @@ class Run:
         with self.pruner.by_hand():
             if config.flatness is not None and epoch == config.flatness.epoch:
                 held = self.pruner.held()
-                arrays |= diagnostics.measured_flatness(
-                    self.model, self.test, config.flatness, held
-                )
+                try:
+                    arrays |= diagnostics.measured_flatness(
+                        self.model, self.test, config.flatness, held
+                    )
+                except (ValueError, ConvergenceError) as error:
+                    message = f"flatness of {config.title} at epoch {epoch}: {error}"
+                    raise TrainingError(message) from error
             if self.callback is not None:
                 moment = Moment(epoch, row, self.model, self.pruner, self.test, config)
                 arrays |= self.callback(moment) or {}
+        for name, array in arrays.items():
+            if np.asarray(array).dtype.hasobject:
+                raise TrainingError(f"array {name!r} of {config.title} holds objects, not numbers")
         return arrays
 
 

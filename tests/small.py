@@ -104,12 +104,32 @@ def logits_in_a_pair(num_classes, in_channels):
     return Tiny(num_classes, in_channels, wrap=lambda out: (out, out))
 
 
+def tiny(num_classes, in_channels):
+    return Tiny(num_classes, in_channels)
+
+
+def random_in_evaluation(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=F.dropout)
+
+
+def mixes_images(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=lambda out: out - out.mean(0))
+
+
+def detached(num_classes, in_channels):
+    return Tiny(num_classes, in_channels, wrap=torch.detach)
+
+
 def eight_outputs(num_classes, in_channels):
     return Tiny(num_classes, in_channels, wrap=lambda out: out[:, :8])
 
 
 def largest_weight(conv: nn.Conv2d) -> torch.Tensor:
     return conv.weight.flatten(1).amax(1)
+
+
+def broken_score(conv: nn.Conv2d) -> torch.Tensor:
+    raise KeyError("broken score")
 
 
 class Chain(nn.Sequential):

@@ -22,7 +22,6 @@ NETWORKS = {
     "resnet18": 0.125,
     "resnet20": 0.5,
     "resnet56": 0.5,
-    "vgg19_bn": 1 / 32,
 }
 
 

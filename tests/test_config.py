@@ -200,6 +200,7 @@ def test_the_rate_is_that_of_the_layer_that_loses_most():
         (lambda: Flatness(0, step=0.5), "step .* 0.4, got 0.5"),
         (lambda: Config(optimizer="lion"), "unknown optimizer 'lion': one of adam, sgd"),
         (lambda: Config(precision="float16"), "'float16': one of float32, bfloat16"),
+        (lambda: Config(model="m:f", dropout=0.5), "m:f takes no dropout"),
         (lambda: Config(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: Config(batch=0), "batch must be at least 1, got 0"),
         (lambda: Config(learning_rate=0), "learning_rate must be positive"),

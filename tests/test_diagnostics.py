@@ -15,7 +15,8 @@ from paperlib import diagnostics, training
 from paperlib.batches import Batches
 from paperlib.config import ConfigError, FilterPruning, Flatness, Noise
 from paperlib.loop import PlainLoop
-from paperlib.training import build, run
+from paperlib.runs import Store
+from paperlib.training import TrainingError, build, run
 
 
 def test_histograms_of_batch_norms():
@@ -183,12 +184,39 @@ def test_recalibration_mixes_classes():
 
 
 def test_what_cannot_be_measured_is_refused_before_training():
-    """Histograms without batch norm, and more eigenvalues than parameters."""
+    """Histograms without batch norm, too many eigenvalues, and a loss without derivatives."""
     conv4 = VGG.with_(model="conv4", histograms=True, width=1 / 16)
     many = VGG.with_(flatness=Flatness(0, eigenvalues=10**9))
     for config, named in ((conv4, "BatchNorm2d"), (many, "1000000000")):
         with pytest.raises(ConfigError, match=named):
             run(config, device="cpu", callback=lambda moment: pytest.fail("it has trained"))
+    detached = VGG.with_(model="small:detached", flatness=Flatness(0, eigenvalues=10))
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        run(detached, device="cpu", callback=lambda moment: pytest.fail("it has trained"))
+
+
+def test_flatness_that_fails_later_is_the_failure_of_the_run(tmp_path):
+    held = VGG.with_(pruning=FilterPruning((0.9,), scratch=True, layers=("conv",)))
+    few = held.with_(model="small:tiny", flatness=Flatness(1, eigenvalues=200, directions=1))
+    store = Store(tmp_path)
+    with pytest.raises(TrainingError, match=f"{few.identity}.* at epoch 1.*free parameters"):
+        run(few, store, "cpu")
+    assert "epoch 1" in store.failure(few.identity)
+
+
+def test_histograms_draw_dropout_from_a_stream_of_their_own():
+    config = VGG.with_(model="small:Plus", histograms=True, epochs=1)
+    arrays = []
+    for chance in (1, 2):
+        torch.manual_seed(chance)
+        arrays.append(run(config, device="cpu").arrays)
+    for name in ("untrained", "trained"):
+        assert np.array_equal(*(of[name] for of in arrays))
+
+
+def test_an_array_of_objects_is_refused():
+    with pytest.raises(TrainingError, match=r"'odd'.* holds objects"):
+        run(VGG, device="cpu", callback=lambda moment: {"odd": np.array([None, 1])})
 
 
 def test_the_last_eight_norms():

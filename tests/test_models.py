@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from paperlib.models import build
 
 torch.set_num_threads(1)
 
-NARROW = {"conv4": 1 / 8, "vgg11_bn": 1 / 16, "vgg19_bn": 1 / 64, "resnet18": 1 / 16}
+NARROW = {"conv4": 1 / 8, "vgg11_bn": 1 / 16, "resnet18": 1 / 16}
 NAMES = [*NARROW, "resnet20", "resnet56"]
 RESNETS = {"resnet18": (8, 4), "resnet20": (9, 8), "resnet56": (27, 8)}  # blocks, last pixels
 
@@ -93,20 +92,6 @@ def test_resnet_by_hand(name):
     assert (len(model.blocks), out.shape[2:]) == (blocks, (size, size))
     pooled = F.avg_pool2d(out, size).flatten(1)
     assert torch.allclose(model(x), F.linear(pooled, model.fc.weight, model.fc.bias), atol=1e-5)
-
-
-def test_vgg19_is_torchvisions():
-    with torch.device("meta"):
-        models = build("vgg19_bn", num_classes=1000), torchvision.models.vgg19_bn()
-    ours, theirs = ([(k, v.shape) for k, v in m.state_dict().items()] for m in models)
-    assert ours == theirs
-    ours = narrow("vgg19_bn").eval()
-    filters = ["M" if n == "M" else n // 64 for n in torchvision.models.vgg.cfgs["E"]]
-    features = torchvision.models.vgg.make_layers(filters, batch_norm=True).eval()
-    features.load_state_dict(ours.features.state_dict())
-    images = torch.randn(2, 3, 64, 64)
-    pooled = F.adaptive_avg_pool2d(features(images), 7)
-    assert torch.allclose(ours(images), ours.classifier(pooled.flatten(1)), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_restored_noise_needs_zeros_that_can_be_followed():
 
 
 def test_noise_that_cannot_be():
-    model = network()
+    model, tiny = network(), nn.Sequential(nn.Conv2d(1, 4, 1))
     pruner = FilterPruner(model, FRACTIONS, norm=False)
     for message, arguments in {
         r"'rain'.*zeroing, gaussian, restored": (model, pruner, "rain", 1),
@@ -232,6 +232,7 @@ def test_noise_that_cannot_be():
         "norm=False": (model, FilterPruner(model, FRACTIONS), "zeroing", 1),
         "WeightPruner": (model, WeightPruner(model, "0", 0.5), "zeroing", 1),
         "another network.*'0'": (network(), pruner, "zeroing", 1),
+        "'0' is one weight": (tiny, FilterPruner(tiny, [0.5], norm=False), "gaussian", 1),
     }.items():
         with pytest.raises(PruningError, match=message):
             FilterNoise(*arguments)

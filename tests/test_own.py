@@ -67,7 +67,7 @@ WRONG = [("target", "small"), ("target", "random"), ("data", "imagenet"), ("data
     ("name", "wrong"), [*WRONG, ("model", "VGG11"), ("score", "my_pruning.unlike")]
 )
 def test_unknown_names_are_refused(name, wrong):
-    valid = {"target": "largest", "data": "digits", "model": "vgg19_bn", "score": "l1"}
+    valid = {"target": "largest", "data": "digits", "model": "resnet18", "score": "l1"}
     own.settings("smoke", **valid)
     with pytest.raises(ValueError, match=wrong) as error:
         own.settings("smoke", **valid | {name: wrong})

@@ -1,12 +1,13 @@
 """The interface of a pruner, and the pruner of whole filters (arXiv 1906.03728)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paperlib.devices import switched
 from paperlib.pruning.layers import (
     PrunableLayer,
     PruningError,
@@ -107,15 +108,9 @@ class Pruner:
     def before_pass(self, training: bool) -> None:
         """Prepare a forward pass, in training mode or not; called once before each."""
 
-    @contextmanager
-    def by_hand(self) -> Iterator[None]:
-        """Leave `before_pass` to the caller within this context."""
-        hook = self._hook or PassHook(self.before_pass)
-        before, hook.on = hook.on, False
-        try:
-            yield
-        finally:
-            hook.on = before
+    def by_hand(self) -> AbstractContextManager:
+        """Return a context in which `before_pass` is left to the caller."""
+        return switched(self._hook, on=False) if self._hook else nullcontext()
 
     def unhook(self) -> None:
         """Leave `before_pass` to the caller from now on."""

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from paperlib.config import Config, FilterPruning
+from paperlib.config import Config
 from paperlib.runs import RunRecord, Store, StoreError
 from paperlib.store import checkpoints
 from paperlib.store.checkpoints import Stopped
@@ -169,22 +169,13 @@ def _names(config: Config) -> bool:
 
 
 def _first_error(configs: Sequence[Config]) -> str | None:
-    """Build each run's network, and prune it once if the score is the user's."""
-    import torch
-
+    """Return the first error of these runs' networks and pruners, or None."""
     from paperlib.extras.fast.together import is_fatal
-    from paperlib.networks import build, make_pruner
-    from paperlib.streams import seeded
+    from paperlib.networks import try_pruner
 
     for config in configs:
         try:
-            model = build(config)
-            pruner = make_pruner(config, model)
-            if isinstance(config.pruning, FilterPruning) and ":" in config.pruning.score:
-                with seeded(config.seed, "check"):
-                    for parameter in model.parameters():  # as after a training batch
-                        parameter.grad = torch.randn_like(parameter)
-                getattr(pruner, "pruner", pruner).prune(1, 1)
+            try_pruner(config)
         except Exception as error:  # of any kind: the user's code runs
             if is_fatal(error):
                 raise workers.WorkerDied(str(error)) from error

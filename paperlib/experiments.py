@@ -172,6 +172,8 @@ class Loaded:
         seeds = " to ".join(str(count) for count in sorted({counts.min(), counts.max()}))
         data = ", ".join(dict.fromkeys(config.data for config in self.plan.config))
         parts = [f"{self.scale.profile}: {data}, {seeds} {'seed' if seeds == '1' else 'seeds'}"]
+        if self.scale.precision:
+            parts.append(self.scale.precision)
         if not self.complete:
             parts.append(f"{len(self.runs)} of {len(self.plan)} runs")
         if self.scale.networks:

@@ -1,4 +1,4 @@
-"""Widgets to look at runs: any two measures of a network at a profile, and a run's history.
+"""Widgets to look at runs: any two measures of a figure's network, and a run's history.
 
 The picture is an image in a widget. The kernel draws nothing into the page.
 """
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from paperlib import experiments, plots
 from paperlib.runs import Store
 
+PLACE = ["profile", "figure", "network"]
 MOST_NAMES = 10  # settings in a legend; with more, the legend has methods
 
 
@@ -29,23 +30,27 @@ def frames(
         store: The store; None for the default one.
 
     Returns:
-        (epochs, runs), each with the columns of `experiments.plan` and profile. If flatness was
+        (epochs, runs), each with the columns of `experiments.plan`, profile and figure. Figures of
+        one run are left out, and of those in one notebook all but the first. If flatness was
         measured in any run, runs has its measures, too.
     """
     store, plans = store or Store(), []
-    for profile, name in itertools.product(profiles, experiments.FIGURES):
+    names: dict[str, str] = {}
+    for name, figure in experiments.FIGURES.items():
+        names.setdefault(figure.notebook, name)
+    for profile, name in itertools.product(profiles, names.values()):
         plan = experiments.plan(name, profile)
         complete = plan.network.isin(experiments.complete_networks(plan, store))
-        plans.append(plan[complete].assign(profile=profile))
-    plan = pd.concat(plans, ignore_index=True).drop_duplicates(["profile", "run"])
-    return experiments.frames(plan, store)
+        if complete.sum() != 1:
+            plans.append(plan[complete].assign(profile=profile, figure=name))
+    return experiments.frames(pd.concat(plans, ignore_index=True), store)
 
 
 class Explorer(widgets.VBox):
     """A scatter of two measures that are chosen, and the history of the run that is chosen.
 
     Attributes:
-        place: The choice of a (profile, network). All choices have a `value`.
+        place: The choice of a (profile, figure, network). All choices have a `value`.
         x: The choice of the measure on the x axis.
         y: The choice of the measure on the y axis.
         run: The choice of a run.
@@ -56,8 +61,8 @@ class Explorer(widgets.VBox):
     def __init__(self, epochs: pd.DataFrame, runs: pd.DataFrame) -> None:
         """Show the runs of `frames`, or say that there are none."""
         self._epochs, self._runs = epochs, runs
-        places = runs[["profile", "network"]].drop_duplicates().itertuples(index=False)
-        options = [(f"{p.network}, {p.profile}", tuple(p)) for p in places]
+        places = runs[PLACE].drop_duplicates().itertuples(index=False)
+        options = [(f"{p.figure}, {p.network}, {p.profile}", tuple(p)) for p in places]
         measured = [c for c in plots.NAMES if c in runs and runs[c].nunique() > 1]
         self.place = widgets.Dropdown(options=options, description="runs of")
         self.x = widgets.Dropdown(options=measured, description="x")
@@ -75,9 +80,9 @@ class Explorer(widgets.VBox):
 
     @property
     def shown(self) -> pd.DataFrame:
-        """The runs of the chosen network and profile."""
-        profile, network = self.place.value or ("", "")
-        return self._runs[(self._runs.profile == profile) & (self._runs.network == network)]
+        """The runs of the chosen profile, figure and network."""
+        place = pd.Series(self.place.value or ("", "", ""), PLACE)
+        return self._runs[(self._runs[PLACE] == place).all(axis=1)]
 
     def _narrow(self, change: object = None) -> None:
         """Offer the runs of another place."""
@@ -92,14 +97,16 @@ class Explorer(widgets.VBox):
         figure = Figure(figsize=(8.6, 3.1), layout="constrained")
         left, right = figure.subplots(1, 2)
         by = "label" if shown.label.nunique() <= MOST_NAMES else "method"
-        for label, look in plots.looks(shown, by).items():
+        in_order = shown.sort_values("method", key=lambda m: m.map(list(plots.PALETTE).index))
+        for label, look in plots.looks(in_order, by).items():
             group = shown[shown[by] == label]
             plots.dots(left, group[x], group[y], look, label)
         left.scatter(chosen[x], chosen[y], s=90, facecolor="none", edgecolor="black")
-        left.set(xlabel=plots.NAMES[x], ylabel=plots.NAMES[y])
+        left.set(xlabel=plots.NAMES[x], ylabel=plots.NAMES[y], title=self.place.label)
         left.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        history = self._epochs[self._epochs.run == chosen.run]
-        if (history.removed > 0).any():
+        same = ["run", *PLACE]
+        history = self._epochs[(self._epochs[same] == chosen[same]).all(axis=1)]
+        if chosen.events:
             plots.events(right, history, plots.PALETTE[chosen.method])
         else:
             plots.dynamics(right, history, start=0)

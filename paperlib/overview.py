@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -34,7 +35,8 @@ class Judged:
     def stamp(self) -> str:
         """One line for a figure's face."""
         complete = sum(claim.done == claim.registered for claim in self.claims)
-        return f"{self.scale.profile}: {complete} of {len(self.claims)} claims have all their runs"
+        scale = ", ".join(filter(None, [self.scale.profile, self.scale.data, self.scale.precision]))
+        return f"{scale}: {complete} of {len(self.claims)} claims have all their runs"
 
     @property
     def contrasts(self) -> pd.DataFrame:
@@ -119,12 +121,20 @@ def write(scale: experiments.Scale, judged: Iterable[Claim]) -> None:
         (ROOT / name).write_text(page(name, overview))
 
 
-def figures() -> str:
-    """Return all figures as a Markdown list of links, in the papers' order."""
-    titles: dict[str, list[str]] = {}
+def figures(profile: str = "auto", **change: Any) -> str:
+    """Return all figures in Markdown, in the papers' order: link, profile and content.
+
+    Args:
+        profile: As for `experiments.resolve`.
+        change: As for `experiments.resolve`.
+    """
+    shown: dict[str, list[str]] = {}
     for figure in experiments.FIGURES.values():
-        titles.setdefault(figure.notebook, []).append(figure.title)
-    return "\n".join(
-        f"- [{notebook.partition('/')[2]}]({notebook}.ipynb): {'; '.join(names)}"
-        for notebook, names in titles.items()
-    )
+        scale = experiments.resolve(figure.name, profile, **change)
+        only = f" ({', '.join(scale.networks)})" if scale.networks else ""
+        shown.setdefault(figure.notebook, [f"{scale.profile}{only}"]).append(figure.title)
+    lines = ["| figure | drawn at | content |", "| --- | --- | --- |"]
+    for notebook, (at, *titles) in shown.items():
+        link = f"[{notebook.partition('/')[2]}]({notebook}.ipynb)"
+        lines.append(f"| {link} | {at} | {'; '.join(titles)} |")
+    return "\n".join(lines)

@@ -47,6 +47,7 @@ def run_frame() -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows)
     less, noise = 0.4 * frame.less + 0.1 * chance(len(rows)), 0.2 * chance(len(rows) + 1)[1:]
+    frame["run"] = frame[["network", "label", "seed"]].astype(str).agg(" ".join, axis=1)
     return frame.assign(mean_stability=100 - less, best_accuracy=84 + less + noise, gap=16 - less)
 
 
@@ -56,7 +57,7 @@ def epoch_frame(runs: pd.DataFrame) -> pd.DataFrame:
     pre = frame.best_accuracy - 30 * np.exp(-frame.epoch / 2) + 0.2 * chance(len(frame))
     event = (frame.epoch % 3 == 2) & (frame.method != "No Pruning")
     drop = (100 - frame.mean_stability) * event * np.where(frame.epoch == 5, 3, 1)
-    return frame.assign(pre=pre, post=pre - drop, removed=4 * event)
+    return frame.assign(pre=pre, post=pre - drop, removed=4 * event, trained=True)
 
 
 def method_frame(column: str, values: tuple[float, ...]) -> pd.DataFrame:
@@ -214,9 +215,13 @@ def test_epochs_count_from_1_and_a_band_needs_three_seeds():
     assert areas == [len(METHODS), 0]
 
 
-def test_the_tradeoff_leaves_no_pruning_out_of_its_scatter():
+def test_the_tradeoff_has_no_pruning_as_a_line():
     left, right, *_ = plots.tradeoff(BY_EPOCH, RUNS).axes
     assert "n = 9" in left.get_title()
+    unpruned = VGG[VGG.method == "No Pruning"].best_accuracy.mean()
+    assert [*left.lines[0].get_ydata()] == pytest.approx([unpruned] * 2)
+    low, high = left.get_ylim()
+    assert low < unpruned < high
     stability = VGG[VGG.label == "Prune_L 13%"].mean_stability.mean()
     last = right.get_legend().get_texts()[-1].get_text()
     assert last == f"Prune_L 13% ({stability:.1f}%)"
@@ -244,6 +249,24 @@ def test_the_event_marked_is_the_least_stable():
     assert ring.tolist() == [[6, worst.post]]
 
 
+def test_events_are_those_of_one_run_in_training():
+    with pytest.raises(ValueError, match="VGG11 Prune_L 13% 1"):
+        plots.events(one(), LARGE, "red")
+    scratch = LARGE[LARGE.seed == 0].assign(trained=False)
+    with pytest.raises(ValueError, match="without pruning events"):
+        plots.events(one(), scratch, "red")
+
+
+def test_a_scatter_gives_r_of_networks_with_events_apart():
+    runs = VGG.assign(events=(VGG.method != "No Pruning").astype(int))
+    among = runs[runs.events > 0]
+    r = np.corrcoef(among.mean_stability, among.best_accuracy)[0, 1]
+    plots.scatter(ax := one(), runs, "mean_stability", "best_accuracy", plots.looks(runs))
+    assert f"r = {r:.2f}, n = {len(among)}" in ax.get_title().splitlines()[-1]
+    plots.scatter(ax := one(), among, "mean_stability", "best_accuracy", plots.looks(runs))
+    assert len(ax.get_title().splitlines()) == 1
+
+
 def test_runs_at_0_belong_to_every_line():
     plots.by_fraction(ax := one(), BY_FRACTION, "best_accuracy")
     assert [line.get_label() for line in ax.lines] == ["Prune_S", "Prune_R", "Prune_L"]
@@ -259,11 +282,11 @@ def test_runs_at_0_belong_to_every_line():
     assert left > 100 > 2 > right  # more removed is further right
 
 
-def test_magnitudes_are_percent_of_what_was_there():
+def test_magnitudes_are_percent_of_the_weights_left():
     plots.magnitudes([ax := one()], EDGES, {"Prune_L": COUNTS})
     for moment, outline in zip(COUNTS, ax.patches, strict=False):
         values, edges, _ = outline.get_data()
-        assert values == pytest.approx(100 * COUNTS[moment] / HUMP.sum())
+        assert values == pytest.approx(100 * COUNTS[moment] / COUNTS[moment].sum())
         assert np.array_equal(edges, EDGES)
 
 

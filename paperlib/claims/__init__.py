@@ -19,7 +19,7 @@ tested, and `verdicts` has the rules for their verdicts. Imports no torch.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from paperlib.runs import Store
 CLAIMS = {rule.name: rule for rule in (*tradeoff_2020.RULES, *regularization_2018.RULES)}
 SUMMARY = ["run", "accuracy", "best_accuracy", "mean_stability", "parameters", "device"]
 FLATNESS = ["run", "curvature", "noise", "delta_w", "train_loss"]
+NAMED = 2  # gate failures in a claim's note
 # The failure note of a run whose loss was not finite matches this.
 NOT_FINITE = re.compile(r"loss of .* is (nan|inf|-inf) at epoch")
 # Columns of a contrast in frames and JSON.
@@ -119,14 +120,20 @@ def _flatness(runs: Iterable[str], store: Store) -> pd.DataFrame:
 
 
 def to_frame(claims: Iterable[Claim]) -> pd.DataFrame:
-    """Return one row a contrast; for each claim that has none, one with the gates that fail."""
+    """Return one row a contrast; for each claim that has none, one with gates that fail."""
     rows = []
     for claim in claims:
         about = {"claim": claim.name, "verdict": claim.verdict, "runs": claim.n}
         contrasts = [_row(contrast) for contrast in claim.contrasts]
-        contrasts = contrasts or [{"note": "; ".join(claim.failures) or None}]
+        contrasts = contrasts or [{"note": _shortened(claim.failures)}]
         rows += [about | {"power": claim.power} | contrast for contrast in contrasts]
     return pd.DataFrame(rows, columns=["claim", "verdict", "runs", "power", *ROW])
+
+
+def _shortened(failures: Sequence[str]) -> str | None:
+    """Return the first failures in one line, and the number of the others; None for none."""
+    more = [f"and {len(failures) - NAMED} more"] * (len(failures) > NAMED)
+    return "; ".join([*failures[:NAMED], *more]) or None
 
 
 def to_dict(claim: Claim) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class R1(Rule):
 class R2(Rule):
     """Prune_L - the best dropout > 0. It is chosen on other seeds; on a tie by the lower rates."""
 
-    statement = "Without its large weights, the network beats dropout at its best."
+    statement = "A network pruned of its large weights beats dropout at its best."
     figures = ("figure-R1", "figure-R4")
     network = CONV4
     shown: tuple[str, ...] = ("figure-R2",)
@@ -62,7 +62,7 @@ class R2(Rule):
 class R3(R2):
     """R2, with the size noted beside it: arithmetic gives 84.9% fewer parameters at width 1."""
 
-    statement = "The pruned network does this with 85% fewer parameters."
+    statement = "With 85% fewer parameters, such a network beats dropout at its best."
     shown = ("figure-R2", "figure-R6")
     gates = ()
     settings = (*R2.settings, UNPRUNED)

@@ -33,7 +33,7 @@ from paperlib.claims.gates import Gate
 from paperlib.stats import LEVEL
 
 MOST_DROPPED = 0.1
-POWER_DRAWS = 2000
+POWER_DRAWS = 20_000
 DELTA = {"conv4": 1.0}  # a difference that matters, in points; 0.5 for the other networks
 OTHER_DELTA = 0.5
 FEWEST_NETWORKS = 3

@@ -49,7 +49,7 @@ _TABLE = (
         "figure-R2",
         10,
         FIGURE_R1,
-        "Pruning large weights against dropout: best accuracy and parameters",
+        "Pruning large weights against dropout: accuracy and parameters",
     ),
     ("figure-R3", 10, FIGURE_R3, "Best accuracy by the fraction of the layer removed"),
     ("figure-R4", 10, FIGURE_R4, "Dropout at its best"),

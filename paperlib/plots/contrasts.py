@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from paperlib import stats
 from paperlib.claims.contrasts import DECIDING
 from paperlib.claims.verdicts import DELTA, OTHER_DELTA
-from paperlib.plots.style import BEHIND_TEXT, Look, p_value, panels
+from paperlib.plots.style import p_value, panels
 
 POINTS, LOGS = "difference (points of accuracy)", "difference of logarithms"
 # Outcomes that are logarithms, and the end of a row's name.
 LOG_OUTCOMES = {"log_curvature": ", Tr(H)", "log_noise": ", Tr(C)"}
-# Colours of the verdicts that say yes or no. All others are grey.
-COLORS = {"supported": "#0072B2", "contradicted": "#D55E00"}
-ROW = 0.26  # inches
+# Colours of the verdicts that say yes or no, which no method has. All others are grey.
+COLORS = {"supported": "#117733", "contradicted": "#AA4499"}
+ROW = 0.24  # inches
 
 
 def differences(ax: Axes, estimates: Mapping[str, stats.Fitted], xlabel: str) -> None:
@@ -69,8 +69,7 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
             y = len(names)
             if math.isnan(row.low):
                 tested = "" if math.isnan(row.p) else f", p = {p_value(row.p)} by permutation"
-                words = f"{row.estimate:.2f}{tested}"
-                ax.annotate(words, (0, y), ha="center", va="center", fontsize=7, bbox=BEHIND_TEXT)
+                _beside(ax, y, f"{row.estimate:.2f}{tested}")
             else:
                 _interval(ax, y, row.estimate, row.low, row.high, color)
                 if unit == POINTS:
@@ -86,13 +85,15 @@ def _forest_panel(ax: Axes, rows: pd.DataFrame, unit: str) -> None:
 
 
 def _interval(ax: Axes, y: float, value: float, low: float, high: float, color: str) -> None:
-    """Draw an estimate and its interval, and write its numbers above."""
+    """Draw an estimate and its interval, and write its numbers beside the panel."""
     ax.plot([low, high], [y, y], color=color, lw=1.2)
     ax.plot(value, y, "o", ms=4.5, color=color)
     interval = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-    look: Look = {"ha": "center", "fontsize": 6.5, "bbox": BEHIND_TEXT | {"pad": 0.2}}
-    words = f"{value:+.2f}{interval}"
-    ax.annotate(words, (value, y), (0, 4), textcoords="offset points", **look)
+    _beside(ax, y, f"{value:+.2f}{interval}")
+
+
+def _beside(ax: Axes, y: float, words: str) -> None:
+    ax.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
 
 
 def _rows(ax: Axes, names: list[str]) -> None:

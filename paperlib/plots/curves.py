@@ -179,14 +179,16 @@ def events(ax: Axes, epochs: pd.DataFrame, color: str) -> pd.Series:
         The row of the event with the lowest stability, with a column stability in percent.
 
     Raises:
-        ValueError: The run has no events.
+        ValueError: The rows are of several runs, or the run has no events with a stability.
     """
+    if len(runs := epochs.run.unique()) > 1:
+        raise ValueError(f"events are of one run, got {len(runs)}: {', '.join(runs)}")
     frame = epochs.sort_values("epoch").assign(at=epochs.epoch + 1)
     ax.plot(frame["at"].repeat(2), frame[["pre", "post"]].to_numpy().ravel(), color=color, lw=1)
-    pruned = frame[frame.removed > 0]
+    pruned = frame[frame.trained & (frame.removed > 0)]
+    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post)).dropna(subset="stability")
     if pruned.empty:
         raise ValueError("a run without pruning events has no instability to show")
-    pruned = pruned.assign(stability=stability(pruned.pre, pruned.post))
     worst = pruned.loc[pruned.stability.idxmin()]
     drop = f"({worst.pre:.1f} - {worst.post:.1f}) / {worst.pre:.1f}"
     words = f"instability {drop} = {1 - worst.stability / 100:.2f}"

@@ -1,5 +1,6 @@
 """Forms with a dot a run: one measure against another, and one measure by setting."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -10,8 +11,26 @@ from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.plots.curves import dynamics
-from paperlib.plots.style import NAMES, PANEL, Look, grid, legend_below, looks, p_value, panels
+from paperlib.plots.style import (
+    NAMES,
+    PALETTE,
+    PANEL,
+    Look,
+    grid,
+    legend_below,
+    looks,
+    p_value,
+    panels,
+)
 from paperlib.stats import FEWEST
+
+# Of a text at the right end of a horizontal line.
+ABOVE_LINE: Look = {
+    "xycoords": ("axes fraction", "data"),
+    "textcoords": "offset points",
+    "ha": "right",
+    "fontsize": 7,
+}
 
 
 def dots(ax: Axes, x: pd.Series, y: pd.Series, look: Look, label: str = "") -> None:
@@ -27,8 +46,8 @@ def scatter(
     """Draw a dot a run by `label`, and a regression line with its 95% band.
 
     The title gives Pearson's r and Kendall's tau, or says that there are fewer than three different
-    values. The line needs four runs, and its band seven. The y axis is fitted to the dots: the band
-    may leave it.
+    values. If a column events says that some runs had none, it gives r of the others, too. The line
+    needs four runs, and its band seven. The y axis is fitted to the dots: the band may leave it.
 
     Args:
         ax: The panel.
@@ -49,6 +68,10 @@ def scatter(
             f"r = {r.value:.2f} (p = {p_value(r.p)}), $\\tau$ = {tau.value:.2f}"
             f" (p = {p_value(tau.p)}), n = {r.n}"
         )
+        inner = runs[runs.events > 0] if "events" in runs else runs
+        if 0 < len(inner) < len(runs):
+            among = stats.pearson(inner[x], inner[y])
+            words += f"\namong networks with events: r = {among.value:.2f}, n = {among.n}"
     if r.n > FEWEST and not np.isnan(r.value):
         limits = ax.get_ylim()
         ci = 95 if r.n > 2 * FEWEST else None
@@ -82,14 +105,17 @@ def pairs(
 def tradeoff(epochs: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """Draw mean stability against best accuracy, and test accuracy by epoch; a row a network.
 
-    No Pruning is in the second panel only.
+    In the first panel, No Pruning is a dashed line at its mean.
     """
     networks = runs.network.unique()
     figure, axes = panels(len(networks), 2, (PANEL[0] + 0.8, PANEL[1]))
     for (left, right), network in zip(axes, networks, strict=True):
         mine = runs[runs.network == network]
-        pruned = mine[mine.method != "No Pruning"]
-        scatter(left, pruned, "mean_stability", "best_accuracy", looks(mine))
+        is_pruned = mine.method != "No Pruning"
+        unpruned = mine.best_accuracy[~is_pruned].mean()
+        left.axhline(unpruned, color=PALETTE["No Pruning"], ls="--", lw=1)
+        left.annotate("No Pruning, mean", (1, unpruned), (0, 2), **ABOVE_LINE)
+        scatter(left, mine[is_pruned], "mean_stability", "best_accuracy", looks(mine))
         mean_stability = mine.groupby("label", sort=False).mean_stability.mean()
         names = {label: f"{label} ({value:.1f}%)" for label, value in mean_stability.items()}
         dynamics(right, epochs[epochs.network == network], names=names)
@@ -123,5 +149,6 @@ def by_setting(
         value, low, high, _ = means.loc[label]
         error, color = [[value - low], [high - value]], look["color"]
         ax.errorbar(i + 0.2, value, error, fmt="_", ms=7, color=color, lw=1.2, capsize=2.5)
-    ax.set_xticks(at, [(names or {}).get(label, label) for label in style], fontsize=7)
+    ticks = [(names or {}).get(label, re.sub(r" (?=\d)", "\n", label)) for label in style]
+    ax.set_xticks(at, ticks, fontsize=7)
     ax.set(xlim=(-0.5, len(at) - 0.5), ylabel=NAMES[y])

@@ -49,7 +49,7 @@ def densities(
 def magnitudes(
     axes: Iterable[Axes], edges: np.ndarray, counts: Mapping[str, Mapping[str, np.ndarray]]
 ) -> None:
-    """Draw histograms of weight magnitudes on log axes, in percent of the weights at first.
+    """Draw histograms of weight magnitudes on log axes, in percent of the weights that are left.
 
     The axes show all counts except the lowest magnitudes, a share of `LEFT_OUT`.
 
@@ -64,10 +64,10 @@ def magnitudes(
     for ax, (method, found) in zip(axes, counts.items(), strict=True):
         color = PALETTE[method]
         for moment, (name, line, shade) in MOMENTS.items():
-            percent = 100 * found[moment] / found["before"].sum()
+            percent = 100 * found[moment] / found[moment].sum()
             ax.stairs(percent, edges, color=shade or color, ls=line, lw=1.2, label=name)
         ax.stairs(percent, edges, color=color, alpha=0.2, fill=True, lw=0)
-        ax.set(xscale="log", xlabel="weight magnitude", ylabel="weights (%, a bin)")
+        ax.set(xscale="log", xlabel="weight magnitude", ylabel="weights left (%, a bin)")
         ax.set(title=method, xlim=limits)
         ax.legend(loc="upper left")
 

@@ -8,7 +8,7 @@ RESULTS = ("passed", "failed", "not applicable")
 
 
 def numbers(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Return the mean and standard deviation over seeds, and n, by network and setting.
+    """Return the mean and standard deviation over seeds, and the least n, by network and setting.
 
     Args:
         runs: Columns network, label and those of `columns`, a row a run.
@@ -21,7 +21,7 @@ def numbers(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     groups = runs.groupby(["network", "label"], sort=False)
     parts = {name: groups[column].agg(["mean", "std"]) for column, name in columns.items()}
     table = pd.concat(parts, axis=1).rename(columns={"std": "sd"}, level=1)
-    table["n", ""] = groups.size()
+    table["n", ""] = groups[list(columns)].count().min(axis=1)
     for name in columns.values():
         table[name] = table[name].round(2 if table[name, "mean"].abs().max() >= 1 else 4)
     return table.rename_axis(["network", "setting"])

@@ -41,7 +41,8 @@ def settings(
         profile: The scale.
         score: "module:function", a function of a convolution that gives a value a filter; or a
             name of `pruning.SCORES`. Its events are those of Prune_L. None leaves this setting out.
-        target: The filters that are pruned, by the score's values: "smallest" or "largest".
+        target: The filters that are pruned, by the score's values: "smallest" or "largest". It
+            changes nothing without a score.
         model: "module:function" of a network, or a name of `models.MODELS`, in place of VGG11. The
             last four convolutions that can be pruned are pruned. Its training, and the width of a
             named one, are those of VGG11 at this profile.

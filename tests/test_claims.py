@@ -671,6 +671,10 @@ def test_one_row_a_contrast_and_json():
     assert (row.contrast, row.estimate, row.low, row.high) == (first.name, *numbers)
     assert (last.claim, last.verdict, last.runs) == ("T3", "incomplete", "0 of 80")
     assert last.drop(["claim", "verdict", "runs"]).isna().all()
+    failed = [failing(f"G{i}", "figure-5", "VGG11") for i in range(5)]
+    note = claims.to_frame([replace(t3, gates=tuple(failed))]).note[0]
+    assert [f"G{i}" in note for i in range(5)] == [True] * 2 + [False] * 3
+    assert note.endswith("and 3 more")
     content = json.loads(json.dumps(claims.to_dict(t1), allow_nan=False))
     assert content["gates"][0] == vars(gate)
     assert (content["verdict"], content["contrasts"][0]["estimate"]) == (t1.verdict, row.estimate)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from paperlib import experiments, sweep
+from paperlib import experiments, overview, sweep
 from paperlib.config import Config
 from paperlib.experiments import Scale
 from paperlib.runs import Store
@@ -57,6 +57,15 @@ def test_a_stamp_names_three_settings_whose_gates_fail_and_counts_the_others(sto
     assert [name in figure.stamp for name in where] == [True] * 3 + [False] * (len(where) - 3)
     assert f"and {len(where) - 3} more" in figure.stamp
     assert all(gate in figure.stamp for gate in failed.gate)
+
+
+def test_a_stamp_names_what_differs_from_the_profile(store):
+    change = {"data": "cifar10", "precision": "bfloat16"}
+    scale = Scale("smoke", **change)
+    write(store, experiments.plan("figure-1", scale).config)
+    figure = experiments.load("figure-1", "smoke", store=store, train=False, **change)
+    for stamp in (figure.stamp, overview.Judged(scale, ()).stamp):
+        assert all(word in stamp for word in ("smoke", "cifar10", "bfloat16"))
 
 
 def test_a_figure_with_runs_missing(store):

@@ -352,6 +352,8 @@ def test_tables():
     mine = RUNS[(RUNS.network == "ResNet18") & (RUNS.label == "Prune_L 13%")].gap
     row = plots.numbers(RUNS, {"gap": "gap (%)"}).loc[("ResNet18", "Prune_L 13%")].tolist()
     assert row == [round(mine.mean(), 2), round(mine.std(), 2), SEEDS]
+    lacking = VGG.assign(delta_w=VGG.gap.where(VGG.seed > 0))
+    assert set(plots.numbers(lacking, {"gap": "gap", "delta_w": "delta_w"})["n"]) == {SEEDS - 1}
 
 
 LOADED = SimpleNamespace(

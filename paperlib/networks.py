@@ -12,6 +12,7 @@ from torch import nn
 from paperlib import data, models
 from paperlib.batches import Batches
 from paperlib.config import Config, FilterPruning, WeightPruning
+from paperlib.devices import full_float32
 from paperlib.diagnostics import HISTOGRAM_IMAGES, normalised_outputs
 from paperlib.loop import logits_of
 from paperlib.loss import check_repeatable
@@ -133,7 +134,7 @@ def check_images(
             f"{config.model} cannot take images of {width}x{height} in {config.data!r} ({error}); "
             f"of these sizes it takes {', '.join(fitting) or 'none'}"
         ) from error
-    with torch.no_grad(), seeded(config.seed, "check"):
+    with torch.no_grad(), full_float32(), seeded(config.seed, "check"):
         images = torch.randn(4, *shape, device=device)
         passes = [logits_of(model(x), len(x)) for x in (images, images, images[:2])]
     if passes[0].isfinite().all():  # else its loss will show it

@@ -11,26 +11,8 @@ from matplotlib.figure import Figure
 
 from paperlib import stats
 from paperlib.plots.curves import dynamics
-from paperlib.plots.style import (
-    NAMES,
-    PALETTE,
-    PANEL,
-    Look,
-    grid,
-    legend_below,
-    looks,
-    p_value,
-    panels,
-)
+from paperlib.plots.style import NAMES, PANEL, Look, grid, legend_below, looks, p_value, panels
 from paperlib.stats import FEWEST
-
-# Of a text at the right end of a horizontal line.
-ABOVE_LINE: Look = {
-    "xycoords": ("axes fraction", "data"),
-    "textcoords": "offset points",
-    "ha": "right",
-    "fontsize": 7,
-}
 
 
 def dots(ax: Axes, x: pd.Series, y: pd.Series, look: Look, label: str = "") -> None:
@@ -113,8 +95,9 @@ def tradeoff(epochs: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         mine = runs[runs.network == network]
         is_pruned = mine.method != "No Pruning"
         unpruned = mine.best_accuracy[~is_pruned].mean()
-        left.axhline(unpruned, color=PALETTE["No Pruning"], ls="--", lw=1)
-        left.annotate("No Pruning, mean", (1, unpruned), (0, 2), **ABOVE_LINE)
+        left.axhline(unpruned, color="black", ls="--", lw=1)
+        look: Look = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        left.annotate("No Pruning, mean", (1, unpruned), (0, 2), ha="right", fontsize=7, **look)
         scatter(left, mine[is_pruned], "mean_stability", "best_accuracy", looks(mine))
         mean_stability = mine.groupby("label", sort=False).mean_stability.mean()
         names = {label: f"{label} ({value:.1f}%)" for label, value in mean_stability.items()}

@@ -28,8 +28,9 @@ TIERS = (
     ("figure-5", "figure-D2"),
     ("figure-B2:VGG11", "figure-R6"),
     ("figure-3", "figure-R3"),
-    ("figure-2:ResNet18", "figure-B2:ResNet18", "table-C1", "figure-4", "figure-C3"),
+    ("figure-4", "figure-C3"),
     ("table-F1",),
+    ("figure-2:ResNet18", "figure-B2:ResNet18", "table-C1"),
 )
 # The number of filters of the last pruned layer, at full width.
 LAST_FILTERS = {"vgg11_bn": 512, "resnet18": 512, "resnet20": 64, "resnet56": 64}

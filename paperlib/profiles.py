@@ -30,12 +30,9 @@ class Profile:
         epochs: The length of a run, by the paper's length.
         factors: The divisor of a schedule's epochs, by the paper's length of a run. By default, a
             schedule is shortened as its run is.
-        tails: Epochs that are added after all events and before the last milestone, by the name of
-            the network in a configuration. Only networks trained with Adam for 325 epochs have one.
         first: The epoch of the first event in every layer of the networks trained with Adam for
             325 epochs.
         widths: The width, by the network's name in a configuration.
-        adam_widths: The same for networks trained with Adam for 325 epochs, where it differs.
         seeds: The number of seeds, at most the paper's; None takes the paper's, 0 the number
             registered for each setting.
         choosing: The number of a setting's choosing seeds; None takes all.
@@ -52,10 +49,8 @@ class Profile:
     batch: int | None = None
     epochs: dict[int, int] = field(default_factory=dict)
     factors: dict[int, float] = field(default_factory=dict)
-    tails: dict[str, int] = field(default_factory=dict)
     first: int | None = None
     widths: dict[str, float] = field(default_factory=dict)
-    adam_widths: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
     choosing: int | None = None
     left_out: frozenset[tuple[str, str]] = frozenset()
@@ -94,19 +89,15 @@ class Profile:
             layers: Any = schedule.epochs
             of_filters = isinstance(pruning, FilterPruning)
             pruning = replace(pruning, epochs=layers if of_filters else layers[0])
-        with_adam = config.epochs == TRADEOFF_EPOCHS
-        tail = self.tails.get(config.model, 0) if with_adam else 0
-        widths = self.widths | self.adam_widths if with_adam else self.widths
-        milestones = [round(m / self.factor(config.epochs)) for m in config.milestones]
         small = config.with_(
             data=data or self.data or config.data,
             precision=precision or config.precision,
             train_per_class=self.train_per_class,
             test_per_class=self.test_per_class,
-            width=widths.get(config.model, config.width),
-            epochs=self.epochs.get(config.epochs, config.epochs) + tail,
+            width=self.widths.get(config.model, config.width),
+            epochs=self.epochs.get(config.epochs, config.epochs),
             batch=self.batch or config.batch,
-            milestones=tuple(m + tail * (m == milestones[-1]) for m in milestones),
+            milestones=tuple(round(m / self.factor(config.epochs)) for m in config.milestones),
             pruning=pruning,
             flatness=config.flatness and (self.flatness or config.flatness),
             noise=None,
@@ -199,10 +190,8 @@ PROFILES = {
             batch=32,
             epochs={325: 65, 165: 33, 150: 45, 4000: 80},
             factors={150: 5},
-            tails={"resnet18": 24},
             first=3,
             widths={"vgg11_bn": 1 / 4, "resnet18": 1 / 4},
-            adam_widths={"resnet18": 1 / 2},
             seeds=0,
             flatness=Flatness(
                 62,

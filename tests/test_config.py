@@ -120,7 +120,7 @@ def test_values_of_another_type(field, value):
 
 KNOWN = {
     "smoke": "ff8a43db7dc50c69c49196d6cff51d86da867ce757996ea3b50f9f6f14359db2",
-    "small": "666792c356baa7357f46c853cb85dc94e8234f51f73bc61979b6096363ecf842",
+    "small": "8cbfb8d7e2273095b8c0fd46849e861e444e3fbd4cc2a370192f8034f0e72397",
     "paper": "2b9e66d77b4eec1bef547c0011861986f39bf611836120a0c3755a84a0ad3a91",
 }
 

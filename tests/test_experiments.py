@@ -204,10 +204,10 @@ def events_of(config: Config) -> list[int]:
 
 # docs/evidence.md: the epochs of the first layers' events (each schedule once) and of the last
 # layer's, a run's events, steps after the last, rate in percent, the paper's events of both layers.
-EVERY_8 = ([(3, 11, 19, 27)], range(3, 52, 8), 7)
-VGG_40 = {"VGG11 largest 40": (*EVERY_8, 4069, 12.9, (4, 7))}
-RESNET_40 = {f"ResNet18 {target} 40": (*EVERY_8, 11_581, 13.6, (4, 7)) for target in (S, L)}
-RESNET_4 = ([range(3, 31), range(3, 35)], range(3, 56), 53, 10_329, 1.8)
+EVERY_8 = ([(3, 11, 19, 27)], range(3, 52, 8), 7, 4069)
+VGG_40 = {"VGG11 largest 40": (*EVERY_8, 12.9, (4, 7))}
+RESNET_40 = {f"ResNet18 {target} 40": (*EVERY_8, 13.6, (4, 7)) for target in (S, L)}
+RESNET_4 = ([range(3, 31), range(3, 35)], range(3, 56), 53, 2817, 1.8)
 ROWS = {
     "figure-3": {
         f"VGG11 {target} {period}": row
@@ -215,7 +215,7 @@ ROWS = {
         for period, row in {
             4: ([range(3, 31)], range(3, 56), 53, 2817, 1.7, (37, 68)),
             20: ([range(3, 28, 4)], range(3, 56, 4), 14, 2817, 6.4, (8, 14)),
-            40: (*EVERY_8, 4069, 12.9, (4, 7)),
+            40: (*EVERY_8, 12.9, (4, 7)),
             60: ([(3, 15, 27)], range(3, 52, 12), 5, 4069, 18, (3, 5)),
             100: ([(3, 23)], (3, 23, 43), 3, 6573, 30, (2, 3)),
             200: ([(3,)], (3, 43), 2, 6573, 45, (1, 2)),
@@ -274,11 +274,8 @@ def test_what_small_is():
     lengths = {325: (65, (30, 60)), 165: (33, (17, 25)), 150: (45, ()), 4000: (80, (40,))}
     for setting in shown("small"):
         config = scale("small", setting)
-        expected = lengths[setting.config.epochs]
-        width = 0.25 if config.model in ("vgg11_bn", "resnet18") else 1
-        if (setting.config.epochs, config.model) == (325, "resnet18"):
-            expected, width = (89, (30, 84)), 0.5
-        assert (config.epochs, config.milestones, config.width) == (*expected, width)
+        assert (config.epochs, config.milestones) == lengths[setting.config.epochs]
+        assert config.width == (0.25 if config.model in ("vgg11_bn", "resnet18") else 1)
         assert (config.data, config.train_per_class) == ("cifar10-jpeg", 1000)
         assert (config.test_per_class, config.batch) == (None, 32)
         if config.flatness is not None:
@@ -295,11 +292,9 @@ def test_a_profile_changes_scale_only(profile):
             assert getattr(small, field) == getattr(paper, field)
         assert small.epochs < paper.epochs
         assert small.width <= paper.width
-        at = PROFILES[profile]
-        tail = at.tails.get(paper.model, 0) if paper.epochs == 325 else 0
+        factor = PROFILES[profile].factor(paper.epochs)
         for milestone, original in zip(small.milestones, paper.milestones, strict=True):
-            longer = tail if original == paper.milestones[-1] else 0
-            assert abs(milestone - longer - original / at.factor(paper.epochs)) < 0.51
+            assert abs(milestone - original / factor) < 0.51
         assert (small.noise and small.noise.kind) == (paper.noise and paper.noise.kind)
         assert bool(events_of(small)) == bool(events_of(paper))
         if events_of(small):
@@ -438,7 +433,7 @@ def test_annotate():
         ("figure-2", "VGG11 Prune_S 1.7%", (1564, 313), (19_550, 2817), (6.8, 2.2)),
         ("figure-2", "VGG11 Prune_L 13%", (15_640, 2504), (30_498, 4069), (65.7, 16.4)),
         ("figure-3", "VGG11 Prune_R 90%", ("one event",) * 2, (124_338, 19_093), (460, 115)),
-        ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 11_581), (69.4, 34.7)),
+        ("figure-2", "ResNet18 Prune_S 14%", (15_640, 2504), (28_934, 4069), (69.4, 17.3)),
         ("figure-4", "ResNet56 Prune_S 5%", (23_460, 3756), (25_024, 3756), (3, 3)),
         ("table-F1", "ResNet18 Prune_L 35%", (293_250, 4695), (292_859, 4382), (179, 44.5)),
         ("figure-R1", "conv4 Prune_L 90%", (391, 313), (19_550, 7825), None),

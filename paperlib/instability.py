@@ -19,8 +19,13 @@ def stability(pre: ArrayLike, post: ArrayLike) -> np.ndarray | float:
 
     Returns:
         An array of the same shape, a float for numbers; NaN where pre is 0.
+
+    Raises:
+        ValueError: The shapes differ.
     """
     pre, post = np.asarray(pre, float), np.asarray(post, float)
+    if pre.shape != post.shape:
+        raise ValueError(f"accuracies before and after differ in shape: {pre.shape}, {post.shape}")
     with np.errstate(divide="ignore", invalid="ignore"):
         percent = np.where(pre > 0, 100 * (1 - (pre - post) / pre), np.nan)
     return percent if percent.ndim else float(percent)

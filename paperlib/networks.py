@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from paperlib.loss import check_repeatable
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, Pruner, WeightPruner
 from paperlib.runs import RunRecord
+from paperlib.store.code import code_checksum
 from paperlib.streams import seeded
 
 SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 224)  # sizes of square images that an error may suggest
@@ -63,7 +64,8 @@ def try_pruner(config: Config) -> None:
     """Make a run's network and pruner, and prune once if the score is the user's own function.
 
     Raises:
-        ValueError: A name is unknown, or the run's layers cannot be pruned.
+        ValueError: A name is unknown, or its code has no checksum (`store.code`), or the run's
+            layers cannot be pruned.
         Exception: Of any kind, from the user's code.
     """
     model = build(config)
@@ -72,7 +74,8 @@ def try_pruner(config: Config) -> None:
         with seeded(config.seed, "check"):
             for parameter in model.parameters():  # as after a training batch
                 parameter.grad = torch.randn_like(parameter)
-        getattr(pruner, "pruner", pruner).prune(1, 1)
+            getattr(pruner, "pruner", pruner).prune(1, 1)
+    code_checksum(config)  # of code that is imported by now
 
 
 def events_of(pruning: FilterPruning | WeightPruning | None) -> dict[int, tuple]:
@@ -100,7 +103,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def check_images(
-    config: Config, shape: tuple[int, int, int], classes: int, device: torch.device
+    config: Config, shape: Sequence[int], classes: int, device: torch.device, rest: int = 0
 ) -> None:
     """Check that a run's network takes images of this shape and returns logits of each alone.
 
@@ -109,10 +112,12 @@ def check_images(
         shape: Channels, height and width of the images.
         classes: The number of classes.
         device: Where the run trains.
+        rest: Images of an epoch's last batch, 0 if it is whole.
 
     Raises:
-        ValueError: The network does not take these images, or its logits are not
-            (images, classes), or are random, or depend on the other images of a batch.
+        ValueError: The network does not take these images, or cannot be trained on a last batch of
+            one, or its logits are not (images, classes), or are random, or depend on the other
+            images of a batch.
     """
     channels, height, width = shape
     model = build(config, classes, channels).to(device).eval()
@@ -137,6 +142,14 @@ def check_images(
     with torch.no_grad(), full_float32(), seeded(config.seed, "check"):
         images = torch.randn(4, *shape, device=device)
         passes = [logits_of(model(x), len(x)) for x in (images, images, images[:2])]
+        if rest == 1:
+            try:
+                build(config, classes, channels).to(device).train()(images[:1])
+            except ValueError as error:
+                raise ValueError(
+                    f"{config.model} cannot be trained on the last batch of an epoch, which is one "
+                    f"image, as a batch has {config.batch}: {error}"
+                ) from error
     if passes[0].isfinite().all():  # else its loss will show it
         check_repeatable(config.model, *passes)
 

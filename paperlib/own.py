@@ -4,6 +4,7 @@
 the verdict, by the same rules as for the papers' figures.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -34,6 +35,7 @@ def settings(
     model: str | None = None,
     data: str | None = None,
     seeds: int | None = None,
+    layers: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Return Figure 2's settings of VGG11 and one with another score, a row a run.
 
@@ -41,19 +43,25 @@ def settings(
         profile: The scale.
         score: "module:function", a function of a convolution that gives a value a filter; or a
             name of `pruning.SCORES`. Its events are those of Prune_L. None leaves this setting out.
+            The function may use the gradients of the last training batch, as `conv.weight.grad`,
+            and random numbers of torch, which are seeded.
         target: The filters that are pruned, by the score's values: "smallest" or "largest". It
             changes nothing without a score.
-        model: "module:function" of a network, or a name of `models.MODELS`, in place of VGG11. The
-            last four convolutions that can be pruned are pruned. Its training, and the width of a
-            named one, are those of VGG11 at this profile.
+        model: "module:function" of a network, called with num_classes and in_channels (always 3),
+            or a name of `models.MODELS`, in place of VGG11. Its training, and the width of a named
+            one, are those of VGG11 at this profile. It may draw random numbers with torch, and keep
+            state in parameters and buffers: other generators and attributes are neither seeded nor
+            in a checkpoint.
         data: A data set in place of the profile's.
         seeds: The number of seeds, in place of the profile's.
+        layers: The names of the four convolutions that are pruned, in forward order. None takes the
+            last four, and counts neither grouped ones nor those on shortcuts.
 
     Returns:
         The columns of `experiments.plan`.
 
     Raises:
-        ValueError: A name is unknown. Functions are looked up when runs begin.
+        ValueError: A name is unknown. Functions and layers are looked up when runs begin.
     """
     _check_names(score, target, model, data)
     plan = experiments.plan(FIGURE, experiments.Scale(profile, data, seeds))
@@ -70,6 +78,11 @@ def settings(
         plan = plan.assign(network=model.rpartition(":")[2])
         plan["config"] = [
             c.with_(model=model, flatness=None, histograms=False) for c in plan.config
+        ]
+    if layers is not None:
+        plan["config"] = [
+            c.with_(pruning=c.pruning and replace(c.pruning, layers=tuple(layers)))
+            for c in plan.config
         ]
     plan["run"] = [config.identity for config in plan.config]
     return plan.reset_index(drop=True)

@@ -176,8 +176,8 @@ class Run:
     ) -> None:
         self.config, self.device, self.callback = config, device, callback
         self.layout, shape = memory_format(device, config.precision), dataset.train_images.shape[1:]
-        self.classes, (self.channels, height, width) = len(dataset.classes), shape
-        check_images(config, (self.channels, height, width), self.classes, device)
+        self.classes, self.channels = len(dataset.classes), shape[0]
+        check_images(config, shape, self.classes, device, len(dataset.train_labels) % config.batch)
         self.model = self.new_network()
         self.made_of = inputs.checksums(config, dataset)  # now: a file may change later
         batches = partial(
@@ -320,10 +320,9 @@ class Run:
         """Prune, if the epoch has an event.
 
         Returns:
-            How many filters or weights were removed, and the columns `BESIDE`. If some were
-            removed, these are the loss on training images before and after, and the test accuracy
-            with recalibrated batch norms. With noise they stay NaN: it acts on the passes to come,
-            which these measurements must not take.
+            How many filters or weights were removed, and `BESIDE`: the loss on training images
+            before and after, and the test accuracy with recalibrated batch norms, NaN if none was
+            removed. With noise they stay NaN: it acts on later passes, which they must not take.
         """
         removed, beside = 0, dict.fromkeys(BESIDE, math.nan)
         with_images = self.loop, self.train, self.evaluation_batch
@@ -334,7 +333,8 @@ class Run:
             _reseed(chooser, self.config.seed, "filters", epoch)
             if epoch == min(self.events):
                 self._note_histograms("before")
-            removed = self.pruner.prune(*event)
+            with seeded(self.config.seed, "score", epoch):
+                removed = self.pruner.prune(*event)
             if epoch == max(self.events):
                 self._note_histograms("after")
         last = epoch == self.config.epochs - 1

@@ -25,6 +25,11 @@ def test_stability_in_percent(pre, post, percent):
     assert isinstance(stability(pre, post), float)
 
 
+def test_accuracies_of_different_shapes():
+    with pytest.raises(ValueError, match=r"\(2,\), \(1,\)"):
+        stability([80, 70], [40])
+
+
 @pytest.mark.filterwarnings("error")
 def test_stability_where_there_was_no_accuracy():
     assert math.isnan(stability(0, 0))

@@ -60,6 +60,14 @@ def test_a_network_of_ones_own_is_in_every_setting(target):
     assert mine.pruning.target == target
 
 
+def test_layers_of_ones_own():
+    layers = ("0", "3", "6", "10")
+    plan = own.settings("smoke", "l1", model="my_pruning:small_net", seeds=1, layers=layers)
+    pruned = plan[plan.setting != "none"]
+    assert {config.pruning.layers for config in pruned.config} == {layers}
+    assert plan.run.is_unique
+
+
 WRONG = [("target", "small"), ("target", "random"), ("data", "imagenet"), ("data", "images:/nope")]
 
 

@@ -316,6 +316,14 @@ def test_a_method_looks_alike_everywhere():
                 assert len({look["marker"] for look in looks.values()}) == len(looks)
 
 
+def test_methods_of_the_users_differ():
+    methods = ["No Pruning", "Mine", "Mine", "Another"]
+    looks = plots.looks(pd.DataFrame({"method": methods, "label": list("abcd")}))
+    mine = [looks[label] for label in "bcd"]
+    assert {look["color"] for look in mine} == {plots.PALETTE["Yours"]}
+    assert len({look["marker"] for look in mine}) == len({look["linestyle"] for look in mine}) == 3
+
+
 def test_the_forest_shows_deciding_contrasts_and_every_verdict():
     points, logs = plots.forest(CLAIMS).axes
     rows = [tick.get_text() for tick in points.get_yticklabels()]

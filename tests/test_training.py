@@ -202,6 +202,16 @@ def test_a_network_and_a_score_of_ones_own(tmp_path):
     assert Store(tmp_path).read(config.identity).config == config
 
 
+def test_a_score_that_draws_is_seeded():
+    pruning = FilterPruning((0.5,), ((0, 1),), "small:random_score")
+    config = VGG.with_(pruning=pruning)
+    torch.manual_seed(1)
+    first = numbers(config)
+    torch.manual_seed(2)
+    assert same(first, numbers(config))
+    assert not same(first, numbers(config.with_(seed=5)))
+
+
 def test_a_loss_that_is_not_finite(tmp_path):
     config = VGG.with_(model="small:nan_at_pass_six")
     store = Store(tmp_path)
@@ -284,7 +294,9 @@ def pruned(by, model: str = "vgg11_bn", **changes) -> dict:
         ({"model": "small:logits_in_a_pair"}, ValueError, "small:logits_in_a_pair.*tuple"),
         ({"model": "small:random_in_evaluation"}, ValueError, "random_in_evaluation is random"),
         ({"model": "small:mixes_images"}, ValueError, "small:mixes_images mixes the images"),
-        (pruned(FILTERS, score="small:broken_score"), KeyError, "broken score"),
+        (pruned(FILTERS, score="small:broken_score"), PruningError, "fails: 'broken score'"),
+        (pruned(FILTERS, score="small:part_of_a_score"), ValueError, "is a partial.* a function"),
+        ({"model": "small:norm_at_the_end", "batch": 7}, ValueError, "which is one image"),
         ({"model": "nowhere.at_all:f"}, ValueError, "cannot find 'nowhere.at_all:f'"),
         ({"data": "mnist"}, ValueError, "mnist"),
         ({"dropout": 1.5}, ValueError, "1.5"),

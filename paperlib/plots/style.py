@@ -113,6 +113,8 @@ def looks(frame: pd.DataFrame, by: str = "label") -> dict[str, Look]:
         by: The column that names settings; "method" if a line is a method.
     """
     settings = frame.drop_duplicates([by, "method"])
+    # Methods that the papers do not have look like further settings of the user's.
+    settings = settings.assign(method=settings.method.where(settings.method.isin(PALETTE), "Yours"))
     found, more = {}, itertools.cycle(MORE_MARKERS)
     of_method = settings.groupby("method").cumcount()
     for label, method, nth in zip(settings[by], settings.method, of_method, strict=True):

@@ -101,14 +101,23 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
         PruningError: torch.fx cannot follow the network's forward pass, or the network is compiled.
     """
     check_network(model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise PruningError(f"cannot follow a {type(model).__name__}: pass model.module instead")
     try:
         networks = [Network(model, training) for training in (True, False)]
     except Exception as error:
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         raise PruningError(
-            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: "
-            + ("pass model.module instead" if parallel else str(error))
+            f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
         ) from error
+    for network, training in zip(networks, (True, False), strict=True):
+        shape = next((network.shape(n) for n in network.graph.nodes if n.op == "placeholder"), ())
+        if shape and not network.follows(model, training, shape):
+            raise PruningError(
+                f"cannot follow the forward pass of {type(model).__name__}: in "
+                f"{'training' if training else 'evaluation'} mode, what torch.fx found does not "
+                "compute the same. A choice in its Python code was another one then, such as by "
+                "the type of a tensor, a counter, or at random"
+            )
     if str(networks[0].graph) == str(networks[1].graph):
         del networks[1]
     owners = parameter_owners(model)
@@ -150,7 +159,8 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def check_order(names: Sequence[str], known: Sequence[str]) -> None:
     """Raise PruningError unless each name is known, appears once, and is in the known order."""
     if list(names) != [name for name in known if name in set(names)]:
-        raise PruningError(f"layers must be named once each, in forward order, got {list(names)}")
+        order = [name for name in known if name in set(names)] or list(known)
+        raise PruningError(f"layers must be named once each, in order: {order}, not {list(names)}")
 
 
 def weight_refusal(

@@ -23,25 +23,18 @@ def mask_name(module: nn.Module) -> str:
 
 
 def mask_of(module: nn.Module) -> Tensor | None:
-    """Return a module's mask (channels,), or None."""
+    """Return a module's mask (channels,), a view, or None."""
     mask = getattr(module, mask_name(module), None)
     return None if mask is None else mask.flatten()
 
 
 @torch.inference_mode(False)  # training cannot use tensors that are made in inference mode
-def set_mask(module: nn.Module, keep: Tensor) -> None:
-    """Make a module multiply its output, or a `ResidualSum` its shortcut, by a mask (channels,).
-
-    An existing mask keeps its place in memory, where a captured CUDA graph reads it.
-    """
-    mask = mask_of(module)
-    if mask is not None:
-        mask.copy_(keep)
-        return
+def add_mask(module: nn.Module, ones: Tensor) -> None:
+    """Make a module multiply its output, or a `ResidualSum` its shortcut, by a mask (channels,)."""
     if isinstance(module, ResidualSum):
-        module.keep = keep.clone()[:, None, None]
+        module.keep = ones.clone()[:, None, None]
         return
-    module.register_buffer(BUFFER, keep.clone()[None, :, None, None])
+    module.register_buffer(BUFFER, ones.clone()[None, :, None, None])
     # First, so that other hooks see the masked output.
     module.register_forward_hook(multiply_by_mask, prepend=True)
     if "torch._dynamo" in sys.modules:
@@ -60,5 +53,5 @@ def remove_mask(module: nn.Module) -> None:
 
 
 def multiply_by_mask(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """Multiply a module's output by its mask: the forward hook that `set_mask` registers."""
+    """Multiply a module's output by its mask: the forward hook that `add_mask` registers."""
     return (output * module.get_buffer(BUFFER)).to(output.dtype)

@@ -15,7 +15,7 @@ from paperlib.pruning.layers import (
     check_values,
     survey,
 )
-from paperlib.pruning.masks import mask_of, set_mask
+from paperlib.pruning.masks import add_mask, mask_of
 from paperlib.pruning.scores import (
     ActivationScore,
     check_fraction,
@@ -125,16 +125,21 @@ class FilterPruner(Pruner):
     scale and shift of the norms that follow it. At the end of a residual branch the shortcut adds
     nothing to it.
 
+    To resume, make the pruner anew, load its `state_dict`, and then that of the network.
+
     Args:
-        model: Any network that torch.fx can trace, for images (N, C, H, W). Each mode is traced
-            once, so a choice that its code makes in Python, at random or by a counter, is not
-            noticed. Neither are hooks that change a layer's output, if registered later. If the
-            forward pass states sizes, as `x.view(-1, 384)` does, images must be square and of a
-            size in `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
+        model: Any network that torch.fx can trace, for images (N, C, H, W); other arguments of its
+            forward pass keep their defaults. Each mode is traced once. The graph is compared with
+            the network on two random images, if it takes those of a size in
+            `paperlib.pruning.features.SIZES`. So a choice in Python that is another one for other
+            images or later, and hooks that are registered later, are not noticed. If the forward
+            pass states sizes, as `x.view(-1, 384)` does, images must be square and of such a size;
+            `x.flatten(1)` allows any.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).
-        score: One of `SCORES`, or a function from the convolution to its scores (filters,).
-            "activation" observes every tenth forward pass in training mode from now on. Its scores
-            are equal until the tenth, and it does not prune before the first.
+        score: One of `SCORES`, or a function from the convolution to its scores (filters,), which
+            may use `conv.weight.grad` of the last backward pass. "activation" observes every tenth
+            forward pass in training mode from now on. Its scores are equal until the tenth, and it
+            does not prune before the first.
         target: Which scores are pruned: "smallest", "largest" or "random".
         layers: Names of convolutions in forward order. None takes as many of the last convolutions
             as there are fractions, and counts neither grouped ones nor those on shortcuts.
@@ -160,7 +165,7 @@ class FilterPruner(Pruner):
         generator: torch.Generator | None = None,
         norm: bool = True,
     ) -> None:
-        check_target(target)
+        check_target(target, generator)
         fractions = as_list(fractions, "fractions")
         layers = None if layers is None else as_list(layers, "layers")
         for fraction in fractions:
@@ -178,13 +183,11 @@ class FilterPruner(Pruner):
         }
         # Parameters that have zeros: name, module, name in it, and the indices of the zeros.
         self._gone: list[tuple[str, nn.Module, str, Tensor]] = []
-        # By name of a module that masks a residual sum: its mask before this pruner.
-        self._before: dict[str, Tensor] = {}
-        for layer in self.layers.values():
-            for where, mask in layer.masks.items():
-                there = mask_of(mask.module)
-                self._before[where] = torch.ones(len(mask.filters)) if there is None else there + 0
-        self._masked = True
+        # Modules whose masks of residual sums have zeros, and the indices of the zeros.
+        self.masked: list[tuple[nn.Module, Tensor]] = []
+        # By name of such a module: the zeros that were ones before this pruner.
+        self._own: dict[str, Tensor] = {}
+        self._fresh = False  # `_mask_sums` is due
         self.activation: ActivationScore | None = None
         if score == "activation":
             self.activation = ActivationScore(self.layers.values())
@@ -252,8 +255,11 @@ class FilterPruner(Pruner):
         """Set every pruned parameter to zero. Call this after each optimizer step."""
         for _, module, key, indices in self._gone:
             getattr(module, key).index_fill_(0, indices, 0)
-        if not self._masked:
+        if self._fresh:
             self._mask_sums()
+        for module, indices in self.masked:
+            if (mask := mask_of(module)) is not None:
+                mask.index_fill_(0, indices, 0)
 
     def held(self) -> dict[str, Tensor]:
         """Return, by name of parameter, a bool tensor of its shape: True where it is held at 0."""
@@ -277,7 +283,7 @@ class FilterPruner(Pruner):
 
     def _refresh(self) -> None:
         """Find the indices that `hold` needs, once an event instead of at each step."""
-        self._gone, self._masked = [], False
+        self._gone, self._fresh = [], True
         for name, mask in self.masks.items():
             gone = (~mask).nonzero().squeeze(1)
             for full_name, module, key, entries in self._parameters(name) if len(gone) else ():
@@ -285,18 +291,22 @@ class FilterPruner(Pruner):
                 self._gone.append((full_name, module, key, indices))
 
     def _mask_sums(self) -> None:
-        """Update the masks of residual sums; a sum with nothing pruned gets no mask."""
-        new: dict[str, tuple[nn.Module, Tensor]] = {}
+        """Find the zeros in masks of residual sums; a sum with nothing pruned gets no mask."""
+        found: dict[str, tuple[nn.Module, list[Tensor]]] = {}
         for name, layer in self.layers.items() if self.norm else ():
             gone = (~self.masks[name]).nonzero().squeeze(1)
-            for where, mask in layer.masks.items():
-                before = self._before[where].to(layer.conv.weight, copy=True)
-                _, keep = new.setdefault(where, (mask.module, before))
-                keep[mask.of(gone).to(keep.device)] = 0
-        for module, keep in new.values():
-            if mask_of(module) is not None or not keep.all():
-                set_mask(module, keep)
-        self._masked = True
+            for where, entries in layer.masks.items():
+                _, zeros = found.setdefault(where, (entries.module, []))
+                zeros.append(entries.of(gone).to(layer.conv.weight.device))
+                if len(gone) and mask_of(entries.module) is None:
+                    add_mask(entries.module, layer.conv.weight.new_ones(len(entries.filters)))
+        self.masked, self._fresh = [], False
+        for where, (module, zeros) in found.items():
+            if (mask := mask_of(module)) is not None:
+                indices = torch.cat(zeros)
+                mask[self._own.get(where, indices[:0])] = 1  # earlier masks may be loaded again
+                self._own[where] = indices[mask[indices] != 0]
+                self.masked.append((module, indices))
 
     def _parameters(self, name: str) -> Iterator[tuple[str, nn.Module, str, Entries]]:
         """Yield a layer's parameters that are zero with a filter: name, module, key, entries."""
@@ -318,14 +328,13 @@ class FilterPruner(Pruner):
         if self.activation is not None and self.activation.passes == 0:
             raise PruningError(f"score 'activation' of {name!r}: no pass in training mode so far")
         scores = scores_of(self.layers[name], self.score, self.activation)
-        scores = torch.as_tensor(scores, device=self.masks[name].device)
         shape = tuple(self.masks[name].shape)
         if tuple(scores.shape) != shape:
             raise PruningError(
                 f"the score of {name!r} has shape {tuple(scores.shape)}, not {shape}"
             )
-        if not scores[self.masks[name]].isfinite().all():
-            raise PruningError(f"the score of {name!r} is not finite")
+        if scores.is_complex() or not scores[self.masks[name]].isfinite().all():
+            raise PruningError(f"the score of {name!r} is not finite, or complex")
         return scores
 
 

@@ -129,7 +129,7 @@ def check_score(score: str | Callable, layers: Iterable[PrunableLayer]) -> None:
         if score.startswith("ebn") and not scaled:
             why = "needs a batch norm with scale and shift after convolution {}, which has none"
         elif score == "activation" and layer.output is None:
-            why = "cannot see the sum after {}: add with paperlib.models.ResidualSum() instead"
+            why = "cannot see the sum after {}: add with a paperlib.models.ResidualSum() of its own"
         elif score == "activation" and layer.uses > 1:
             why = f"needs a convolution that is called once a pass, and {{}} is called {layer.uses}"
         if why is not None:
@@ -140,9 +140,20 @@ def check_score(score: str | Callable, layers: Iterable[PrunableLayer]) -> None:
 def scores_of(
     layer: PrunableLayer, score: str | Callable, activation: "ActivationScore | None"
 ) -> Tensor:
-    """Return the score of each filter of a layer, (filters,)."""
+    """Return the score of each filter of a layer, (filters,).
+
+    Raises:
+        PruningError: The user's function fails, or does not return real numbers.
+    """
     if callable(score):
-        return score(layer.conv)
+        try:
+            with torch.enable_grad():
+                found = torch.as_tensor(score(layer.conv)).detach()
+            return found.to_dense().to(layer.conv.weight.device)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            raise PruningError(f"the score of {layer.name!r} fails: {error}") from error
     if activation is not None:
         return activation.scores[layer.name]
     if score in ("l1", "l2"):
@@ -216,10 +227,14 @@ class _Observer:
 # Targets
 
 
-def check_target(target: str) -> None:
-    """Raise PruningError if there is no such target."""
+def check_target(target: str, generator: torch.Generator | None = None) -> None:
+    """Raise PruningError if there is no such target, or the generator is none of the CPU's."""
     if target not in TARGETS:
         raise PruningError(f"unknown target {target!r}: one of {', '.join(TARGETS)}")
+    if getattr(generator, "device", torch.device("cpu")).type != "cpu" or not isinstance(
+        generator, torch.Generator | None
+    ):
+        raise PruningError(f"generator must be a torch.Generator of the CPU, got {generator!r}")
 
 
 def select(

@@ -1,6 +1,7 @@
 """The pruner of single weights (arXiv 1805.01930)."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class WeightPruner(Pruner):
 
     Args:
         model: Any network.
-        layer: The name of an nn.Linear or nn.Conv2d, or several names in the order of the model.
+        layer: The name of an nn.Linear or nn.Conv2d, or several names in the order of definition.
         fraction: The share of weights that is pruned after the last event, in [0, 1), for every
             layer, or one entry a layer.
         target: Which magnitudes are pruned: "largest", "smallest" or "random".
@@ -50,13 +51,12 @@ class WeightPruner(Pruner):
         mu: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_target(target)
+        check_target(target, generator)
         check_network(model)
         check_values(model)
         names = [layer] if isinstance(layer, str) else as_list(layer, "layers")
-        if isinstance(fraction, int | float | str):
-            fraction = [fraction] * len(names)
-        fractions = as_list(fraction, "fractions")
+        each: Any = [fraction] * len(names) if isinstance(fraction, Real | str) else fraction
+        fractions = as_list(each, "fractions")
         if len(fractions) != len(names):
             raise PruningError(f"{len(fractions)} fractions for {len(names)} layers")
         for f in fractions:

@@ -285,7 +285,7 @@ class Trail:
             if self._is_sum(spoilt):
                 raise Refused(
                     f"no module returns the residual sum {what}: add with "
-                    "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
+                    "a paperlib.models.ResidualSum() for each sum, so that shortcuts can be masked"
                 )
             raise Refused(
                 f"{what} turns its zeros into something else, which "
@@ -310,7 +310,7 @@ class Trail:
             if any(s is None or s.spoilt or s.filters != mask.filters for s in states):
                 raise Refused(
                     f"{name!r} returns its residual sum and, elsewhere, something else: add with "
-                    "paperlib.models.ResidualSum() instead, so that its shortcut can be masked"
+                    "a paperlib.models.ResidualSum() for each sum, so that shortcuts can be masked"
                 )
 
     def _check_written(self, node: fx.Node) -> None:

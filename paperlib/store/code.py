@@ -50,7 +50,8 @@ def source_checksum(spec: str) -> str | None:
     if not hasattr(module, function):
         return None
     if not _functions(getattr(module, function), module):
-        raise ValueError(f"{spec} has to be a function or class that {name} itself defines")
+        kind = type(getattr(module, function)).__name__
+        raise ValueError(f"{spec} is a {kind}: it has to be a function that {name} itself defines")
     parts = _parts(module, function)
     file = getattr(module, "__file__", None)
     if file is None:

@@ -11,9 +11,10 @@ from torch import nn
 from torchvision.models import mobilenetv2, resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from paperlib import models
+from paperlib import compact, models
 from paperlib.noise import FilterNoise
 from paperlib.pruning import FilterPruner, prunable_layers
+from paperlib.pruning.masks import mask_of
 
 X = images(2, double=False)
 BLOCKS = {  # from 8 channels to 8
@@ -129,18 +130,51 @@ def test_a_network_compiled_before_it_is_pruned(kind):
             assert torch.allclose(fast(X), expected, atol=1e-6)
 
 
+def given_by(block: nn.Module, model: nn.Module) -> torch.Tensor:
+    """The block's output where the network is run."""
+    seen = []
+    with block.register_forward_hook(lambda module, inputs, out: seen.append(out)):
+        model(X)
+    return seen[0]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", ["basic", "ours"])
-def test_a_second_pruner_leaves_the_masks_of_the_first(kind):
-    model, seen = made(kind), []
+def test_a_second_pruner_leaves_the_masks_of_the_first(kind, at_once):
+    model = made(kind)
+    second = FilterPruner(model, [0.5], target="largest", layers=["3.conv2"]) if at_once else None
     first = pruner_of(model)
-    second = FilterPruner(model, [0.5], target="largest", layers=["3.conv2"])
+    second = second or FilterPruner(model, [0.5], target="largest", layers=["3.conv2"])
+    before = copy.deepcopy(second.state_dict())
     second.prune(1, 1)
     gone = ~first.masks["3.conv2"] | ~second.masks["3.conv2"]
     assert gone.sum() > (~second.masks["3.conv2"]).sum()
-    model[3].register_forward_hook(lambda module, inputs, out: seen.append(out))
-    model(X)
-    assert not seen[0][:, gone].any()
-    assert seen[0][:, ~gone].any()
+    for pruner in (first, second, first):
+        pruner.hold()
+        out = given_by(model[3], model)
+        assert not out[:, gone].any()
+        assert out[:, ~gone].any()
+    second.load_state_dict(before)
+    (mask,) = first.layers["3.conv2"].masks.values()
+    assert torch.equal(mask_of(mask.module) == 1, first.masks["3.conv2"])
+
+
+@pytest.mark.parametrize("kind", ["basic", "ours"])
+def test_hold_makes_masks_zero_again_after_weights_of_before(kind):
+    model = made(kind)
+    pruner = pruner_of(model)
+    state = copy.deepcopy(model.state_dict())
+    pruner.prune(2, 2)
+    model.load_state_dict(state)
+    for name, parameter in model.named_parameters():
+        if (gone := pruner.held().get(name)) is not None:
+            parameter.data[gone] = 0
+    with pytest.raises(compact.CompactError, match=r"residual sum.*hold\(\)"):
+        compact.compact(model, pruner)
+    pruner.hold()
+    out = given_by(model[3], model)
+    assert not out[:, ~pruner.masks["3.conv2"]].any()
+    compact.compact(model, pruner)
 
 
 # What watches a network stays with it

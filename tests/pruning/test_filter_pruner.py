@@ -159,10 +159,11 @@ def test_states_of_other_pruners(change, named):
         ({"fractions": [0.5], "layers": "0"}, "got '0'"),
         ({"fractions": [0.5], "layers": ["0", "3"]}, "1 fractions for 2 layers"),
         ({"layers": ["0", "4"]}, "no prunable layer '4': one of 0, 3"),
-        ({"layers": ["3", "0"]}, "in forward order"),
+        ({"layers": ["3", "0"]}, r"in order: \['0', '3'\], not \['3', '0'\]"),
         ({"layers": ["0", "0"]}, "once each"),
         ({"score": "l3"}, "unknown score 'l3': one of l2, l1, ebn, ebn_signed, activation"),
         ({"target": "worst"}, "unknown target 'worst': one of smallest, largest, random"),
+        ({"target": "random", "generator": 0}, "Generator of the CPU, got 0"),
     ],
 )
 def test_bad_requests(options, message):
@@ -176,6 +177,9 @@ def test_bad_requests(options, message):
         (lambda conv: conv.weight, r"score of '3' has shape \(6, 10, 3, 3\)"),
         (lambda conv: torch.ones(6) * math.nan, "score of '3' is not finite"),
         (lambda conv: torch.tensor([1, 2, math.inf, 4, 5, 6]), "score of '3' is not finite"),
+        (lambda conv: torch.ones(6, dtype=torch.complex64), "score of '3' .*complex"),
+        (lambda conv: conv.weight.grad.sum((1, 2, 3)), "score of '3' fails: 'NoneType'"),
+        (lambda conv: None, "score of '3' fails"),
     ],
 )
 def test_bad_scores_change_nothing(score, message):
@@ -184,6 +188,21 @@ def test_bad_scores_change_nothing(score, message):
     with unchanged(model), pytest.raises(PruningError, match=message):
         pruner.prune(1, 1)
     assert gone(pruner) == {"3": []}
+
+
+def test_a_score_may_compute_gradients():
+    model = small_net()
+
+    def sensitivity(conv):
+        out = conv(torch.ones(1, 10, 3, 3)).square().sum()
+        return torch.autograd.grad(out, conv.weight)[0].abs().sum((1, 2, 3))
+
+    with torch.no_grad():
+        weights, bias = model[3].weight.sum((1, 2, 3)), model[3].bias
+        expected = (weights + bias).abs().argsort()[:3].sort().values.tolist()
+        pruner = FilterPruner(model, [0.5], sensitivity)
+        assert pruner.prune(1, 1) == 3
+    assert gone(pruner) == {"3": expected}
 
 
 @pytest.mark.parametrize(

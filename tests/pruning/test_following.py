@@ -51,6 +51,38 @@ class Counting(Net):
         return self.head(self.after(self, self.b(y)))
 
 
+class OfTensors(nn.Module):
+    """Takes a tensor or a list; torch.fx gives it neither."""
+
+    def forward(self, x):
+        return F.elu(x) + 1 if isinstance(x, torch.Tensor) else x
+
+
+class Optional(Net):
+    def __init__(self, inner, **options):
+        super().__init__(**options)
+        self.inner = inner
+
+    def forward(self, x, gate=None, *, features=False, **more):
+        out = self.a(x)
+        out = self.inner(out) if gate is None and not more else out.relu()
+        if more.get("mask") is not None:
+            out = out * more["mask"]
+        out = self.b(out)
+        found = self.head(out.mean((2, 3)))
+        return (found, out) if features else found
+
+
+def test_choices_in_code_are_those_of_a_call_or_the_network_is_refused():
+    wrong = Optional(OfTensors())
+    assert_refused("does not compute the same.* type of a tensor", FilterPruner, wrong, [0.5])
+    net = Optional(nn.ReLU())
+    pruner = FilterPruner(net, [0.5], layers=["a"])
+    pruner.prune(1, 1)
+    assert_zero(net, pruner, "a", "b")
+    assert_refused("'a': .*Softplus", FilterPruner, Optional(nn.Softplus()), [0.5], layers=["a"])
+
+
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9)
 OLD = pytest.mark.skipif(OLD, reason="torch before 2.9 lets no proxy take a buffer's place")
 

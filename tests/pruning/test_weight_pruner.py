@@ -100,7 +100,7 @@ def test_several_layers_each_by_its_own_fraction():
         ({"layer": "features.1"}, r"'features\.1'"),  # a ReLU
         ({"layer": ""}, "''"),
         ({"layer": 3}, "got 3"),
-        ({"layer": ["fc", "dense"]}, "forward order"),
+        ({"layer": ["fc", "dense"]}, "in order: "),
         ({"layer": ["fc", "fc"]}, "once each"),
         ({"fraction": "0.5"}, "got '0.5'"),
         ({"fraction": None}, "got None"),

@@ -72,8 +72,9 @@ def try_pruner(config: Config) -> None:
     pruner = make_pruner(config, model)
     if isinstance(config.pruning, FilterPruning) and ":" in config.pruning.score:
         with seeded(config.seed, "check"):
-            for parameter in model.parameters():  # as after a training batch
-                parameter.grad = torch.randn_like(parameter)
+            if not config.pruning.scratch:  # as after a training batch
+                for parameter in model.parameters():
+                    parameter.grad = torch.randn_like(parameter)
             getattr(pruner, "pruner", pruner).prune(1, 1)
     code_checksum(config)  # of code that is imported by now
 
@@ -103,7 +104,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def check_images(
-    config: Config, shape: Sequence[int], classes: int, device: torch.device, rest: int = 0
+    config: Config, shape: Sequence[int], classes: int, device: torch.device, count: int = 0
 ) -> None:
     """Check that a run's network takes images of this shape and returns logits of each alone.
 
@@ -112,7 +113,7 @@ def check_images(
         shape: Channels, height and width of the images.
         classes: The number of classes.
         device: Where the run trains.
-        rest: Images of an epoch's last batch, 0 if it is whole.
+        count: How many of them there are for training.
 
     Raises:
         ValueError: The network does not take these images, or cannot be trained on a last batch of
@@ -142,13 +143,13 @@ def check_images(
     with torch.no_grad(), full_float32(), seeded(config.seed, "check"):
         images = torch.randn(4, *shape, device=device)
         passes = [logits_of(model(x), len(x)) for x in (images, images, images[:2])]
-        if rest == 1:
+        if count % config.batch == 1 or config.batch == 1:
             try:
                 build(config, classes, channels).to(device).train()(images[:1])
-            except ValueError as error:
+            except Exception as error:  # of any kind, from the network's code
                 raise ValueError(
                     f"{config.model} cannot be trained on the last batch of an epoch, which is one "
-                    f"image, as a batch has {config.batch}: {error}"
+                    f"of {count} images, as a batch has {config.batch}: {error}"
                 ) from error
     if passes[0].isfinite().all():  # else its loss will show it
         check_repeatable(config.model, *passes)

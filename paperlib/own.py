@@ -64,6 +64,8 @@ def settings(
         ValueError: A name is unknown. Functions and layers are looked up when runs begin.
     """
     _check_names(score, target, model, data)
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a list of names, got {layers!r}")
     plan = experiments.plan(FIGURE, experiments.Scale(profile, data, seeds))
     plan = plan[(plan.network == "VGG11") & plan.setting.isin(SHOWN)]
     if score is not None:
@@ -80,9 +82,9 @@ def settings(
             c.with_(model=model, flatness=None, histograms=False) for c in plan.config
         ]
     if layers is not None:
+        names = tuple(layers)
         plan["config"] = [
-            c.with_(pruning=c.pruning and replace(c.pruning, layers=tuple(layers)))
-            for c in plan.config
+            c.with_(pruning=c.pruning and replace(c.pruning, layers=names)) for c in plan.config
         ]
     plan["run"] = [config.identity for config in plan.config]
     return plan.reset_index(drop=True)

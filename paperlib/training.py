@@ -177,7 +177,7 @@ class Run:
         self.config, self.device, self.callback = config, device, callback
         self.layout, shape = memory_format(device, config.precision), dataset.train_images.shape[1:]
         self.classes, self.channels = len(dataset.classes), shape[0]
-        check_images(config, shape, self.classes, device, len(dataset.train_labels) % config.batch)
+        check_images(config, shape, self.classes, device, len(dataset.train_labels))
         self.model = self.new_network()
         self.made_of = inputs.checksums(config, dataset)  # now: a file may change later
         batches = partial(

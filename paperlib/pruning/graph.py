@@ -3,8 +3,9 @@
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from paperlib.models import PadChannels, ResidualSum
 from paperlib.pruning import operations as ops
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS, TRANSPOSED
 
-_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BASES = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *NORMS)
 
 
@@ -43,7 +43,14 @@ def has_own_forward(module: nn.Module, base: type) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy of torch.fx that tells `x += y`, which writes into x, from `x + y`."""
+    """A proxy of torch.fx that says that it is a tensor, as code may ask.
+
+    It also tells `x += y`, which writes into x, from `x + y`.
+    """
+
+    _is_param = _is_buffer = False  # else nn.Parameter and nn.Buffer take it for one of theirs
+
+    __class__ = Tensor  # type: ignore[assignment]
 
     def expand_as(self, other: fx.Proxy) -> fx.Proxy:
         """Expand to the size of another tensor, whose values have no effect."""
@@ -83,10 +90,18 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Callable, list]:
         # As in a call with images: arguments that have a default keep it.
         _, *parameters = inspect.signature(root_fn).parameters.values()
-        given = [p for p in parameters if p.default is p.empty and p.kind in _BY_POSITION]
-        given = given or parameters[:1]
-        images = [self.create_proxy("placeholder", p.name, (), {}) for p in given]
-        return root_fn, [self.root, *images]
+        several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        needed = [p for p in parameters if p.default is p.empty and p.kind not in several]
+        given = {
+            p: self.create_proxy("placeholder", p.name, (), {}) for p in needed or parameters[:1]
+        }
+        named = {p.name: x for p, x in given.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        images = [x for p, x in given.items() if p.name not in named]
+        return partial(root_fn, **named), [self.root, *images]
+
+    def create_arg(self, a: Any) -> Any:
+        # First, because a proxy says that it is a tensor.
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -166,34 +181,6 @@ class Traced:
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
 
-    @torch.no_grad()
-    def follows(self, model: nn.Module, training: bool, shape: Sequence[int]) -> bool:
-        """Return whether the graph computes what a network does, on random images of a shape.
-
-        Copies of the network are run. Also True if the network itself does not run, or draws.
-        """
-        if any(is_lazy(x) or x.is_meta for x in (*model.parameters(), *model.buffers())):
-            return True
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        images = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
-
-        def outputs(followed: bool, seed: int) -> list[Tensor] | None:
-            copied: Any = copy.deepcopy(model, _detached(model)).cpu()
-            for name, value in self.attributes.items() if followed else ():
-                if not hasattr(copied, name):
-                    setattr(copied, name, value.cpu())
-            run = fx.Interpreter(copied, graph=self.graph).run if followed else copied.forward
-            with in_mode(copied, training), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                try:
-                    return list(tensors_in(run(images.clone())))
-                except Exception:  # of any kind, from the network's code
-                    return None
-
-        own = outputs(followed=False, seed=0)
-        same = own is None or _close(own, outputs(followed=True, seed=0))
-        return same or not _close(own, outputs(followed=False, seed=1))
-
     def describe(self, node: fx.Node) -> str:
         """Name a node as its network's author would."""
         if node.op == "call_module":
@@ -203,22 +190,6 @@ class Traced:
         *_, scope = ["", *self.scopes(node)]
         name = getattr(node.target, "__name__", node.target)
         return f"{name!r} in {scope!r}" if scope else repr(name)
-
-
-def tensors_in(output: object) -> Iterator[Tensor]:
-    """Yield the tensors in a network's output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, tuple | list | dict):
-        for part in output.values() if isinstance(output, dict) else output:
-            yield from tensors_in(part)
-
-
-def _close(a: list[Tensor] | None, b: list[Tensor] | None) -> bool:
-    return [x.shape for x in a or ()] == [x.shape for x in b or ()] and all(
-        torch.allclose(x.float(), y.float(), 1e-3, 1e-5, equal_nan=True)
-        for x, y in zip(a or (), b or (), strict=True)
-    )
 
 
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:

@@ -109,15 +109,6 @@ def survey(model: nn.Module) -> dict[str, PrunableLayer]:
         raise PruningError(
             f"cannot follow the forward pass of {type(model).__name__} with torch.fx: {error}"
         ) from error
-    for network, training in zip(networks, (True, False), strict=True):
-        shape = next((network.shape(n) for n in network.graph.nodes if n.op == "placeholder"), ())
-        if shape and not network.follows(model, training, shape):
-            raise PruningError(
-                f"cannot follow the forward pass of {type(model).__name__}: in "
-                f"{'training' if training else 'evaluation'} mode, what torch.fx found does not "
-                "compute the same. A choice in its Python code was another one then, such as by "
-                "the type of a tensor, a counter, or at random"
-            )
     if str(networks[0].graph) == str(networks[1].graph):
         del networks[1]
     owners = parameter_owners(model)

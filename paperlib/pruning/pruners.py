@@ -129,17 +129,17 @@ class FilterPruner(Pruner):
 
     Args:
         model: Any network that torch.fx can trace, for images (N, C, H, W); other arguments of its
-            forward pass keep their defaults. Each mode is traced once. The graph is compared with
-            the network on two random images, if it takes those of a size in
-            `paperlib.pruning.features.SIZES`. So a choice in Python that is another one for other
-            images or later, and hooks that are registered later, are not noticed. If the forward
-            pass states sizes, as `x.view(-1, 384)` does, images must be square and of such a size;
-            `x.flatten(1)` allows any.
+            forward pass keep their defaults. Each mode is traced once, so a choice in Python that
+            may come out differently is not noticed: at random, by a counter, or by
+            `type(x) is Tensor` and `hasattr`, as x is a stand-in then. Neither are hooks that
+            change a layer's output, if registered later. If the forward pass states sizes, as
+            `x.view(-1, 384)` does, images must be square and of a size in
+            `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).
-        score: One of `SCORES`, or a function from the convolution to its scores (filters,), which
-            may use `conv.weight.grad` of the last backward pass. "activation" observes every tenth
-            forward pass in training mode from now on. Its scores are equal until the tenth, and it
-            does not prune before the first.
+        score: One of `SCORES`, or a function from the convolution to its scores (filters,). It is
+            called under `torch.no_grad` and may use `conv.weight.grad` of the last backward pass.
+            "activation" observes every tenth forward pass in training mode from now on. Its scores
+            are equal until the tenth, and it does not prune before the first.
         target: Which scores are pruned: "smallest", "largest" or "random".
         layers: Names of convolutions in forward order. None takes as many of the last convolutions
             as there are fractions, and counts neither grouped ones nor those on shortcuts.
@@ -177,16 +177,23 @@ class FilterPruner(Pruner):
         check_score(score, self.layers.values())
         self.fractions = dict(zip(names, fractions, strict=True))
         self.score, self.target, self.generator, self.norm = score, target, generator, norm
-        self.masks = {
-            name: torch.ones(layer.filters, dtype=torch.bool, device=layer.conv.weight.device)
-            for name, layer in self.layers.items()
-        }
+        with torch.inference_mode(False):  # training cannot use tensors of inference mode
+            self.masks = {
+                name: torch.ones(layer.filters, dtype=torch.bool, device=layer.conv.weight.device)
+                for name, layer in self.layers.items()
+            }
         # Parameters that have zeros: name, module, name in it, and the indices of the zeros.
         self._gone: list[tuple[str, nn.Module, str, Tensor]] = []
         # Modules whose masks of residual sums have zeros, and the indices of the zeros.
         self.masked: list[tuple[nn.Module, Tensor]] = []
-        # By name of such a module: the zeros that were ones before this pruner.
-        self._own: dict[str, Tensor] = {}
+        # By name of such a module: its mask before this pruner, and the last zeros of this pruner.
+        self._before: dict[str, Tensor] = {}
+        self._zeros: dict[str, Tensor] = {}
+        for layer in self.layers.values():
+            for where, entries in layer.masks.items():
+                there = mask_of(entries.module)
+                ones = layer.conv.weight.new_ones(len(entries.filters))
+                self._before[where] = ones if there is None else there.clone()
         self._fresh = False  # `_mask_sums` is due
         self.activation: ActivationScore | None = None
         if score == "activation":
@@ -299,13 +306,14 @@ class FilterPruner(Pruner):
                 _, zeros = found.setdefault(where, (entries.module, []))
                 zeros.append(entries.of(gone).to(layer.conv.weight.device))
                 if len(gone) and mask_of(entries.module) is None:
-                    add_mask(entries.module, layer.conv.weight.new_ones(len(entries.filters)))
+                    add_mask(entries.module, self._before[where].to(layer.conv.weight))
         self.masked, self._fresh = [], False
         for where, (module, zeros) in found.items():
             if (mask := mask_of(module)) is not None:
                 indices = torch.cat(zeros)
-                mask[self._own.get(where, indices[:0])] = 1  # earlier masks may be loaded again
-                self._own[where] = indices[mask[indices] != 0]
+                if (last := self._zeros.get(where)) is not None:  # the pruner may have gone back
+                    mask[last] = self._before[where].to(mask)[last]
+                self._zeros[where] = indices
                 self.masked.append((module, indices))
 
     def _parameters(self, name: str) -> Iterator[tuple[str, nn.Module, str, Entries]]:

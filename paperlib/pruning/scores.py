@@ -147,9 +147,7 @@ def scores_of(
     """
     if callable(score):
         try:
-            with torch.enable_grad():
-                found = torch.as_tensor(score(layer.conv)).detach()
-            return found.to_dense().to(layer.conv.weight.device)
+            return torch.as_tensor(score(layer.conv)).to_dense().to(layer.conv.weight.device)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:

@@ -1,6 +1,6 @@
 """The compact network itself: a copy that is cut, and checked against the original."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
 import torch
@@ -10,7 +10,7 @@ from paperlib import devices
 from paperlib.extras.compact.channels import CompactError, Following
 from paperlib.extras.compact.cut import cut
 from paperlib.pruning import FilterPruner, WeightPruner
-from paperlib.pruning.graph import layer_type, tensors_in
+from paperlib.pruning.graph import layer_type
 from paperlib.pruning.layers import parameter_owners, weight_refusal
 from paperlib.pruning.masks import mask_of, multiply_by_mask
 from paperlib.pruning.operations import CONVOLUTIONS, NORMS
@@ -109,7 +109,7 @@ def _outputs(model: nn.Module, inputs: Tensor, what: str) -> object:
 
 
 def _check_same(expected: object, actual: object) -> None:
-    for a, b in zip(tensors_in(expected), tensors_in(actual), strict=True):
+    for a, b in zip(_tensors(expected), _tensors(actual), strict=True):
         if a.is_floating_point():
             error, scale = (a - b).abs().max(), a.abs().max()
             # The negation refuses outputs that are not finite.
@@ -118,3 +118,12 @@ def _check_same(expected: object, actual: object) -> None:
                     "the compact network would not be the same network: its outputs differ by "
                     f"{error:.2g} of {scale:.2g}"
                 )
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """Yield the tensors in a network's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)

@@ -43,14 +43,7 @@ def has_own_forward(module: nn.Module, base: type) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy of torch.fx that says that it is a tensor, as code may ask.
-
-    It also tells `x += y`, which writes into x, from `x + y`.
-    """
-
-    _is_param = _is_buffer = False  # else nn.Parameter and nn.Buffer take it for one of theirs
-
-    __class__ = Tensor  # type: ignore[assignment]
+    """A proxy of torch.fx that tells `x += y`, which writes into x, from `x + y`."""
 
     def expand_as(self, other: fx.Proxy) -> fx.Proxy:
         """Expand to the size of another tensor, whose values have no effect."""
@@ -98,10 +91,6 @@ class _Tracer(fx.Tracer):
         named = {p.name: x for p, x in given.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         images = [x for p, x in given.items() if p.name not in named]
         return partial(root_fn, **named), [self.root, *images]
-
-    def create_arg(self, a: Any) -> Any:
-        # First, because a proxy says that it is a tensor.
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

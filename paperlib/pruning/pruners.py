@@ -131,8 +131,8 @@ class FilterPruner(Pruner):
         model: Any network that torch.fx can trace, for images (N, C, H, W); other arguments of its
             forward pass keep their defaults. Each mode is traced once, so a choice in Python that
             may come out differently is not noticed: at random, by a counter, or by
-            `type(x) is Tensor` and `hasattr`, as x is a stand-in then. Neither are hooks that
-            change a layer's output, if registered later. If the forward pass states sizes, as
+            `isinstance(x, Tensor)`, since x is a stand-in then. Neither are hooks that change a
+            layer's output, if registered later. If the forward pass states sizes, as
             `x.view(-1, 384)` does, images must be square and of a size in
             `paperlib.pruning.features.SIZES`; `x.flatten(1)` allows any size.
         fractions: The share of each layer's filters that is pruned after its last event, in [0, 1).

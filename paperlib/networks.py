@@ -148,8 +148,8 @@ def check_images(
                 build(config, classes, channels).to(device).train()(images[:1])
             except Exception as error:  # of any kind, from the network's code
                 raise ValueError(
-                    f"{config.model} cannot be trained on the last batch of an epoch, which is one "
-                    f"of {count} images, as a batch has {config.batch}: {error}"
+                    f"{config.model} cannot be trained on a single image, and the last batch of an "
+                    f"epoch is one ({count} images in batches of {config.batch}): {error}"
                 ) from error
     if passes[0].isfinite().all():  # else its loss will show it
         check_repeatable(config.model, *passes)

@@ -229,9 +229,8 @@ def check_target(target: str, generator: torch.Generator | None = None) -> None:
     """Raise PruningError if there is no such target, or the generator is none of the CPU's."""
     if target not in TARGETS:
         raise PruningError(f"unknown target {target!r}: one of {', '.join(TARGETS)}")
-    if getattr(generator, "device", torch.device("cpu")).type != "cpu" or not isinstance(
-        generator, torch.Generator | None
-    ):
+    of_cpu = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+    if generator is not None and not of_cpu:
         raise PruningError(f"generator must be a torch.Generator of the CPU, got {generator!r}")
 
 

@@ -296,7 +296,7 @@ def pruned(by, model: str = "vgg11_bn", **changes) -> dict:
         ({"model": "small:mixes_images"}, ValueError, "small:mixes_images mixes the images"),
         (pruned(FILTERS, score="small:broken_score"), PruningError, "fails: 'broken score'"),
         (pruned(FILTERS, score="small:part_of_a_score"), ValueError, "is a partial.* a function"),
-        ({"model": "small:norm_at_the_end", "batch": 7}, ValueError, "one .50 images in batches of 7"),
+        ({"model": "small:norm_at_the_end", "batch": 7}, ValueError, "50 images in batches of 7"),
         ({"model": "nowhere.at_all:f"}, ValueError, "cannot find 'nowhere.at_all:f'"),
         ({"data": "mnist"}, ValueError, "mnist"),
         ({"dropout": 1.5}, ValueError, "1.5"),
